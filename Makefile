@@ -1,0 +1,49 @@
+# `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check test-system bench gpu-check clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+# uv does not read pip's configuration; an empty variable is harmless.
+UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
+
+help: ## Show this help
+	@echo "make TARGET [ARGS='key=value …']"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## Make .venv with everything installed (torch first, at its pinned version)
+
+# torch comes first and by its exact version: a range would fetch the newest CUDA build, gigabytes of it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 setup"; exit 1; }
+	@echo "setting up $(VENV) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q uv 2>/dev/null || $(BIN)/python -m pip install uv
+	@$(UV) torch
+	@$(UV) -e '.[dev]'
+	@touch $@
+
+train: setup ## Train the main job: a small model on the Python standard library's sources (ARGS: any key=value)
+	@$(BIN)/colossus train $(ARGS)
+
+test: setup ## Run the tests that need neither root nor system packages (ARGS: pytest's own)
+	@$(BIN)/python -m pytest -m "not system and not gpu" $(ARGS)
+
+check: setup ## Lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test-system: setup ## Run the tests that need root or system packages; they say why where they skip
+	@$(BIN)/python -m pytest -m system -rs $(ARGS)
+
+bench: setup ## Measure: our loop beside a bare one, interleaved (minutes; results in tests/bench/results)
+	@$(BIN)/python -m tests.bench.loop_overhead $(ARGS)
+
+gpu-check: setup ## On a machine with a GPU: what of all this holds there, in under 8 minutes
+	@$(BIN)/python -m tests.bench.gpu_check $(ARGS)
+
+clean: ## Remove .venv and what tools leave behind (runs/ stays)
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

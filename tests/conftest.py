@@ -1,0 +1,40 @@
+"""Tests compose the real configuration, shrunk: a corpus of a few files, a model of a few thousand parameters."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+WORDS = "def return for in if else while class import self value index total items result None True".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 files of Python-like lines from a fixed seed: about 100 kB, the same bytes on every machine."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(1)
+    for number in range(60):
+        lines = (" " * rng.choice((0, 4, 8)) + " ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(40))
+        (folder / f"file{number:02d}.py").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(corpus: Path, cache: Path, tmp_path: Path) -> list[str]:
+    """Overrides that make `colossus train` small: 64 sequences' worth of nothing, in about a second."""
+    return [
+        "model=llama_micro",
+        *("model.layers=2", "model.width=48", "model.heads=3", "model.kv_heads=1", "model.ffn=80", "model.context=32"),
+        *("data=text", f"data.path={corpus}", f"data.cache={cache}", "data.tokenizer.vocab=300"),
+        *("batch.sequences=16", "batch.virtual_ranks=8", "batch.micro_batch=1"),
+        *("steps=6", "precision=fp32", "accelerator=cpu", "schedule.warmup_steps=2", "optimizer.lr=0.01"),
+        *("eval.every=3", "eval.tokens=500", "checkpoint.every=3", "log.every=2", "logger=[]"),
+        f"runs={tmp_path}/runs",
+    ]

@@ -1,0 +1,189 @@
+"""Configuration: what is valid is composed, what is not is refused by name, with the nearest valid one."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train import cli, compose
+from train.config import Llama, Refused, ResumeMode, SourceKind, Train, read_train, seconds, to_yaml
+
+TEXT_SOURCE = Path(__file__).parent
+
+
+def refused(*overrides: str, command: str = "train") -> str:
+    with pytest.raises(Refused) as caught:
+        compose.config(command, list(overrides))
+    return str(caught.value)
+
+
+def test_the_main_job_composes() -> None:
+    config = compose.config("train", [])
+    assert isinstance(config, Train)
+    assert isinstance(config.model, Llama)
+    assert config.data.kind is SourceKind.stdlib
+    assert config.name == "llama_nano"
+    assert config.resume.mode is ResumeMode.auto
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trian.steps=3", ["trian.steps", "did you mean steps?"]),
+        ("+nope=1", ["nope"]),
+        ("++model.layerz=3", ["model.layerz", "did you mean model.layers?"]),
+        ("model=nope", ["model", "nope", "llama_nano"]),
+        ("optimizer=admw", ["did you mean adamw?"]),
+        ("steps=x", ["steps", "Integer"]),
+        ("steps", ["steps", "key=value"]),
+        ("steps=0", ["steps", "use 1 or more"]),
+        ("batch.virtual_ranks=0", ["batch.virtual_ranks", "use 1 or more"]),
+        ("batch.sequences=63", ["batch.sequences", "virtual ranks", "multiple of 8"]),
+        ("batch.micro_batch=5", ["batch.micro_batch", "does not divide"]),
+        ("devices=9", ["devices", "batch.virtual_ranks"]),
+        ("devices=none", ["devices", "auto"]),
+        ("model.heads=3", ["model.heads", "width"]),
+        ("precision=fp8", ["precision", "fp32, bf16"]),
+        ("logger=[tensorbord]", ["logger", "tensorboard"]),
+        ("name=a/b", ["name", "a/b"]),
+        ("stop_after=5", ["stop_after", "50min"]),
+        ("reduce.bucket_mib=0", ["reduce.bucket_mib"]),
+        ("schedule.decay=2", ["schedule.decay"]),
+    ],
+)
+def test_a_mistake_is_named(override: str, words: list[str]) -> None:
+    message = refused(override)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_a_missing_data_path_is_named() -> None:
+    assert "missing" in refused("data=text", "data.path=missing")
+    assert "data.path" in refused("data=text")
+
+
+def test_values_of_text_and_path_keys_are_quoted_for_the_user() -> None:
+    for prompt in ("def f(n): return {n: '${x}'}", "it's, a = [b]", "~/x", "back\\slash\\", "a\\'b", "[1, 2", "=="):
+        assert compose.config("sample", ["run=x", f"prompt={prompt}"]).prompt == prompt
+    assert compose.config("sample", ["run=~/a b=c"]).run == "~/a b=c"
+    assert compose.config("sample", ["run=x", "prompt='quoted by hand'"]).prompt == "quoted by hand"
+    config = compose.config("train", ["data=text", f"data.path=[{TEXT_SOURCE},{TEXT_SOURCE}]"])
+    assert config.data.paths() == [str(TEXT_SOURCE)] * 2
+
+
+def test_a_mix_is_described_in_a_file_and_adjusted_on_the_command_line() -> None:
+    """configs/data/mix.yaml as it ships, with other weights."""
+    parts = compose.config("train", ["data=mix", "data.parts.prose.path=."]).data.parts
+    assert {"code", "prose"} == set(parts)
+    overrides = ["data=mix", "data.parts.prose.path=.", "data.parts.code.weight=7"]
+    assert compose.config("train", overrides).data.parts["code"].weight == 7
+    assert "data.parts.code.wait" in refused("data=mix", "data.parts.code.wait=7")
+
+
+def test_own_configs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs/model").mkdir(parents=True)
+    (tmp_path / "configs/model/mine.yaml").write_text("defaults: [schema_llama, _self_]\nlayers: 3\n")
+    monkeypatch.chdir(tmp_path)
+    config = compose.config("train", ["model=mine"])
+    assert (config.model.layers, config.name) == (3, "mine")
+    assert "mine" in refused("model=nope")
+
+
+def test_a_written_configuration_reads_back(tmp_path: Path) -> None:
+    overrides = ["optimizer.lr=0.1", "data=mix", "data.parts.prose.path=.", "devices=3", "sample=a: ${b}"]
+    config = compose.config("train", overrides)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_train(tmp_path / "config.yaml") == config
+    (tmp_path / "config.yaml").write_text("nonsense")
+    with pytest.raises(Refused, match=r"config\.yaml"):
+        read_train(tmp_path / "config.yaml")
+
+
+def test_durations() -> None:
+    assert [seconds(text) for text in ("", "90s", "50min", "1.5h", "2d")] == [None, 90, 3000, 5400, 172800]
+
+
+class Job:
+    """Stands for a training run in a sweep: remembers what it was called with."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.seen: list[tuple[str, int]] = []
+
+    def __call__(self, config: Train) -> int:
+        self.seen.append((config.name, config.steps))
+        return self.code
+
+
+def test_a_sweep_runs_each_combination_under_its_own_name() -> None:
+    job = Job()
+    assert compose.sweep("train", ["steps=1,2", "seed=3", "devices=2"], job) == 0
+    assert job.seen == [("llama_nano-seed=3,steps=1", 1), ("llama_nano-seed=3,steps=2", 2)]
+
+
+def test_a_sweep_with_one_bad_combination_starts_nothing() -> None:
+    job = Job()
+    with pytest.raises(Refused, match="steps"):
+        compose.sweep("train", ["steps=1,0"], job)
+    assert job.seen == []
+
+
+def test_a_sweep_stops_on_request_and_reports_the_first_failure() -> None:
+    assert compose.sweep("train", ["steps=1,2,3"], lambda c: 1 if c.steps == 2 else 0) == 1
+    job = Job(code=75)
+    with pytest.raises(SystemExit) as stopped:
+        compose.sweep("train", ["steps=1,2,3"], job)
+    assert stopped.value.code == 75
+    assert len(job.seen) == 1
+
+
+def test_help_names_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for words in ("batch.sequences=64", "the whole global batch", "llama_nano", "model.kv_heads", "exact | fast", "75"):
+        assert words in text
+    assert cli.main([]) == 0
+    assert "sample" in capsys.readouterr().out
+
+
+def test_unknown_commands_and_flags() -> None:
+    assert cli.main(["trian"]) == 2
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["train", "--frobnicate"])
+    assert refusal.value.code == 2
+
+
+def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert cli.main(["train"]) == 2
+    assert "devices=N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["trian.steps=3"], "trian"),
+        (["model=nope"], "nope"),
+        (["batch.virtual_ranks=0"], "batch.virtual_ranks"),
+        (["data=text", "data.path=missing"], "missing"),
+    ],
+)
+def test_refusals_from_the_outside(arguments: list[str], word: str, tmp_path: Path) -> None:
+    """Exit code 2, one line, nothing started, before torch could have been imported (2 s of this process's time)."""
+    before = _children_seconds()
+    command = [sys.executable, "-m", "train", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert word in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert _children_seconds() - before < 2, "CPU seconds, so that a busy machine does not fail the test"
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

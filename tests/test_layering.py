@@ -1,0 +1,71 @@
+"""Upper rooms may import lower ones, never the reverse; and what must not need torch does not import it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "train"
+
+LAYERS = [
+    ("config", "events", "batch", "flops", "hardware"),
+    ("data", "models", "optim", "flat", "nodes", "folder", "summary", "fingerprint"),
+    ("reduce", "group", "checkpoint", "telemetry", "generate", "plan", "console", "trained", "sample", "evaluate"),
+    ("loop",),
+    ("run",),
+    ("supervisor", "runs"),
+    ("compose", "cli", "__main__"),
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+WITHOUT_TORCH = ["config", "events", "batch", "flops", "hardware", "plan", "folder", "summary", "compose", "cli"]
+WITHOUT_TORCH += ["console", "supervisor", "runs", "nodes", "data.prepare", "data.stream"]
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of this package that a file imports, wherever in the file it does so."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "train":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("train.")}
+    return found
+
+
+def rooms() -> list[tuple[str, Path]]:
+    return [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+@pytest.mark.parametrize(("room", "path"), rooms(), ids=lambda value: value.stem if isinstance(value, Path) else value)
+def test_nothing_imports_upwards(room: str, path: Path) -> None:
+    if room == "__init__":
+        assert imports(path) == set()
+        return
+    assert room in LEVEL, f"{path.name} is in no layer: say where it belongs"
+    upwards = {other for other in imports(path) if LEVEL[other] > LEVEL[room]}
+    assert not upwards, f"{path.name} (layer {LEVEL[room]}) imports {upwards}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+def test_files_are_short(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= (400 if path.name != "config.py" else 520), f"{path.name} has {lines} lines"
+
+
+def test_the_core_keeps_its_budget() -> None:
+    core = ("batch", "reduce", "group", "loop", "checkpoint", "run", "events", "config")
+    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 9000
+
+
+def test_the_parent_needs_no_torch() -> None:
+    """What runs before a bad key is refused, and what supervises, imports neither torch nor lightning."""
+    modules = ", ".join(f"train.{name}" for name in WITHOUT_TORCH)
+    code = f"import sys, {modules}; print([m for m in ('torch', 'lightning', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,144 @@
+"""`colossus`: the table of commands, and what they have in common – help, exit codes, refusals in one line."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any, NamedTuple, get_type_hints
+
+from train import compose
+from train.config import MODELS, SCHEMAS, Refused
+
+REFUSED, FAILED = 2, 1
+
+
+class Command(NamedTuple):
+    summary: str
+    entry: str  # module:function, imported when the command is called; it takes the configuration, returns a code
+    example: str
+
+
+COMMANDS = {
+    "train": Command(
+        "train a model, or go on with a run of the same name", "train.supervisor:train", "model=llama_mini"
+    ),
+    "plan": Command("what a training run would be: parameters, FLOPs, memory", "train.plan:plan", "model=llama_1b"),
+    "sample": Command("continue a prompt with a run's model", "train.sample:sample", "run=llama_nano prompt='def f('"),
+    "eval": Command("bits per byte of a run's model, beside gzip's", "train.evaluate:main", "run=llama_nano"),
+    "runs": Command("list the runs", "train.runs:runs", "format=json"),
+}
+
+GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "experiment")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done; 2 refused, nothing started; 75 stopped on request, saved; else a failure with its cause."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _refuse("torchrun", "run `colossus train devices=N` instead: it starts its ranks itself")
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    name, flags, overrides = arguments[0], *_split(arguments[1:])
+    try:
+        if name not in COMMANDS:
+            raise Refused(name, f"no such command{compose._did_you_mean(name, list(COMMANDS))} (try colossus --help)")
+        if flags & {"-h", "--help"}:
+            print(help_text(name))
+            return 0
+        if "--cfg" in flags:
+            print(compose.text(name, overrides), end="")
+            return 0
+        module, function = COMMANDS[name].entry.split(":")
+        run = getattr(importlib.import_module(module), function)
+        if flags & {"-m", "--multirun"}:
+            return compose.sweep(name, overrides, run)
+        return int(run(compose.config(name, overrides)))
+    except Refused as refusal:
+        print(f"colossus: {refusal}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        return 130
+
+
+def _split(arguments: list[str]) -> tuple[set[str], list[str]]:
+    known = {"-h", "--help", "-m", "--multirun", "--cfg"}
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    for flag in sorted(flags - known):
+        raise SystemExit(
+            _refuse(flag, "no such flag: the flags are --help, --cfg and --multirun; the rest is key=value")
+        )
+    return flags, [argument for argument in arguments if not argument.startswith("-")]
+
+
+def _refuse(key: str, why: str) -> int:
+    print(f"colossus: {key}: {why}", file=sys.stderr)
+    return REFUSED
+
+
+def overview() -> str:
+    lines = ["colossus COMMAND [key=value …]    data-parallel LLM training, exact for any number of ranks", ""]
+    lines += [f"  {name:8} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [
+        "",
+        "  colossus train                        the main job: a small model on real text, on all cores or GPUs",
+    ]
+    lines += ["  colossus train --help                 its keys; --cfg prints the configuration, --multirun sweeps"]
+    return "\n".join(lines)
+
+
+def help_text(name: str) -> str:
+    """What a command does, its config groups, and each of its keys with type, default and meaning."""
+    command, schema = COMMANDS[name], SCHEMAS[name]
+    doc = inspect.cleandoc(schema.__doc__ or "").replace("\n", "\n  ")
+    lines = [f"colossus {name} [key=value …]    {command.summary}", "", f"  {doc}", ""]
+    lines += [f"  e.g.  colossus {name} {command.example}", ""]
+    with compose._hydra():
+        groups = {group: compose.options(group) for group in GROUPS if name in ("train", "plan")}
+    if groups:
+        lines += ["Groups (group=variant):"]
+        lines += [f"  {group:12} {', '.join(variants)}" for group, variants in groups.items() if variants] + [""]
+    lines += ["Keys (key=default, meaning):", *(f"  {key:28} {meaning}".rstrip() for key, meaning in _keys(schema))]
+    if name == "train":
+        lines += ["", "Flags: --cfg (print the configuration), --multirun (sweep over key=a,b), --help"]
+        lines += ["Exit codes: 0 done; 2 refused, nothing started; 75 stopped on request, saved; else a failure"]
+    return "\n".join(lines)
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Keys with their meaning, taken from the comment behind the field: one place to write it."""
+    source = "".join(inspect.getsource(base) for base in reversed(schema.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.M))
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        kind = hints[item.name]
+        if prefix == "" and item.name == "model":
+            kind = MODELS["llama"]
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _keys(kind, f"{prefix}{item.name}.")
+            continue
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            meaning = comments.get(item.name, "") or " | ".join(choice.name for choice in kind)
+        else:
+            meaning = comments.get(item.name, "")
+        yield f"{prefix}{item.name}={_shown(item)}", meaning
+
+
+def _shown(item: Any) -> str:
+    value = (
+        item.default
+        if item.default is not NO_DEFAULT
+        else item.default_factory()
+        if callable(item.default_factory)
+        else ""
+    )
+    if isinstance(value, Enum):
+        return str(value.name)
+    return "" if value in ("???", None) else str(value).replace("'", "").replace(" ", "")

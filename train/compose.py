@@ -1,0 +1,213 @@
+"""From an argument list to a checked configuration: Hydra composes, and what it refuses is said in one line.
+
+Hydra's own errors fill a screen and end with code 1. Here a bad key is found before Hydra stumbles on it, and named
+together with the nearest valid one; text is quoted for the user before Hydra's grammar sees it; and what remains is
+turned into `Refused`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from train.config import CONFIGS, Refused, register
+
+TEXT = {"prompt", "sample", "table", "out", "from"}  # the last part of keys whose values are text, quoted whole
+PATHS = {"path", "run", "runs", "cache"}  # the same, where a list [a,b] may stand as well
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    register()
+    GlobalHydra.instance().clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3", job_name="colossus"):
+            yield
+
+
+def config(command: str, arguments: list[str]) -> Any:
+    """The checked configuration of a command; raises `Refused`."""
+    with _hydra():
+        return _build(command, arguments)
+
+
+def text(command: str, arguments: list[str]) -> str:
+    """The same as YAML."""
+    with _hydra():
+        return OmegaConf.to_yaml(_compose(command, arguments))
+
+
+def sweep(command: str, arguments: list[str], job: Callable[[Any], int]) -> int:
+    """Run `job` for every combination of `key=a,b` (or what another Hydra sweeper makes of it).
+
+    All combinations are checked before the first one starts. A job whose name is not swept gets its own:
+    the name, then the overrides that make it different. Returns the first exit code that is not 0.
+    """
+    with _hydra():
+        overrides = [_quoted(argument) for argument in arguments]
+        if not any(o.startswith("hydra/sweeper=") for o in overrides):
+            for combination in BasicSweeper.split_arguments(_parse(overrides), None)[0]:
+                _build(command, list(combination))
+
+        def task(composed: DictConfig) -> int:
+            hydra_config = HydraConfig.get()
+            _default_name(composed, hydra_config)
+            if hydra_config.job.override_dirname:
+                composed.name += "-" + hydra_config.job.override_dirname.replace("/", "_")
+            code = job(_checked(composed))
+            if code == STOPPED:
+                raise SystemExit(code)  # a request to stop stops the sweep, not one job of it
+            return code
+
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        jobs = hydra.multirun(command, task, overrides=[*overrides, *_search_path()], with_log_configuration=False)
+        codes = [result.return_value for batch in jobs for result in batch]
+        return next((code for code in codes if code), 0)
+
+
+STOPPED = 75  # the exit code of a run that stopped on request: saved, resumable
+
+
+def options(group: str) -> list[str]:
+    """The variants of a config group, one's own in ./configs included; empty where it is none."""
+    names = set(GlobalHydra.instance().config_loader().get_group_options(group))
+    names |= {path.stem for path in (Path.cwd() / "configs" / group).glob("*.yaml")}
+    return sorted(name for name in names if not name.startswith("schema"))
+
+
+def _build(command: str, arguments: list[str]) -> Any:
+    return _checked(_compose(command, arguments))
+
+
+def _checked(composed: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        raise Refused(error.full_key or "", f"is required: add {error.full_key}=…") from error
+    except OmegaConfBaseException as error:
+        raise Refused(error.full_key or "", _first_line(error)) from error
+
+
+def _compose(command: str, arguments: list[str]) -> DictConfig:
+    overrides = [_quoted(argument) for argument in arguments]
+    parsed = _parse(overrides)
+    groups = [o for o in parsed if options(o.key_or_group)]
+    for override in groups:
+        _check_option(override)
+    try:
+        known = compose(command, [*(str(o.input_line) for o in groups), *_search_path()])
+        for override in parsed:
+            if override not in groups:
+                _check_key(override, known)
+        composed = compose(command, [*overrides, *_search_path()], return_hydra_config=True)
+    except HydraException as error:
+        cause = error.__cause__ or error
+        key = next((o.key_or_group for o in parsed if o.input_line and o.input_line in str(error)), "")
+        raise Refused(key or getattr(cause, "full_key", None) or "", _first_line(cause)) from error
+    except OmegaConfBaseException as error:
+        raise Refused(error.full_key or "", _first_line(error)) from error
+    hydra_config = composed.hydra
+    with open_dict(composed):
+        del composed["hydra"]
+    _default_name(composed, hydra_config)
+    return composed
+
+
+def _default_name(composed: DictConfig, hydra_config: Any) -> None:
+    """A run without a name is called after its experiment, or else its model."""
+    if OmegaConf.is_missing(composed, "name"):
+        choices = hydra_config.runtime.choices
+        composed.name = choices.get("experiment") or choices["model"]
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    parsed = []
+    for override in overrides:
+        try:
+            parsed += OverridesParser.create().parse_overrides([override])
+        except HydraException as error:
+            key, equals, _ = override.partition("=")
+            why = "its value cannot be read: put it in quotes, 'key=\"…\"'" if equals else "write it as key=value"
+            raise Refused(key, why) from error
+    return parsed
+
+
+def _quoted(argument: str) -> str:
+    """Quote the value of a text or path key, so that `prompt=def f(n):` means what it says."""
+    key, equals, value = argument.partition("=")
+    last = key.rsplit(".", 1)[-1].lstrip("+")
+    is_list = last in PATHS and value.startswith("[")
+    if not equals or not value or is_list or last not in TEXT | PATHS or re.fullmatch(r"'.*'|\".*\"", value, re.S):
+        return argument
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
+    if escaped.endswith("\\"):
+        escaped += "\\" * (len(escaped) - len(escaped.rstrip("\\")))
+    return f"{key}='{escaped}'".replace("${", "\\${")
+
+
+def _check_option(override: Override) -> None:
+    group, value = override.key_or_group, override.value()
+    available = options(group)
+    if isinstance(value, str) and value not in available:
+        raise Refused(
+            group, f"'{value}' is unknown{_did_you_mean(value, available)} (choose from {', '.join(available)})"
+        )
+
+
+def _check_key(override: Override, known: DictConfig) -> None:
+    """Refuse a key that the composed configuration does not have, and name the nearest that it has."""
+    key = override.key_or_group
+    node: Any = known
+    if key.split(".")[0] in ("hydra", "hydra/launcher", "hydra/sweeper"):
+        return
+    for part in key.split("."):
+        node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
+        if node is None:
+            raise Refused(key, f"no such key{_did_you_mean(key, list(_keys(known)))}")
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in map(str, node):
+        key = f"{prefix}{name}"
+        child = node._get_node(name)
+        yield key
+        if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
+            yield from _keys(child, key + ".")
+
+
+def _did_you_mean(word: str, valid: list[str]) -> str:
+    """`: did you mean x?`: the nearest valid word, comparing last parts before whole keys."""
+    last = word.rsplit(".", 1)[-1]
+    same_end = [key for key in valid if key.rsplit(".", 1)[-1] == last]
+    near = difflib.get_close_matches(word, same_end or valid, n=1, cutoff=0.3 if same_end else 0.5)
+    if not near:
+        by_end = {key.rsplit(".", 1)[-1]: key for key in reversed(valid)}
+        near = [by_end[end] for end in difflib.get_close_matches(last, by_end, n=1, cutoff=0.6)]
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _search_path() -> list[str]:
+    """`./configs` is searched too, so that one's own models and data sets need no edit here."""
+    own = Path.cwd() / "configs"
+    return [f"hydra.searchpath=['file://{own}']"] if own.is_dir() and own.resolve() != CONFIGS.resolve() else []
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

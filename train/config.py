@@ -1,0 +1,502 @@
+"""The configuration: every key that a user can set, its type, its default and its checks.
+
+YAML under `configs/` holds values, in groups; the dataclasses below are the schema above them. A command's
+configuration is composed once, in the process that the user started, before torch is imported: a bad key is
+refused in a fraction of a second, by name. What the ranks read afterwards is the resolved `config.yaml` of
+the run folder; nothing changes it any more.
+
+Bad values are refused where they are born: each dataclass checks itself, and raises `Refused`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+_HERE = Path(__file__).parent
+CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"  # in a wheel; in a checkout
+
+
+class Refused(Exception):
+    """A user's mistake: `key` (or file, or rank) and one line that says what to do. Exit code 2."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(f"{key}: {why}" if key else why)
+        self.key, self.why = key, why
+
+
+def _require(condition: bool, key: str, why: str) -> None:
+    if not condition:
+        raise Refused(key, why)
+
+
+# --------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(slots=True, kw_only=True)
+class Model:
+    """What every model family has. `family` names the module in `train/models/` that builds it."""
+
+    family: str = MISSING
+    context: int = 256  # tokens a sequence
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.context >= 2, "model.context", f"{self.context} is no context length: use 2 or more")
+        _require(0 <= self.dropout < 1, "model.dropout", f"{self.dropout} is not in [0, 1)")
+
+
+@dataclass(slots=True, kw_only=True)
+class Llama(Model):
+    """Llama's shape (arXiv 2302.13971, 2307.09288): RMSNorm, rotary positions, grouped queries, SwiGLU."""
+
+    family: str = "llama"
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    kv_heads: int = 4
+    ffn: int = 704  # width of the feed-forward layer
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied: bool = True  # one matrix for input and output embedding
+
+    def __post_init__(self) -> None:
+        Model.__post_init__(self)
+        for name in ("layers", "width", "heads", "kv_heads", "ffn"):
+            _require(getattr(self, name) >= 1, f"model.{name}", "must be at least 1")
+        _require(self.width % self.heads == 0, "model.heads", f"{self.heads} heads do not divide width {self.width}")
+        _require((self.width // self.heads) % 2 == 0, "model.heads", "rotary positions need an even head size")
+        _require(self.heads % self.kv_heads == 0, "model.kv_heads", f"{self.kv_heads} do not divide {self.heads} heads")
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+class SourceKind(Enum):
+    stdlib = "stdlib"  # the Python standard library's own sources on this machine
+    text = "text"  # files and folders: text, .jsonl, .gz, .zst
+    hf = "hf"  # a Hugging Face dataset
+    bin = "bin"  # nanoGPT's .bin token files, read as they are
+    synthetic = "synthetic"  # random tokens from the seed, for benchmarks
+    mix = "mix"  # several of these, by weight
+
+
+class TokenizerKind(Enum):
+    bytes = "bytes"
+    bpe = "bpe"  # byte-level BPE, trained on a sample of the corpus
+    file = "file"  # any tokenizer.json
+    none = "none"  # bin and synthetic: ids below `vocab` that stand for no text
+
+
+@dataclass(slots=True, kw_only=True)
+class Tokenizer:
+    kind: TokenizerKind = TokenizerKind.bpe
+    vocab: int = 4096
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind is TokenizerKind.bpe:
+            _require(257 <= self.vocab <= 65_536, "data.tokenizer.vocab", f"{self.vocab} is not in 257 … 65,536")
+        if self.kind is TokenizerKind.none:
+            _require(2 <= self.vocab <= 2**31, "data.tokenizer.vocab", f"{self.vocab} is not in 2 … 2^31")
+        if self.kind is TokenizerKind.file:
+            _require(bool(self.path), "data.tokenizer.path", "name the tokenizer.json that kind=file should load")
+
+
+@dataclass(slots=True, kw_only=True)
+class Source:
+    """Where documents come from. `path` is a file, a folder or a list of them; the rest is for `hf`."""
+
+    kind: SourceKind = MISSING
+    path: Any = None  # str or list of str
+    name: str = ""  # hf: "HuggingFaceFW/fineweb-edu", or a local folder laid out like one
+    revision: str = "main"  # hf: pinned to its commit before anything is read
+    files: str = ""  # hf: a pattern of the files to take, such as "sample/10BT/*.parquet"
+    field: str = "text"  # the column or JSON key that holds a document's text
+    limit: int = 0  # hf: at most so many files; 0 takes them all
+    weight: float = 1.0  # share in a mix
+
+    def paths(self) -> list[str]:
+        return [] if self.path is None else [self.path] if isinstance(self.path, str) else list(self.path)
+
+    def __post_init__(self) -> None:
+        if self.kind in (SourceKind.text, SourceKind.bin):
+            _require(bool(self.paths()), "data.path", f"data={self.kind.value} needs data.path=FILE_OR_FOLDER")
+            for path in self.paths():
+                _require(Path(path).expanduser().exists(), "data.path", f"no such file or folder: {path}")
+        if self.kind is SourceKind.hf:
+            _require(bool(self.name), "data.name", "data=hf needs data.name=OWNER/DATASET (or a local folder)")
+        _require(self.weight > 0, "data.weight", f"{self.weight} is no weight: use a number above 0")
+
+
+@dataclass(slots=True, kw_only=True)
+class Data(Source):
+    """The corpus of a run: one source, or a mix of `parts` by weight, and how it becomes tokens."""
+
+    parts: dict[str, Source] = field(default_factory=dict)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    validation: float = 0.05  # share of documents, chosen by sha256 of their content
+    shard_tokens: int = 100_000_000  # a store is written in shards of at most so many tokens
+    synthetic_tokens: int = 4_000_000
+    cache: str = ""  # where prepared tokens are kept; empty: $XDG_CACHE_HOME/pocket-colossus
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.parts) == (self.kind is SourceKind.mix),
+            "data.parts",
+            "a corpus has either one kind or several parts: use data=mix with data.parts, or another data=…",
+        )
+        mixed = [name for name, part in self.parts.items() if part.kind is SourceKind.mix]
+        _require(not mixed, "data.parts", f"'{', '.join(mixed)}' is itself a mix: give each part a kind of its own")
+        Source.__post_init__(self)
+        _require(0 < self.validation < 1, "data.validation", f"{self.validation} is not a share between 0 and 1")
+        _require(self.shard_tokens >= 1024, "data.shard_tokens", "must be at least 1024")
+        _require(self.synthetic_tokens >= 1024, "data.synthetic_tokens", "must be at least 1024")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """The batch law's constants: V virtual ranks, each running k micro-batches of `micro_batch` sequences."""
+
+    sequences: int = 64  # the whole global batch
+    virtual_ranks: int = 8
+    micro_batch: int | str = "auto"  # sequences per forward
+
+    def __post_init__(self) -> None:
+        _require(self.virtual_ranks >= 1, "batch.virtual_ranks", f"{self.virtual_ranks} is too few: use 1 or more")
+        _require(self.sequences >= 1, "batch.sequences", f"{self.sequences} is too few: use 1 or more")
+        _require(
+            self.sequences % self.virtual_ranks == 0,
+            "batch.sequences",
+            f"{self.sequences} sequences do not divide among {self.virtual_ranks} virtual ranks "
+            f"(batch.virtual_ranks): use a multiple of {self.virtual_ranks}",
+        )
+        if isinstance(self.micro_batch, int):
+            share = self.sequences // self.virtual_ranks
+            _require(
+                self.micro_batch >= 1 and share % self.micro_batch == 0,
+                "batch.micro_batch",
+                f"{self.micro_batch} does not divide the {share} sequences of a virtual rank",
+            )
+        else:
+            _require(self.micro_batch == "auto", "batch.micro_batch", f"'{self.micro_batch}' is neither auto nor N")
+
+    @property
+    def micro_batches(self) -> int:
+        """k: micro-batches a virtual rank runs in a step (after `micro_batch` has been resolved)."""
+        assert isinstance(self.micro_batch, int)
+        return self.sequences // self.virtual_ranks // self.micro_batch
+
+
+class OptimizerKind(Enum):
+    adamw = "adamw"
+
+
+@dataclass(slots=True, kw_only=True)
+class Optimizer:
+    kind: OptimizerKind = MISSING
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0  # of the whole gradient; 0 switches clipping off
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", f"{self.lr} is no learning rate: use a number above 0")
+        _require(0 <= self.beta1 < 1, "optimizer.beta1", f"{self.beta1} is not in [0, 1)")
+        _require(0 <= self.beta2 < 1, "optimizer.beta2", f"{self.beta2} is not in [0, 1)")
+        _require(self.eps > 0, "optimizer.eps", f"{self.eps} must be above 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", f"{self.weight_decay} must not be negative")
+        _require(self.clip_norm >= 0, "optimizer.clip_norm", f"{self.clip_norm} must not be negative (0: off)")
+
+
+class ScheduleKind(Enum):
+    cosine = "cosine"
+    wsd = "wsd"  # warmup, stable, decay
+    constant = "constant"
+
+
+@dataclass(slots=True, kw_only=True)
+class Schedule:
+    kind: ScheduleKind = MISSING
+    warmup_steps: int = 50
+    decay: float = 0.3  # wsd: the share of all steps that the decay takes
+    floor: float = 0.0  # where the decay ends, as a share of optimizer.lr
+
+    def __post_init__(self) -> None:
+        _require(self.warmup_steps >= 0, "schedule.warmup_steps", "must not be negative")
+        _require(0 <= self.decay <= 1, "schedule.decay", f"{self.decay} is not a share between 0 and 1")
+        _require(0 <= self.floor <= 1, "schedule.floor", f"{self.floor} is not a share between 0 and 1")
+
+
+class ReduceMode(Enum):
+    exact = "exact"  # the canonical tree: bitwise equal for any world size
+    fast = "fast"  # the backend's own all-reduce
+
+
+@dataclass(slots=True, kw_only=True)
+class Reduce:
+    mode: ReduceMode = MISSING
+    bucket_mib: float = 8.0
+
+    def __post_init__(self) -> None:
+        _require(self.bucket_mib > 0, "reduce.bucket_mib", "must be above 0")
+
+
+@dataclass(slots=True, kw_only=True)
+class Eval:
+    every: int = 100  # steps; 0: at the end only
+    tokens: int = 65_536  # of the validation set, on the way; at the end it is used whole
+    micro_batch: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "eval.every", "must not be negative")
+        _require(self.tokens >= 1, "eval.tokens", "must be at least 1")
+        _require(self.micro_batch >= 1, "eval.micro_batch", "must be at least 1")
+
+
+@dataclass(slots=True, kw_only=True)
+class Checkpoint:
+    every: int = 200  # steps; 0: at the end only
+    keep: int = 2  # the last so many
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "checkpoint.every", "must not be negative")
+        _require(self.keep >= 1, "checkpoint.keep", "must be at least 1")
+
+
+class ResumeMode(Enum):
+    auto = "auto"  # continue where the run folder has something to continue from
+    never = "never"  # a run folder that holds a run is refused
+    required = "required"  # a run folder that holds no checkpoint is refused
+
+
+@dataclass(slots=True, kw_only=True)
+class Resume:
+    mode: ResumeMode = MISSING
+    allow: Any = None  # keys that may differ from the run's own, such as steps or [steps,optimizer.lr]
+
+    def allowed(self) -> list[str]:
+        return [] if self.allow is None else [self.allow] if isinstance(self.allow, str) else list(self.allow)
+
+
+@dataclass(slots=True, kw_only=True)
+class Log:
+    every: int = 10  # steps between lines on the console and in the loggers
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "log.every", "must be at least 1")
+
+
+LOGGERS = ("tensorboard", "csv", "wandb")
+ACCELERATORS = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")
+COMPILES = ("auto", True, False)
+
+
+def _choice(value: Any, key: str, choices: tuple[Any, ...]) -> None:
+    shown = ", ".join(str(c).lower() for c in choices)
+    _require(value in choices, key, f"'{value}' is unknown: choose from {shown}")
+
+
+@dataclass(slots=True, kw_only=True)
+class Train:
+    """A training run. `name` is its folder under `runs/`; the same name continues the run."""
+
+    name: str = MISSING
+    seed: int = 0
+    steps: int = 200
+    devices: int | str = "auto"  # ranks on this node; auto: one a GPU, or one a CPU core, up to 8
+    nodes: int = 1
+    accelerator: str = "auto"
+    precision: str = "auto"
+    compile: Any = "auto"
+    stop_after: str = ""  # wall time such as 50min, after which the run saves, stops and exits 75
+    runs: str = "runs"  # the folder of run folders
+    logger: list[str] = field(default_factory=lambda: ["tensorboard", "csv"])
+    model: Model = MISSING
+    data: Data = MISSING
+    batch: Batch = field(default_factory=Batch)
+    optimizer: Optimizer = MISSING
+    schedule: Schedule = MISSING
+    reduce: Reduce = MISSING
+    eval: Eval = field(default_factory=Eval)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    resume: Resume = MISSING
+    log: Log = field(default_factory=Log)
+    sample: str = ""  # a prompt to continue at the end of the run; empty: the corpus's own beginning
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name != "" and Path(self.name).name == self.name and self.name not in (".", ".."),
+            "name",
+            f"'{self.name}' cannot be a folder's name under {self.runs}/",
+        )
+        _require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
+        _require(self.steps >= 1, "steps", f"{self.steps} is too few: use 1 or more")
+        _require(self.nodes >= 1, "nodes", f"{self.nodes} is too few: use 1 or more")
+        _choice(self.accelerator, "accelerator", ACCELERATORS)
+        _choice(self.precision, "precision", PRECISIONS)
+        _choice(self.compile, "compile", COMPILES)
+        for logger in self.logger:
+            _choice(logger, "logger", LOGGERS)
+        if isinstance(self.devices, int):
+            _require(self.devices >= 1, "devices", f"{self.devices} is too few: use 1 or more")
+            ranks = self.devices * self.nodes
+            _require(
+                ranks <= self.batch.virtual_ranks,
+                "devices",
+                f"{ranks} ranks are more than batch.virtual_ranks={self.batch.virtual_ranks}: "
+                f"use at most that many ranks, or batch.virtual_ranks={ranks}",
+            )
+        else:
+            _require(self.devices == "auto", "devices", f"'{self.devices}' is neither auto nor a number")
+        seconds(self.stop_after)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs).expanduser() / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.sequences * self.model.context
+
+
+UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+
+
+def seconds(text: str) -> float | None:
+    """Seconds in a wall time such as `90s`, `50min`, `2h`, `1.5d`; None where it is empty."""
+    if not text:
+        return None
+    match = re.fullmatch(r"([0-9.]+)\s*(s|min|h|d)", text)
+    _require(match is not None, "stop_after", f"'{text}' is no duration: write 90s, 50min, 2h or 1d")
+    assert match is not None
+    return float(match[1]) * UNITS[match[2]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan(Train):
+    """`colossus plan`: a training run, by arithmetic alone."""
+
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        Train.__post_init__(self)
+        _choice(self.format, "format", FORMATS)
+
+
+# -------------------------------------------------------------------------------------------- other commands
+
+FORMATS = ("table", "json")
+
+
+@dataclass(slots=True, kw_only=True)
+class Sample:
+    """`colossus sample`: continue a prompt with a run's model."""
+
+    run: str = MISSING  # a folder, or a name under runs/
+    step: int = -1  # of the checkpoint; -1: the newest
+    prompt: str = ""
+    tokens: int = 200
+    count: int = 1
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    seed: int = 0
+    accelerator: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.tokens >= 1, "tokens", "must be at least 1")
+        _require(self.count >= 1, "count", "must be at least 1")
+        _require(self.temperature >= 0, "temperature", "must not be negative (0: always the likeliest token)")
+        _require(self.top_k >= 0, "top_k", "must not be negative (0: off)")
+        _require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is not in (0, 1]")
+        _choice(self.accelerator, "accelerator", ACCELERATORS)
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluate:
+    """`colossus eval`: bits per byte of a run's model on its validation set, beside gzip's."""
+
+    run: str = MISSING
+    step: int = -1
+    tokens: int = 0  # of the validation set; 0: all
+    micro_batch: int = 8
+    accelerator: str = "auto"
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        _require(self.tokens >= 0, "tokens", "must not be negative (0: all)")
+        _require(self.micro_batch >= 1, "micro_batch", "must be at least 1")
+        _choice(self.accelerator, "accelerator", ACCELERATORS)
+        _choice(self.format, "format", FORMATS)
+
+
+@dataclass(slots=True, kw_only=True)
+class Runs:
+    """`colossus runs`: the runs under a folder, a line each."""
+
+    runs: str = "runs"
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        _choice(self.format, "format", FORMATS)
+
+
+MODELS: dict[str, type[Model]] = {"llama": Llama}
+SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
+_GROUPS = {"data": Data, "optimizer": Optimizer, "schedule": Schedule, "reduce": Reduce, "resume": Resume}
+
+
+def register() -> None:
+    """Tell Hydra the schemas; the YAML files name them in their defaults."""
+    store = ConfigStore.instance().store
+    for name, schema in SCHEMAS.items():
+        store(name=f"{name}_schema", node=schema)
+    for family, model in MODELS.items():
+        store(group="model", name=f"schema_{family}", node=model)
+    for group, node in _GROUPS.items():
+        store(group=group, name="schema", node=node)
+
+
+def to_yaml(config: Any) -> str:
+    """Plain YAML, nothing left to resolve: what any YAML reader reads."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: Any, text: Callable[[str], str] = str) -> Any:
+    """Enums by name; every string through `text`."""
+    if isinstance(value, dict):
+        return {key: _plain(item, text) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, text) for item in value]
+    return value.name if isinstance(value, Enum) else text(value) if isinstance(value, str) else value
+
+
+def read_train(path: Path) -> Train:
+    """A run's `config.yaml` as it was written; raises `Refused` where it is none."""
+    try:
+        stored = _plain(yaml.safe_load(path.read_text()), lambda text: text.replace("${", "\\${"))  # not to be resolved
+        schema = OmegaConf.structured(Train)
+        for group, node in _GROUPS.items():
+            schema[group] = OmegaConf.structured(node)
+        schema.model = OmegaConf.structured(MODELS[stored["model"]["family"]])
+        config = OmegaConf.to_object(OmegaConf.merge(schema, stored))
+    except (OSError, KeyError, TypeError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise Refused(str(path), f"is not a run's configuration ({str(error).splitlines()[0]})") from error
+    assert isinstance(config, Train)
+    return config
