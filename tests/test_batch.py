@@ -1,0 +1,97 @@
+"""The law as arithmetic: the tree is one tree whoever hosts its leaves."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from train.batch import Node, buffers, children, fold, maximal, micro_batch_seed, missing, root, shares
+
+
+def order(node: Node) -> str:
+    """The sum under a node, written out."""
+    return fold(node, lambda n: str(n.first) if n.is_leaf else None, lambda left, right: f"({left}+{right})")
+
+
+@pytest.mark.parametrize(
+    ("virtual_ranks", "written"),
+    [
+        (1, "0"),
+        (2, "(0+1)"),
+        (3, "((0+1)+2)"),
+        (5, "(((0+1)+(2+3))+4)"),
+        (6, "(((0+1)+(2+3))+(4+5))"),
+        (8, "(((0+1)+(2+3))+((4+5)+(6+7)))"),
+    ],
+)
+def test_the_canonical_order(virtual_ranks: int, written: str) -> None:
+    assert order(root(virtual_ranks)) == written
+
+
+@pytest.mark.parametrize("virtual_ranks", [1, 2, 3, 5, 7, 8, 12, 13, 32])
+def test_the_order_does_not_depend_on_the_ranks(virtual_ranks: int) -> None:
+    """Add up what each rank hosts, then what the ranks have: the same expression for every world size."""
+    for world in range(1, virtual_ranks + 1):
+        at_hand = {
+            node: order(node)
+            for hosted in shares(virtual_ranks, world)
+            for node in maximal(hosted, root(virtual_ranks))
+        }
+        total = fold(root(virtual_ranks), at_hand.get, lambda left, right: f"({left}+{right})")
+        assert total == order(root(virtual_ranks)), world
+
+
+def test_any_ownership_gives_the_same_order() -> None:
+    """Not contiguous shares only: after a loss, a rank may host any leaves."""
+    rng = random.Random(0)
+    for virtual_ranks in (5, 8, 11):
+        for _ in range(50):
+            owner = [rng.randrange(3) for _ in range(virtual_ranks)]
+            at_hand = {}
+            for rank in range(3):
+                for node in maximal({v for v in range(virtual_ranks) if owner[v] == rank}, root(virtual_ranks)):
+                    at_hand[node] = order(node)
+            assert missing(at_hand, root(virtual_ranks)) == []
+            total = fold(root(virtual_ranks), at_hand.get, lambda left, right: f"({left}+{right})")
+            assert total == order(root(virtual_ranks))
+
+
+def test_missing_names_what_is_not_at_hand() -> None:
+    assert missing([Node(0, 4), Node(6, 7)], root(8)) == [4, 5, 7]
+    with pytest.raises(LookupError, match="virtual rank 4"):
+        fold(root(8), {Node(0, 4): 1}.get, lambda left, right: left + right)
+
+
+def test_children_split_at_the_largest_power_of_two() -> None:
+    for leaves in range(2, 200):
+        left, right = children(Node(10, 10 + leaves))
+        assert left.end == right.first
+        assert left.end - left.first == max(2**i for i in range(8) if 2**i < leaves)
+
+
+def test_shares_are_even_and_cover() -> None:
+    for virtual_ranks, world in itertools.product(range(1, 20), range(1, 20)):
+        if world > virtual_ranks:
+            with pytest.raises(ValueError, match="cannot host"):
+                shares(virtual_ranks, world)
+            continue
+        hosted = shares(virtual_ranks, world)
+        assert [v for share in hosted for v in share] == list(range(virtual_ranks))
+        assert max(map(len, hosted)) - min(map(len, hosted)) <= 1
+
+
+def test_aligned_shares_need_a_buffer_a_level() -> None:
+    """log2(n) + 1 for n hosted leaves of an aligned share; one where every rank hosts one."""
+    assert [buffers(8, range(n)) for n in (1, 2, 4, 8)] == [1, 2, 3, 4]
+    assert buffers(32, range(32)) == 6
+    assert buffers(8, range(3, 6)) == 3  # 3 | 4 5: the sums of two subtrees, and a leaf at work
+
+
+def test_micro_batch_seeds_differ() -> None:
+    keys = list(itertools.product(range(2), range(5), range(8), range(3)))
+    seeds = {micro_batch_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert micro_batch_seed(0, 0, 0, 0) == 8662518681111019217  # written down: a change here changes every run

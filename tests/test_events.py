@@ -1,0 +1,43 @@
+"""The record: one line an event, a torn line cut, no NaN."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from train import events
+
+
+def test_a_torn_last_line_is_cut_before_appending(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = events.EventLog(path)
+    log.append(events.Warned(rank=0, text="one").record())
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'{"kind":"step","loss":1.')
+    assert [record["text"] for record in events.read(path)] == ["one"]
+    log = events.EventLog(path)
+    log.append(events.Warned(rank=1, text="two").record())
+    log.close()
+    assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["one", "two"]
+
+
+def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"x" * 200_000)
+    events.EventLog(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_what_is_not_finite_becomes_null() -> None:
+    step = events.Step(
+        step=1, loss=float("nan"), loss_hex="nan", lr=1.0, grad_norm=float("inf"), tokens=1, seconds=0.1, world=1
+    )
+    record = json.loads(events.line(step.record()))
+    assert record["loss"] is None
+    assert record["grad_norm"] is None
+    assert record["kind"] == "step"
+
+
+def test_a_missing_file_has_no_events(tmp_path: Path) -> None:
+    assert list(events.read(tmp_path / "none.jsonl")) == []

@@ -1,0 +1,121 @@
+"""The batch law, as arithmetic.
+
+A run has V *virtual ranks*, whatever hardware it has. A step's global batch is V x k micro-batches of fixed
+shape; virtual rank v runs its k micro-batches in order, as ordinary gradient accumulation, and what it sees is a
+function of (seed, step, v, micro-batch) alone. Its gradient is leaf v of one **canonical binary tree** over
+0 … V-1, which splits n leaves at the largest power of two below n:
+
+        [0,8)                      [0,6)
+       /     \\                    /     \\
+    [0,4)   [4,8)              [0,4)   [4,6)
+    /   \\   /   \\             /   \\   /   \\
+   ...  ... ...  ...         [0,2)[2,4) 4    5
+
+The step's gradient is the sum at the root, added in the order of the tree. Floating-point addition does not
+associate, so the order *is* the result; and as the order is the tree's, it does not matter which rank computed
+which leaf, or how many ranks there were. Physical ranks, 1 … V of them, *host* virtual ranks: a rank adds up the
+few maximal subtrees of what it hosts, and the rest of the tree is finished between ranks (`train.reduce`).
+
+Everything here is integers: no torch, no ranks of its own, nothing to mock in a test. One recursion, `fold`, says
+all: *given the tree and what is at hand, what is the sum?* And `missing` says what is not at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Node(NamedTuple):
+    """The subtree over the virtual ranks `first` … `end - 1`."""
+
+    first: int
+    end: int
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.end - self.first == 1
+
+
+def root(virtual_ranks: int) -> Node:
+    return Node(0, virtual_ranks)
+
+
+def children(node: Node) -> tuple[Node, Node]:
+    """Split at the largest power of two below the number of leaves: 8 -> 4 + 4, 6 -> 4 + 2, 5 -> 4 + 1."""
+    leaves = node.end - node.first
+    middle = node.first + (1 << ((leaves - 1).bit_length() - 1))
+    return Node(node.first, middle), Node(middle, node.end)
+
+
+def fold(node: Node, at_hand: Callable[[Node], T | None], add: Callable[[T, T], T]) -> T:
+    """The sum under `node`, added in the tree's order, left before right.
+
+    `at_hand(node)` gives a subtree's sum where there is one, else None and its children are asked; a leaf must be
+    at hand. At most one value a level is alive at a time: log2(V) + 1 of them while a whole tree is folded.
+    """
+    value = at_hand(node)
+    if value is not None:
+        return value
+    if node.is_leaf:
+        raise LookupError(f"virtual rank {node.first} is not at hand")
+    left, right = children(node)
+    left_sum = fold(left, at_hand, add)
+    return add(left_sum, fold(right, at_hand, add))
+
+
+def maximal(hosted: Collection[int], node: Node) -> list[Node]:
+    """The largest subtrees of `node` all of whose leaves are in `hosted`, from left to right."""
+    if all(v in hosted for v in range(*node)):
+        return [node]
+    return [] if node.is_leaf else [part for child in children(node) for part in maximal(hosted, child)]
+
+
+def missing(have: Collection[Node], node: Node) -> list[int]:
+    """The virtual ranks under `node` that no subtree in `have` covers."""
+    if node in have:
+        return []
+    return [node.first] if node.is_leaf else [v for child in children(node) for v in missing(have, child)]
+
+
+def shares(virtual_ranks: int, ranks: int) -> list[range]:
+    """Which virtual ranks each rank hosts: contiguous, as even as they go, the larger shares first."""
+    if not 1 <= ranks <= virtual_ranks:
+        raise ValueError(f"{ranks} ranks cannot host {virtual_ranks} virtual ranks")
+    small, larger = divmod(virtual_ranks, ranks)
+    starts = [rank * small + min(rank, larger) for rank in range(ranks + 1)]
+    return [range(starts[rank], starts[rank + 1]) for rank in range(ranks)]
+
+
+def buffers(virtual_ranks: int, hosted: Sequence[int]) -> int:
+    """Gradient buffers alive at once on a rank that hosts these virtual ranks: what a memory plan counts.
+
+    While the tree is folded in order, a buffer is alive for each finished left sibling, and one for the leaf at work.
+    """
+    alive = most = 0
+
+    def leaf(node: Node) -> int | None:
+        nonlocal alive, most
+        if not node.is_leaf:
+            return None
+        alive += 1
+        most = max(most, alive)
+        return 1
+
+    def add(left: int, right: int) -> int:
+        nonlocal alive
+        alive -= 1
+        return left
+
+    for node in maximal(hosted, root(virtual_ranks)):
+        fold(node, leaf, add)
+    return most
+
+
+def micro_batch_seed(seed: int, step: int, virtual_rank: int, micro_batch: int) -> int:
+    """The seed of all randomness (dropout) in one micro-batch: 63 bits, a function of these four numbers alone."""
+    key = f"{seed}/{step}/{virtual_rank}/{micro_batch}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1

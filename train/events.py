@@ -1,0 +1,197 @@
+"""The run's record: what happened, one JSON object a line.
+
+A run is described by its events and by nothing else: the console, the summary and every report are computed from
+them. Ranks send theirs to the supervisor, which is the only writer of the file. A line is written with one `write`,
+so that a crash can tear only the last one; a torn last line is cut before the next append. A number that is not
+finite becomes null, because JSON has no NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(slots=True, kw_only=True)
+class Event:
+    kind: ClassVar[str] = ""
+    time: float = field(default_factory=time.time)  # Unix seconds
+
+    def record(self) -> dict[str, Any]:
+        return {"time": self.time, "kind": self.kind, **asdict(self)}
+
+
+@dataclass(slots=True, kw_only=True)
+class Start(Event):
+    """The ranks are up and the state is in place: what runs, where, from which step."""
+
+    kind: ClassVar[str] = "start"
+    step: int
+    world: int
+    virtual_ranks: int
+    micro_batch: int
+    micro_batches: int
+    device: str
+    peak_flops: float | None  # of all ranks together
+    peak_source: str
+    precision: str
+    compiled: bool
+    parameters: int
+    flops_per_token: float
+    memory_bytes: int  # expected, a rank
+    tokens_per_step: int
+    steps: int
+    fingerprint: dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class Step(Event):
+    """A committed step. `tokens` is cumulative; `seconds` is the time since the step before."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    loss: float  # nats per token
+    loss_hex: str  # the same number, every bit of it
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+    world: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Throughput(Event):
+    """A logging step: what the steps since the last one achieved."""
+
+    kind: ClassVar[str] = "throughput"
+    step: int
+    tokens_per_s: float
+    mfu: float | None  # model FLOP/s as a share of the devices' dense peak
+    memory_bytes: int  # peak of rank 0's process on a CPU, of its allocator on a GPU
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluated(Event):
+    kind: ClassVar[str] = "eval"
+    step: int
+    loss: float  # nats per token
+    bpb: float | None  # bits per byte; None where the corpus has no bytes to count
+    tokens: int
+    whole: bool  # the whole validation set, not a part of it
+    seconds: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Saved(Event):
+    kind: ClassVar[str] = "checkpoint"
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Restored(Event):
+    kind: ClassVar[str] = "restore"
+    step: int
+    path: str
+    refused: list[str]  # checkpoints that were damaged, and how
+
+
+@dataclass(slots=True, kw_only=True)
+class Fault(Event):
+    """Something died or went wrong: which rank, in which phase of which step, and its cause in one line."""
+
+    kind: ClassVar[str] = "fault"
+    fault: str
+    phase: str
+    rank: int
+    step: int | None
+    cause: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Warned(Event):
+    kind: ClassVar[str] = "warning"
+    rank: int
+    text: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Finished(Event):
+    """What rank 0 says at the end of a run, or of a part of it; the summary is made from it."""
+
+    kind: ClassVar[str] = "end"
+    step: int
+    stopped: bool  # on request, before the last step
+    state_sha256: str
+    sample: str = ""
+    yardsticks: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Left(Event):
+    """The last word of every rank that ended by itself."""
+
+    kind: ClassVar[str] = "left"
+    rank: int
+    step: int
+    stopped: bool
+
+
+def line(record: dict[str, Any]) -> str:
+    """One event as one line of JSON, without its newline."""
+    return json.dumps(_finite(record), allow_nan=False, separators=(",", ":"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+class EventLog:
+    """The append side. Not shared between processes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        size = os.fstat(self._file).st_size
+        end = size
+        while end > 0:
+            start = max(0, end - 65_536)
+            newline = os.pread(self._file, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(self._file, end)
+
+    def append(self, record: dict[str, Any]) -> None:
+        os.write(self._file, line(record).encode() + b"\n")
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a file, oldest first; a torn last line is passed over. A missing file has no events."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for raw in file:
+            if raw.endswith(b"\n"):
+                yield json.loads(raw)

@@ -1,0 +1,130 @@
+"""Membership: which ranks there are, and how a rank joins them.
+
+The supervisor gives each rank its place (`Place`); the ranks meet at a TCP store that rank 0 hosts. On one host
+the store listens on loopback only: `TCPStore` would listen on all interfaces even when told 127.0.0.1, so it is
+handed a socket that is bound already.
+
+`Group` is a Lightning Fabric strategy as well: one device a rank, nothing wrapped, nothing reduced behind the
+loop's back. Fabric brings devices, precision and loggers; the sum of the gradients is `train.reduce`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import Precision
+from lightning.fabric.strategies.strategy import Strategy
+from torch import Tensor, nn
+from torch._C._distributed_c10d import TCPStore
+
+gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+TIMEOUT = timedelta(minutes=30)  # a collective that takes longer has lost a rank; the supervisor sees that first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank stands: among all ranks, on its host, on which device, and where the ranks meet."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: str  # "cpu", "cuda:3"
+    host: str  # of the store
+    port: int
+    loopback: bool  # all ranks are on this host
+    backend: str  # "gloo", "nccl"
+
+
+class Group(Strategy):
+    """The ranks of a run, as this rank sees them."""
+
+    def __init__(self, place: Place, precision: Precision) -> None:
+        super().__init__(precision=precision)
+        self.rank, self.world = place.rank, place.world
+        self.global_rank, self.local_rank, self.world_size = place.rank, place.local_rank, place.world
+        self._device = torch.device(place.device)
+        # gloo exchanges tensors in the host's memory; nccl in the device's own
+        self.wire = torch.device("cpu") if place.backend == "gloo" else self._device
+
+    # What Fabric asks of a strategy.
+
+    @property
+    def root_device(self) -> torch.device:
+        return self._device
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.rank == 0
+
+    def module_to_device(self, module: nn.Module) -> None:
+        module.to(self._device)
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """(…) on each rank -> (W, …) on all of them."""
+        if self.world == 1:
+            return tensor.unsqueeze(0)
+        sent = tensor.contiguous().to(self.wire)
+        gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
+        gather_flat(gathered.view(-1), sent.view(-1))
+        return gathered.to(tensor.device)
+
+    def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """In place on the wire's device; the returned tensor holds the result on the tensor's own."""
+        if self.world == 1:
+            return tensor
+        on_wire = tensor.to(self.wire)
+        dist.all_reduce(on_wire, op=reduce_op)
+        return on_wire.to(tensor.device)
+
+    def barrier(self, name: str | None = None) -> None:
+        if self.world > 1:
+            self.all_reduce(torch.zeros(1))
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Tensors only: objects would travel as pickles."""
+        if not isinstance(obj, Tensor):
+            raise TypeError(f"only tensors are broadcast, not {type(obj).__name__}")
+        if self.world > 1:
+            on_wire = obj.to(self.wire)
+            dist.broadcast(on_wire, src)
+            obj.copy_(on_wire)
+        return obj
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        raise NotImplementedError("backward never synchronizes here: the reducer does, once a step")
+
+    def module_sharded_context(self) -> AbstractContextManager[None]:
+        raise NotImplementedError("nothing is sharded by Fabric here")
+
+
+def join(place: Place, listener: socket.socket | None) -> None:
+    """Meet the other ranks: after this, torch.distributed's default group is this run's.
+
+    `listener` is rank 0's socket for the store, bound and listening.
+    """
+    if place.world == 1:
+        return
+    if place.loopback:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    store = TCPStore(
+        place.host,
+        place.port,
+        world_size=place.world,
+        is_master=listener is not None,
+        timeout=TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach() if listener is not None else None,
+    )
+    dist.init_process_group(place.backend, store=store, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
