@@ -1,0 +1,191 @@
+"""What one sees of a run: a banner, a progress bar, a line for each event that matters, and at the end what to do next.
+
+On a terminal the bar moves; elsewhere (a log file, CI) there is a plain line now and then. All of it is made from
+events, which is why it can be shown by a process that knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as Rich
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from train.config import Train
+
+QUIET = 15.0  # seconds between plain lines where there is no terminal
+EXPECTED_MFU = 0.4  # for the expected time, until a throughput has been measured
+
+
+class Console:
+    def __init__(self) -> None:
+        self._rich = Rich(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._moves = self._rich.is_terminal
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._label = ""
+        self._spoke = 0.0
+        self._speed = self._mfu = ""
+        self._first_loss: float | None = None
+
+    def say(self, text: str) -> None:
+        self._rich.print(Text(text))
+
+    def error(self, text: str) -> None:
+        self.close()
+        print(f"colossus: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    # ------------------------------------------------------------------------------------------ preparing
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """The preparation of the data: called as often as the caller likes."""
+        if self._moves:
+            if self._bar is None or label != self._label:
+                self.close()
+                columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+                self._bar = Progress(*columns, TimeRemainingColumn(), console=self._rich, transient=True)
+                self._bar.start()
+                self._task = self._bar.add_task(label, total=total)
+            self._bar.update(self._task, completed=done, total=total)
+        elif label != self._label:
+            self.say(f"{label} …")
+        self._label = label
+
+    # --------------------------------------------------------------------------------------------- events
+
+    def event(self, record: dict[str, Any]) -> None:
+        show = getattr(self, f"_on_{record['kind']}", None)
+        if show is not None:
+            show(record)
+
+    def _on_restore(self, record: dict[str, Any]) -> None:
+        for refused in record["refused"]:
+            self.say(f"passed over a damaged checkpoint: {refused}")
+        self.say(f"going on from step {record['step']} ({record['path']})")
+
+    def _on_start(self, record: dict[str, Any]) -> None:
+        self.close()
+        self._rich.print(_banner(record))
+        self._steps = record["steps"]
+        if self._moves:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self._rich,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=record["steps"], completed=record["step"], numbers="")
+
+    def _on_throughput(self, record: dict[str, Any]) -> None:
+        mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.0f} %"
+        self._speed, self._mfu = f"{record['tokens_per_s']:,.0f} tokens/s", f"MFU {mfu}"
+
+    def _on_step(self, record: dict[str, Any]) -> None:
+        numbers = "  ".join(part for part in (f"loss {_number(record['loss'])}", self._speed, self._mfu) if part)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], numbers=numbers)
+        elif time.monotonic() - self._spoke > QUIET or record["step"] == self._steps:
+            self._spoke = time.monotonic()
+            self.say(f"step {record['step']}/{self._steps}  {numbers}")
+
+    def _on_eval(self, record: dict[str, Any]) -> None:
+        part = "the whole validation set" if record["whole"] else "validation"
+        score = f"{record['loss']:.4f} nats per token"
+        if record["bpb"] is not None:
+            score = f"{record['bpb']:.4f} bits per byte, {score}"
+        self.say(f"step {record['step']}: {part} {score}")
+
+    def _on_warning(self, record: dict[str, Any]) -> None:
+        self.say(f"warning (rank {record['rank']}): {record['text']}")
+
+    # ------------------------------------------------------------------------------------------------ end
+
+    def finished_already(self, config: Train, summary: dict[str, Any]) -> None:
+        self.say(
+            f"{config.folder} is finished ({summary['steps']} steps). More: steps=N resume.allow=steps; "
+            f"again from the start: another name=…"
+        )
+
+    def summary(self, config: Train, path: Path, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        """The last lines of a run: how it went, a sample, and what to do next."""
+        done = f"{summary['steps']}/{config.steps} steps, {summary['tokens'] / 1e6:.2f} M tokens"
+        speed = f"{summary['tokens_per_s']:,.0f} tokens/s" if summary["tokens_per_s"] else "too short to time"
+        wall = summary["goodput"]["wall_s"]
+        self.say(f"{'stopped' if summary['stopped'] else 'done'}: {done}, {speed}, {wall:.0f} s")
+        if summary["stopped"]:
+            self.say(f"the same command goes on from here ({path})")
+            return
+        end = next(record for record in reversed(records) if record["kind"] == "end")
+        if summary["val_bpb"] is not None:
+            self.say(f"validation: {summary['val_bpb']:.4f} bits per byte{_beside(summary)}")
+        else:
+            self.say(f"validation: {summary['val_loss']:.4f} nats per token")
+        if end["sample"]:
+            self.say("a sample:")
+            self.say("\n".join(f"  │ {line}" for line in end["sample"].splitlines()))
+        self.say(f"state {summary['state_sha256'][:16]}… in {path}/summary.json")
+        self.say("next:")
+        for command in (f"sample run={path} prompt='def '", f"eval run={path}", "runs"):
+            self.say(f"  colossus {command}")
+
+
+def _beside(summary: dict[str, Any]) -> str:
+    """The yardsticks: what gzip makes of the same bytes."""
+    yardsticks = summary["yardsticks"]
+    windows, whole = yardsticks["gzip_windows"], yardsticks["gzip_documents"]
+    if windows is None or whole is None:
+        return ""
+    verdict = "the model beats both" if summary["val_bpb"] < min(windows, whole) else "the model does not beat it yet"
+    return f"\n  gzip -9: {windows:.4f} on windows of the model's context, {whole:.4f} on whole files: {verdict}"
+
+
+def _banner(start: dict[str, Any]) -> Table:
+    """What will be trained, on what, and what to expect."""
+    steps = start["steps"] - start["step"]
+    tokens = steps * start["tokens_per_step"]
+    peak = start["peak_flops"]
+    seconds = tokens * start["flops_per_token"] / (EXPECTED_MFU * peak) if peak else None
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", min_width=9)
+    table.add_column()
+    table.add_row(
+        "model",
+        f"{start['parameters'] / 1e6:.2f} M parameters, {start['precision']}"
+        + (", compiled" if start["compiled"] else ""),
+    )
+    k, size = start["micro_batches"], start["micro_batch"]
+    table.add_row(
+        "batch",
+        f"{start['tokens_per_step']:,} tokens a step: {start['virtual_ranks']} virtual ranks x {k} x {size} sequences",
+    )
+    flops = "peak n/a" if peak is None else f"{peak / 1e12:.2f} TFLOP/s peak ({start['peak_source']})"
+    table.add_row("on", f"{start['world']} rank{'s' * (start['world'] > 1)}, {start['device']}, {flops}")
+    expected = "" if seconds is None else f", about {duration(seconds)} at {100 * EXPECTED_MFU:.0f} % MFU"
+    table.add_row(
+        "expected",
+        f"{steps:,} steps, {tokens / 1e6:,.1f} M tokens{expected}, {start['memory_bytes'] / 2**30:.1f} GiB a rank",
+    )
+    return table
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4f}"

@@ -1,0 +1,1 @@
+"""Where text comes from, how it becomes tokens, and which tokens a step sees."""

@@ -1,0 +1,242 @@
+"""From a corpus to stores of tokens: once, and never twice.
+
+Everything that is made is kept under a fingerprint of what it is made from: a tokenizer under the digests of the
+documents that trained it, a store under those of its files, its tokenizer and its split. So preparing is a lookup
+first; an edited corpus or another vocabulary is another store; two runs of the same corpus share one, and a lock
+keeps the second from doing the work of the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from train.config import Data, Refused, Source, SourceKind, TokenizerKind
+from train.data import store
+from train.data.corpus import File, Progress, documents, held_out, pin, utf8
+from train.data.store import digest
+from train.data.tokenizer import Tokenizer
+from train.data.writing import Job, Preparer, index_bin, quiet, write_store
+
+READ = (SourceKind.stdlib, SourceKind.text, SourceKind.hf)  # kinds that hold text
+SAMPLE = 32 << 20  # bytes of training documents that a BPE is trained on
+
+
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    tokens: int
+    documents: int
+    bytes: int | None  # UTF-8 bytes of the documents; None where ids stand for no text that we know
+
+
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """All that a rank needs to know in order to read the corpus; goes through JSON to get there."""
+
+    stores: list[str]  # a folder for each source
+    weights: list[float]
+    validation_shards: list[int]  # of each store: the first so many hold the validation set
+    digest: str  # of the whole corpus's identity: contents, tokenizer, split, weights
+    vocab: int
+    eot: int
+    tokenizer: str  # path of its tokenizer.json
+    complete: bool  # False: shards are still to come, and the training counts are those so far
+    skipped: int  # documents left out because they are not UTF-8
+    train: Counts
+    validation: Counts
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Prepared:
+        value = json.loads(text)
+        return cls(**{**value, "train": Counts(**value["train"]), "validation": Counts(**value["validation"])})
+
+
+def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) -> tuple[Prepared, Preparer | None]:
+    """Make, or find, the tokens of a corpus.
+
+    Returns what the ranks read it by, and a Preparer where shards are still to come. `seed` chooses synthetic tokens;
+    `context` only serves to refuse a corpus that is shorter than one sample. Raises Refused.
+    """
+    cache = cache_folder(data)
+    sources = list(data.parts.values()) or [data]
+    pins = [pin(source, cache, progress) if source.kind in READ else [] for source in sources]
+    path, tokenizer = _tokenizer(data, sources, pins, cache, progress)
+    folders, identities, running = [], [], []
+    for source, files in zip(sources, pins, strict=True):
+        if source.kind is SourceKind.bin:
+            folder, identity = index_bin(source, tokenizer.vocab, cache, progress)
+        else:
+            random = None if files else [seed, data.synthetic_tokens]
+            growing = source.kind is SourceKind.hf
+            content = [_identity(source, files), random, growing, data.validation, data.shard_tokens]
+            identity = digest(store.FORMAT, path.parent.name, tokenizer.vocab, content)
+            folder = cache / "stores" / identity[:24]
+            job = Job(
+                folder=str(folder),
+                tokenizer=str(path),
+                files=files,
+                field=source.field,
+                validation=data.validation,
+                shard_tokens=data.shard_tokens,
+                growing=growing,
+                seed=seed,
+                synthetic_tokens=data.synthetic_tokens,
+                parent=os.getpid(),
+            )
+            if (process := write_store(job, progress)) is not None:
+                running.append((folder, process))
+        folders.append(folder)
+        identities.append(identity)
+    weights = [source.weight for source in sources]
+    known = all(source.kind in READ for source in sources)
+    prepared = _summary(folders, weights, known, path, tokenizer, context, sources)
+    prepared.digest = digest(identities, weights, tokenizer.to_str())
+    return prepared, Preparer(running) if running else None
+
+
+def cache_folder(data: Data) -> Path:
+    """Where prepared tokens are kept: data.cache, $XDG_CACHE_HOME/pocket-colossus or ~/.cache/pocket-colossus."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pocket-colossus"
+    folder = Path(data.cache or base).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused("data.cache", f"{folder} cannot be made ({error.strerror}): name another folder") from None
+    return folder
+
+
+def _identity(source: Source, files: list[File]) -> str:
+    """Contents in order, and how they are read; not what the files are called or where they lie."""
+    return digest([[file.form, file.sha256, file.whole] for file in files], source.field)
+
+
+def _summary(
+    folders: list[Path],
+    weights: list[float],
+    known: bool,
+    path: Path,
+    tokenizer: Tokenizer,
+    context: int,
+    sources: list[Source],
+) -> Prepared:
+    """Count what there is, and refuse what cannot be trained or validated on."""
+    found = [store.manifests(folder) for folder in folders]
+    shards = [1 if s.kind is SourceKind.hf else len(m) for s, m in zip(sources, found, strict=True)]
+    complete = all(m[-1]["last"] for m in found)
+    for source, all_shards, first in zip(sources, found, shards, strict=True):
+        where = f"data={source.kind.value}"
+        tokens = sum(m["train"]["tokens"] for m in all_shards)
+        if not tokens:
+            raise Refused(where, "the corpus has no training documents: give it more text, or lower data.validation")
+        if all_shards[-1]["last"] and not sum(max(0, m["train"]["tokens"] - 1) // context for m in all_shards):
+            raise Refused(where, f"its {tokens} tokens are less than one sample of {context} + 1 (model.context)")
+        if not sum(m["validation"]["tokens"] for m in all_shards[:first]):
+            raise Refused(
+                "data.validation",
+                f"no document of data={source.kind.value} falls into validation: "
+                + ("name a val*.bin" if source.kind is SourceKind.bin else "raise the share, or add documents"),
+            )
+
+    def counts(split: str) -> Counts:
+        parts = [m[split] for ms, n in zip(found, shards, strict=True) for m in (ms if split == "train" else ms[:n])]
+        total = {key: sum(part[key] for part in parts) for key in ("tokens", "documents", "bytes")}
+        return Counts(**{**total, "bytes": total["bytes"] if known else None})
+
+    return Prepared(
+        stores=[str(folder) for folder in folders],
+        weights=weights,
+        validation_shards=shards,
+        digest="",
+        vocab=tokenizer.vocab,
+        eot=tokenizer.eot,
+        tokenizer=str(path),
+        complete=complete,
+        skipped=sum(m["skipped"] for ms in found for m in ms),
+        train=counts("train"),
+        validation=counts("validation"),
+    )
+
+
+# ----------------------------------------------------------------------------------------------- tokenizer
+
+
+def _tokenizer(
+    data: Data, sources: list[Source], pins: list[list[File]], cache: Path, progress: Progress
+) -> tuple[Path, Tokenizer]:
+    """The one tokenizer of the corpus, and the file in the cache that holds it."""
+    kind, text = data.tokenizer.kind, any(pins)
+    if text and kind is TokenizerKind.none:
+        raise Refused("data.tokenizer.kind", "none turns no text into tokens: use bytes, bpe or file")
+    if not text and kind is TokenizerKind.bpe:
+        raise Refused("data.tokenizer.kind", "there is no text to train a bpe on: use none, or file")
+    if kind in (TokenizerKind.bpe, TokenizerKind.bytes) and any(s.kind is SourceKind.bin for s in sources):
+        raise Refused(
+            "data.tokenizer.kind", "the ids of .bin files belong to a tokenizer of their own: use none, or file"
+        )
+    if kind is TokenizerKind.bpe:
+        what = [[_identity(s, f), s.weight, s.kind is SourceKind.hf] for s, f in zip(sources, pins, strict=True)]
+        name = digest(store.FORMAT, "bpe", data.tokenizer.vocab, SAMPLE, data.validation, what)
+        make = None
+    else:
+        make = (
+            Tokenizer.of_bytes()
+            if kind is TokenizerKind.bytes
+            else Tokenizer.of_ids(data.tokenizer.vocab)
+            if kind is TokenizerKind.none
+            else Tokenizer.load(data.tokenizer.path)
+        )
+        name = digest(make.to_str())
+    folder = cache / "tokenizers" / name[:24]
+    path = folder / "tokenizer.json"
+    held = store.wait(folder)
+    try:
+        if not path.exists():
+            if make is None:
+                make = Tokenizer.train(_sample(data, sources, pins, progress), data.tokenizer.vocab)
+            raw = make.to_str().encode()
+            folder.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".sha256").write_text(hashlib.sha256(raw).hexdigest())
+            (folder / "new").write_bytes(raw)
+            store.sync(folder / "new")
+            (folder / "new").rename(path)
+    finally:
+        os.close(held)
+    return path, Tokenizer.load(path)
+
+
+def _sample(data: Data, sources: list[Source], pins: list[list[File]], progress: Progress) -> Iterator[str]:
+    """Training documents, each source's share by weight; which ones, their own sha256 decides.
+
+    A dataset that is still to be downloaded gives its first documents: a fair sample would have to read it all.
+    """
+    texts = [(source, files) for source, files in zip(sources, pins, strict=True) if files]
+    taken = 0
+    for source, files in texts:
+        budget = SAMPLE * source.weight / sum(other.weight for other, _ in texts)
+        size = sum(file.size for file in files)
+        share = 1.0 if source.kind is SourceKind.hf else min(1.0, budget / max(1, size))
+        for file in files:
+            for text in documents(file, source.field):
+                raw = utf8(text)
+                if not raw or held_out(raw, data.validation):
+                    continue
+                if share < 1 and not held_out(b"sample" + raw, share):
+                    continue
+                assert text is not None
+                yield text
+                taken += len(raw)
+                budget -= len(raw)
+                progress("tokenizer", taken, SAMPLE)
+                if budget <= 0:
+                    break
+            if budget <= 0:
+                break
+    if not taken:
+        raise Refused("data", "the corpus has no training documents: give it more text, or lower data.validation")

@@ -1,0 +1,281 @@
+"""The writing of stores: from a job, by whichever process, in the foreground or behind.
+
+A shard appears all at once and says where in the corpus the next one begins, so work that was interrupted goes on
+where it stopped, and two processes that write the same store one after the other write one.
+
+A dataset too large to wait for is prepared in the background. The lock passes to the child with its open file, so
+there is no moment at which nobody holds it, and it is free when the child is gone, however it went: that is how those
+who wait for a shard know whether it will come.
+
+A store's validation set must not grow while training is evaluated on it: for `hf` it is the held-out documents of
+the first shard. Those of later shards are dropped, and so are never trained on either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.config import Refused, Source
+from train.data import store
+from train.data.corpus import File, Progress, documents, held_out, utf8
+from train.data.order import keys, scramble
+from train.data.store import digest
+from train.data.tokenizer import Tokenizer
+
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 512  # tokenized at once: bounds memory, and keeps the cores busy
+RANDOM_DOCUMENT = 1024  # tokens, the end-of-document token included
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Progress that nobody looks at: `done` of `total` bytes of a stage (digest, tokenizer, tokenize, wait)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """What it takes to write one store, in whichever process."""
+
+    folder: str
+    tokenizer: str
+    files: list[File]  # none: random tokens
+    field: str
+    validation: float
+    shard_tokens: int
+    growing: bool  # hf: start when the first shard is ready
+    seed: int
+    synthetic_tokens: int
+    parent: int = 0  # the process that the background one must not outlive
+
+
+class Preparer:
+    """The background processes that write the shards still to come. They end by themselves when their parent does."""
+
+    def __init__(self, running: list[tuple[Path, subprocess.Popen[bytes]]]) -> None:
+        self.running = running
+
+    def poll(self) -> str | None:
+        """One line if one of them has failed, None while all goes well (or is done)."""
+        for folder, process in self.running:
+            if process.poll():
+                error = folder / "error.txt"
+                why = error.read_text().strip() if error.exists() else f"exit status {process.returncode}"
+                return f"preparing {folder} has failed: {why}"
+        return None
+
+    def stop(self) -> None:
+        for _, process in self.running:
+            process.kill()  # whatever it was writing is not yet a shard
+            process.wait()
+
+
+def write_store(job: Job, progress: Progress) -> subprocess.Popen[bytes] | None:
+    """Write a store, or find it; where it is `growing`, return when its first shard is there."""
+    folder, patience = Path(job.folder), 20
+    while not (folder / "complete.json").exists():
+        held = store.lock(folder)
+        if held is None:
+            # Those who wait for a shard try the lock for an instant: only a lock that stays taken has an owner.
+            patience -= 1
+            if job.growing and patience < 0 and (folder / "shard-00000").exists():
+                return None
+            progress("wait", 0, 0)
+            time.sleep(0.05)
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").unlink(missing_ok=True)
+            if not write_shards(job, 1 if job.growing else None, progress):
+                return _background(job, held)
+        finally:
+            os.close(held)
+    return None
+
+
+def _background(job: Job, held: int) -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from train.data.writing import background; background()"],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        pass_fds=(held,),  # and with it the lock
+        start_new_session=True,  # Ctrl-C is for the parent to interpret
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(asdict(job)).encode())
+    process.stdin.close()
+    return process
+
+
+def background() -> None:
+    """The life of the background process: write the shards that are missing, unless the parent dies first."""
+    value = json.loads(sys.stdin.read())
+    job = Job(**{**value, "files": [File(**file) for file in value["files"]]})
+
+    def follow() -> None:
+        while os.getppid() == job.parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    try:
+        write_shards(job, None, quiet)
+    except Exception as error:
+        (Path(job.folder) / "error.txt").write_text(" ".join(f"{type(error).__name__}: {error}".split()))
+        sys.exit(1)
+
+
+Item = tuple[tuple[int, int], str | None, Any, int]  # place in the corpus, split, tokens, UTF-8 bytes
+
+
+def write_shards(job: Job, limit: int | None, progress: Progress) -> bool:
+    """Write the shards of a store that are missing, `limit` in all; whether it is complete. The lock is held."""
+    folder = Path(job.folder)
+    have = store.manifests(folder)
+    if not (have and have[-1]["last"]):
+        if limit is not None and len(have) >= limit:
+            return False
+        tokenizer = Tokenizer.load(job.tokenizer)
+        start = tuple(have[-1]["next"]) if have else (0, 0)
+        items = (_tokenized if job.files else _random)(job, tokenizer, start, progress)
+        writer = store.Writer(folder, len(have), store.token_type(tokenizer.vocab))
+        for place, split, tokens, size in items:
+            if split is None:
+                writer.skipped += 1
+            elif split == "validation":
+                if not (job.growing and writer.index):
+                    writer.validation.add(tokens, size)
+            else:
+                if writer.train.tokens and writer.train.tokens + len(tokens) > job.shard_tokens:
+                    writer.publish(last=False, next_document=place)
+                    if writer.index + 1 == limit:
+                        return False
+                    writer = store.Writer(folder, writer.index + 1, writer.dtype)
+                writer.train.add(tokens, size)
+        writer.publish(last=True, next_document=(len(job.files), 0))
+    store.close(folder)
+    return True
+
+
+def _tokenized(job: Job, tokenizer: Tokenizer, start: tuple[int, ...], progress: Progress) -> Iterator[Item]:
+    """Documents from `start` on, tokenized in batches of bounded size, each with its end-of-document token."""
+    total, done = sum(file.size for file in job.files), sum(file.size for file in job.files[: start[0]])
+    batch: list[tuple[tuple[int, int], bytes | None]] = []
+    size = 0
+
+    def flush() -> Iterator[Item]:
+        texts = [raw.decode() for _, raw in batch if raw is not None]
+        ids = iter(tokenizer.encode_batch(texts))
+        for place, raw in batch:
+            if raw is None:
+                yield place, None, [], 0
+            else:
+                split = "validation" if held_out(raw, job.validation) else "train"
+                yield place, split, [*next(ids), tokenizer.eot], len(raw)
+        batch.clear()
+
+    for f in range(start[0], len(job.files)):
+        skip = start[1] if f == start[0] else 0
+        for d, text in islice(enumerate(documents(job.files[f], job.field)), skip, None):
+            raw = utf8(text)
+            if raw != b"":
+                batch.append(((f, d), raw))
+                size += len(raw or b"")
+            if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+                done, size = done + size, 0
+                progress("tokenize", min(done, total), total)  # packed files hold more than their size
+                yield from flush()
+    yield from flush()
+    progress("tokenize", total, total)
+
+
+def _random(job: Job, tokenizer: Tokenizer, start: tuple[int, ...], progress: Progress) -> Iterator[Item]:
+    """`synthetic_tokens` random training tokens, and validation's share of them besides, which comes first."""
+    key, place = keys("synthetic", job.seed)[0], 0
+    held = max(RANDOM_DOCUMENT, round(job.validation * job.synthetic_tokens))
+    for split, total in (("validation", held), ("train", job.synthetic_tokens)):
+        for at in range(0, total, RANDOM_DOCUMENT):
+            if place >= start[1]:
+                count = min(RANDOM_DOCUMENT, total - at)
+                index = np.arange(count, dtype=np.uint64) + np.uint64(place * RANDOM_DOCUMENT)
+                tokens = scramble(scramble(index) ^ key) % np.uint64(tokenizer.vocab - 1)  # any id but eot
+                tokens[-1] = tokenizer.eot
+                yield (0, place), split, tokens, 0
+            place += 1
+        progress("tokenize", total, total)
+
+
+def index_bin(source: Source, vocab: int, cache: Path, progress: Progress) -> tuple[Path, str]:
+    """Digest .bin files in place: the store holds manifests only. Read again when a size or a time has changed."""
+    given = [Path(path).expanduser().resolve() for path in source.paths()]
+    paths = [file for path in given for file in (sorted(path.glob("*.bin")) if path.is_dir() else [path])]
+    if not paths:
+        raise Refused("data.path", f"no .bin file in {', '.join(source.paths())}")
+    stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    folder = cache / "stores" / digest(store.FORMAT, "bin", stamps)[:24]
+    held = store.wait(folder)
+    try:
+        if not (folder / "complete.json").exists():
+            parts = [_scan(path, progress) for path in paths]
+            train = [part for part in parts if not Path(part["file"]).name.startswith("val")]
+            validation = [part for part in parts if Path(part["file"]).name.startswith("val")]
+            none: dict[str, Any] = {
+                "file": None,
+                "tokens": 0,
+                "documents": 0,
+                "bytes": 0,
+                "blocks": [],
+                "docs_sha256": None,
+                "top": 0,
+            }
+            pairs = list(zip_longest(train, validation, fillvalue=none))
+            for i, (t, v) in enumerate(pairs):
+                if not (folder / f"shard-{i:05d}").exists():
+                    writer = store.Writer(folder, i, np.dtype("<u2"))
+                    for part in (writer.train, writer.validation):
+                        part.finish()
+                    head = {
+                        "format": store.FORMAT,
+                        "index": i,
+                        "last": i + 1 == len(pairs),
+                        "next": [0, 0],
+                        "skipped": 0,
+                    }
+                    store.place(writer.temporary, folder, {**head, "dtype": "<u2", "train": t, "validation": v})
+            store.close(folder)
+    finally:
+        os.close(held)
+    found = [m[split] for m in store.manifests(folder) for split in store.SPLITS]
+    for part in found:
+        if part["top"] >= vocab:
+            raise Refused(
+                part["file"], f"holds token {part['top']}, but data.tokenizer.vocab={vocab} ends at {vocab - 1}"
+            )
+    return folder, digest("bin", [part["blocks"] for part in found])
+
+
+def _scan(path: Path, progress: Progress) -> dict[str, Any]:
+    """A .bin file as a part of a shard: its size, the digest of each block, its largest token."""
+    size, blocks, top = path.stat().st_size, [], 0
+    if size % 2:
+        raise Refused(str(path), f"has {size} bytes, an odd number: it holds no uint16 tokens")
+    with path.open("rb") as stream:
+        while block := stream.read(store.BLOCK):
+            blocks.append(hashlib.sha256(block).hexdigest())
+            top = max(top, int(np.frombuffer(block, "<u2").max()))
+            progress("digest", min(size, len(blocks) * store.BLOCK), size)
+    counts = {"tokens": size // 2, "documents": 0, "bytes": 0}
+    return {"file": str(path), **counts, "blocks": blocks, "docs_sha256": None, "top": top}

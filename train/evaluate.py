@@ -1,0 +1,80 @@
+"""Evaluation: nats over a fixed validation set, shared by all ranks, equal to the bit for any number of them.
+
+Micro-batch i is computed by rank i mod W and its sum put in place i of a vector that is zero elsewhere; adding zeros is
+exact, and the vector's sum is rounded once (`math.fsum`), so it does not matter who computed what.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from train import trained
+from train.config import Evaluate
+from train.data.stream import Validation
+from train.data.yardstick import yardsticks
+from train.folder import locate
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    nats: float  # over all tokens
+    tokens: int
+    bytes: int | None  # None where the corpus has no bytes to count
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float | None:
+        """Bits per byte: nats over all tokens, ends of documents included / ln 2 / UTF-8 bytes."""
+        return None if not self.bytes else self.nats / math.log(2) / self.bytes
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, validation: Validation, fabric: Fabric) -> Score:
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(validation.micro_batches, dtype=torch.float64, device=fabric.device)
+    for i in range(fabric.global_rank, validation.micro_batches, fabric.world_size):
+        inputs, targets = (torch.from_numpy(array).to(fabric.device) for array in validation.micro_batch(i))
+        with fabric.autocast():
+            sums[i] = model(inputs, targets)
+    sums = fabric.strategy.all_reduce(sums)
+    model.train(was_training)
+    return Score(math.fsum(sums.tolist()), validation.tokens, validation.bytes)
+
+
+def main(config: Evaluate) -> int:
+    """`colossus eval`: the score of a run's model, beside gzip's on the same bytes."""
+    on = trained.device(config.accelerator)
+    run = trained.load(locate(config.run), config.step, on)
+    validation = Validation(
+        run.prepared, context=run.config.model.context, tokens=config.tokens, micro_batch=config.micro_batch
+    )
+    score = evaluate(run.model, validation, trained.fabric(run, on))
+    facts = {
+        "run": config.run,
+        "step": run.step,
+        "loss": score.loss,
+        "bpb": score.bpb,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        **yardsticks(validation),
+    }
+    if config.format == "json":
+        print(json.dumps(facts))
+        return 0
+    meaning = {"loss": "nats per token", "bpb": "bits per byte", "gzip_windows": "gzip -9, windows of the context"}
+    meaning["gzip_documents"] = "gzip -9, whole documents"
+    for key, value in facts.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else "n/a" if value is None else str(value)
+        print(f"{meaning.get(key, key):32} {shown}")
+    return 0

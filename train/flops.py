@@ -1,0 +1,174 @@
+"""Parameters, FLOPs and bytes of a model, by arithmetic from its configuration: no torch, no weights.
+
+The same numbers serve `plan` (does it fit?), `batch.micro_batch=auto` (how many sequences a forward?), the MFU that
+a run reports and the projection to machines nobody here has. Tests hold them against models that are really built.
+
+FLOPs follow the convention of PaLM, appendix B (arXiv 2204.02311): 6 for each parameter that is multiplied and
+12·L·d·T for attention, a token; causality is not subtracted and recomputation not added. An embedding that is only
+looked up multiplies nothing; a tied one is the output matrix as well, and counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from train.config import Llama, Model, Refused
+
+ROWS = 64  # vocabularies are padded to a multiple: 50,257 rows are slower than 50,304 on every tensor core
+CPU_TOKENS = 2048  # of a micro-batch, see auto_micro_batch
+CUDA_TOKENS = 32_768  # the same, assumed
+
+
+def padded_vocab(vocab: int) -> int:
+    """Rows of the embedding. Those above `vocab` are never a target; training pushes their logits down."""
+    return -(-vocab // ROWS) * ROWS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What a family has to say about itself: everything else follows from it."""
+
+    embedding: int  # parameters of the input embedding
+    head: int  # of the output matrix; 0 where it is tied to the embedding
+    vectors: int  # of the norms' gains
+    matrices: int  # of everything else
+    active: int  # of `matrices`, those that one token is multiplied with
+    attention: int  # L·d: layers times width of attention
+    halves: int  # numbers that all layers keep a token for the backward pass in the compute precision
+    singles: int  # the same, in fp32 in any precision
+    scores: int  # the same, per key that a query sees, where attention keeps its scores (CPU)
+
+
+def _llama(model: Model, vocab: int) -> Sizes:
+    assert isinstance(model, Llama)
+    d, f = model.width, model.ffn
+    kv = model.width // model.heads * model.kv_heads
+    matrices = model.layers * (d * (d + 2 * kv) + d * d + 3 * d * f)
+    table = padded_vocab(vocab) * d
+    return Sizes(
+        embedding=table,
+        head=0 if model.tied else table,
+        vectors=(2 * model.layers + 1) * d,
+        matrices=matrices,
+        active=matrices,
+        attention=model.layers * d,
+        # the inputs of qkv, gate, up and out and the scaled queries (5 d), rotated keys, values (2 kv),
+        # and of the feed-forward layer gate, silu(gate), up and their product (4 f)
+        halves=model.layers * (5 * d + 2 * kv + 4 * f) + d,
+        singles=(2 * model.layers + 1) * d,  # a norm keeps its unit vectors
+        scores=model.layers * model.heads,
+    )
+
+
+FAMILIES: dict[str, Callable[[Model, int], Sizes]] = {"llama": _llama}
+
+
+def sizes(model: Model, vocab: int) -> Sizes:
+    """Raises Refused for a family that is not in FAMILIES."""
+    if model.family not in FAMILIES:
+        raise Refused("model.family", f"'{model.family}' is unknown: choose from {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model.family](model, vocab)
+
+
+def parameters(model: Model, vocab: int) -> int:
+    """All of them, a tied matrix once, padding rows included."""
+    s = sizes(model, vocab)
+    return s.embedding + s.head + s.vectors + s.matrices
+
+
+def active_parameters(model: Model, vocab: int) -> int:
+    """Those that one token is multiplied with: all but the input embedding, which counts where it is tied."""
+    s = sizes(model, vocab)
+    return (s.head or s.embedding) + s.vectors + s.active
+
+
+def flops_per_token(model: Model, vocab: int) -> int:
+    """Of forward and backward: 6 · active parameters + 12 · L · d · T."""
+    return 6 * active_parameters(model, vocab) + 12 * sizes(model, vocab).attention * model.context
+
+
+def mfu(model: Model, vocab: int, tokens_per_s: float, peak_flops: float | None) -> float | None:
+    """Model FLOPs utilisation, a proportion: of the dense peak of the devices that make `tokens_per_s` together.
+
+    None where the peak is not known.
+    """
+    return None if peak_flops is None else flops_per_token(model, vocab) * tokens_per_s / peak_flops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of one rank at the end of its forward pass, where a step needs the most."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def memory(
+    model: Model,
+    vocab: int,
+    *,
+    micro_batch: int,
+    precision: str = "bf16",
+    accelerator: str = "cpu",
+    gradient_buffers: int = 1,
+    optimizer_states: int = 2,
+) -> Memory:
+    """An estimate for unsharded training, fp32 master weights with or without bf16 autocast, eager.
+
+    `gradient_buffers` counts live gradients: 1, plus the unfinished subtrees of the canonical tree where a rank hosts
+    several virtual ranks (aligned shares: at most log2 V + 1 in all). `optimizer_states` are fp32 numbers a parameter
+    (AdamW: 2). Compiled models keep less. The allocator, the library and the process itself are not in it.
+    """
+    s, n = sizes(model, vocab), parameters(model, vocab)
+    tokens, half = micro_batch * model.context, 2 if precision == "bf16" else 4
+    # Blocks of 128 queries see keys up to their own end: T/2 + 64 on average. Fused kernels keep no scores.
+    keys = min(model.context, model.context // 2 + 64) if accelerator == "cpu" else 0
+    a_token = s.halves * half + s.singles * 4 + s.scores * keys * half
+    return Memory(
+        weights=n * 4 + (s.matrices + (s.head or s.embedding)) * (2 if precision == "bf16" else 0),  # autocast's copies
+        gradients=n * 4 * gradient_buffers,
+        optimizer=n * 4 * optimizer_states,
+        activations=tokens * a_token,
+        # the log-probabilities in fp32, and the logits or their gradient
+        logits=tokens * padded_vocab(vocab) * (4 + half),
+    )
+
+
+def auto_micro_batch(
+    model: Model,
+    vocab: int,
+    share: int,
+    *,
+    budget_bytes: int | None = None,
+    accelerator: str = "cpu",
+    precision: str = "bf16",
+    gradient_buffers: int = 1,
+) -> int:
+    """Sequences a forward pass: the largest divisor of a virtual rank's `share` that fits and that helps.
+
+    On CPU a larger micro-batch stops helping where the matrices are tall enough, at about 2,048 tokens, and costs
+    cache; on a GPU the cap is assumed. No budget: memory is not asked. Where not even one sequence fits the answer
+    is 1, and `plan` says that it does not fit.
+    """
+    cap = max(1, (CPU_TOKENS if accelerator == "cpu" else CUDA_TOKENS) // model.context)
+    for size in range(min(share, cap), 1, -1):
+        if share % size == 0:
+            need = memory(
+                model,
+                vocab,
+                micro_batch=size,
+                precision=precision,
+                accelerator=accelerator,
+                gradient_buffers=gradient_buffers,
+            )
+            if budget_bytes is None or need.total <= budget_bytes:
+                return size
+    return 1

@@ -1,0 +1,155 @@
+"""Run folders: `runs/<name>/`, one writer at a time, continued by whoever asks for the same name.
+
+config.yaml    the resolved configuration        events.jsonl   what happened, across restarts
+data.json      which tokens it was trained on    summary.json   how it ended
+checkpoints/   logs/   tensorboard/   csv/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from train import events
+from train.config import Refused, ResumeMode, Train, read_train, to_yaml
+
+# What may change when a run is continued: nothing here has a say in the bits.
+FREE = (
+    *("devices", "nodes", "stop_after", "runs", "logger", "sample", "log", "eval", "checkpoint", "resume"),
+    *("reduce.bucket_mib", "data.cache"),
+)
+PINNED = ("precision", "compile", "accelerator", "batch.micro_batch")  # `auto` means: as this run has it
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item.name if isinstance(item, Enum) else item
+
+
+def identity(config: Train) -> dict[str, Any]:
+    """The keys that make the result what it is, flattened: two runs that agree in them train the same model."""
+    free = [*FREE, "name"]
+    return {k: v for k, v in _flat(asdict(config)) if not any(k == f or k.startswith(f + ".") for f in free)}
+
+
+class RunFolder:
+    """A run's folder, held by this process until it ends."""
+
+    def __init__(self, path: Path, node: int = 0) -> None:
+        """Make it if need be and lock it; raises Refused where another process holds it."""
+        self.path, self.node = path, node
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / (".lock" if node == 0 else f".lock-{node}"), os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise Refused(str(path), f"cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Refused(str(path), "another process is training this run: choose another name=…") from error
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / ("events.jsonl" if self.node == 0 else f"events-{self.node}.jsonl")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        return events.read(self.events_path)
+
+    def summary(self) -> dict[str, Any] | None:
+        return read_json(self.path / "summary.json")
+
+    def checkpointed(self) -> bool:
+        return any((self.path / "checkpoints").glob("step-*"))
+
+    def pinned(self, config: Train) -> Train:
+        """The configuration with `auto` replaced by what this run, if it has begun, was pinned to."""
+        if not (self.path / "config.yaml").exists():
+            return config
+        stored = read_train(self.path / "config.yaml")
+        for key in PINNED:
+            *parents, last = key.split(".")
+            new, old = config, stored
+            for parent in parents:
+                new, old = getattr(new, parent), getattr(old, parent)
+            if getattr(new, last) == "auto":
+                setattr(new, last, getattr(old, last))
+        return config
+
+    def finished(self, config: Train) -> dict[str, Any] | None:
+        """The summary of a run that has done all its steps already."""
+        summary = self.summary()
+        return summary if summary and not summary["stopped"] and summary["steps"] >= config.steps else None
+
+    def admit(self, config: Train) -> bool:
+        """Check that this configuration may go on here; returns whether there is something to resume.
+
+        Raises Refused: `resume=never` on a run, `resume=required` without a checkpoint, or other settings than the
+        run's own, with the override that allows them.
+        """
+        begun = (self.path / "config.yaml").exists()
+        mode = config.resume.mode
+        if begun and mode is ResumeMode.never:
+            raise Refused(str(self.path), "holds a run already, and resume=never: choose another name=…")
+        if not self.checkpointed():
+            if mode is ResumeMode.required:
+                raise Refused(str(self.path), "has no checkpoint to go on from, and resume=required")
+            return False
+        self._compare(config)
+        return True
+
+    def _compare(self, config: Train) -> None:
+        old, new = identity(read_train(self.path / "config.yaml")), identity(config)
+        allowed = config.resume.allowed()
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and key not in allowed:
+                raise Refused(
+                    key,
+                    f"this run has {old.get(key)}, you ask for {new.get(key)}: choose another name=…, "
+                    f"or allow it with resume.allow={key}",
+                )
+
+    def write(self, config: Train, data: dict[str, Any]) -> None:
+        """Write what the ranks read; raises Refused where a run that has begun had other data."""
+        stored = read_json(self.path / "data.json")
+        if stored is not None and self.checkpointed() and stored["digest"] != data["digest"]:
+            raise Refused("data", f"the corpus is not the one that {self.path} began with: choose another name=…")
+        replace(self.path / "data.json", json.dumps(data, indent=1))
+        replace(self.path / "config.yaml", to_yaml(config))
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise Refused(str(path), f"cannot be read ({error})") from error
+    assert isinstance(value, dict)
+    return value
+
+
+def locate(run: str, runs: str = "runs") -> Path:
+    """The folder that `run=` names: a path, or a name under runs/. Raises Refused with the nearest name there is."""
+    for path in (Path(run).expanduser(), Path(runs) / run):
+        if (path / "config.yaml").exists():
+            return path
+    there = ", ".join(sorted(path.parent.name for path in Path(runs).glob("*/config.yaml"))) or "none"
+    raise Refused("run", f"no run '{run}' here or under {runs}/ (there: {there})")

@@ -1,0 +1,70 @@
+"""From a configuration to a model whose weights depend on the seed and their own names alone.
+
+Allocated on its device (or on the meta device: shapes, no storage), then filled once: every parameter draws
+from its own CPU generator, keyed by (seed, name). So neither the order of construction, nor the device, nor how many
+ranks there are, changes one bit; and a parameter keeps its values when another one is added beside it.
+
+The scale: normal(0, 0.02) as in GPT-2, the two projections that write to the residual stream divided by
+sqrt(2 · layers), so that the stream's variance does not grow with depth; norms start at 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from train.config import Llama, Model, Refused
+from train.models import llama
+from train.models.language import LanguageModel
+
+STD = 0.02
+RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream
+
+
+def _llama(config: Model, vocab: int) -> LanguageModel:
+    assert isinstance(config, Llama)
+    return llama.Llama(config, vocab)
+
+
+FAMILIES: dict[str, Callable[[Model, int], LanguageModel]] = {"llama": _llama}
+
+
+def build(config: Model, vocab: int, *, seed: int, device: torch.device) -> LanguageModel:
+    """The model of `config` for `vocab` token ids, initialised from `seed`, on `device`.
+
+    On the meta device it has shapes and no values. Raises Refused for a family that is not in FAMILIES.
+    """
+    if config.family not in FAMILIES:
+        raise Refused("model.family", f"'{config.family}' is unknown: choose from {', '.join(sorted(FAMILIES))}")
+    with device:
+        model = FAMILIES[config.family](config, vocab)
+    if device.type != "meta":
+        initialise(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: LanguageModel, seed: int) -> None:
+    """Fill every parameter and table of `model`, in place."""
+    model.fill_tables()
+    for name, parameter in model.named_parameters():  # a tied matrix comes once, as embedding.weight
+        parameter.copy_(initial(name, parameter.shape, seed, model.residual_outputs()))
+
+
+def initial(name: str, shape: torch.Size, seed: int, residual_outputs: int) -> Tensor:
+    """The first value of the parameter called `name`: fp32, on the CPU."""
+    if len(shape) < 2:
+        return torch.ones(shape, device="cpu")
+    std = STD / residual_outputs**0.5 if name.endswith(RESIDUAL) else STD
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    return torch.empty(shape, device="cpu").normal_(
+        0.0, std, generator=torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+    )
+
+
+def decays(parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, not to the gains of norms."""
+    return parameter.dim() >= 2

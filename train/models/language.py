@@ -1,0 +1,52 @@
+"""What every model family is to the rest of the project: four methods and two attributes.
+
+A family is a final class in a file of its own; it inherits nothing but this list. Training uses `forward`,
+generation `cache` and `step`, `build.py` `fill_tables`. Nobody asks which family it has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from train.config import Model
+
+
+@dataclass(slots=True)
+class Cache:
+    """Keys and values of the first `length` positions: (layers, 2, B, K, context, E)."""
+
+    kv: Tensor
+    length: int = 0
+
+
+class LanguageModel(nn.Module, ABC):
+    """A decoder-only language model on one device, for token ids 0 … vocab - 1."""
+
+    shape: Model
+    vocab: int
+
+    @abstractmethod
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, padded vocabulary); with targets (-100: none) their summed cross-entropy in nats, fp32."""
+
+    @abstractmethod
+    def cache(self, sequences: int) -> Cache:
+        """Room for the keys and values of `sequences` whole contexts, in the precision of the weights."""
+
+    @abstractmethod
+    def step(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, vocabulary) that follow `tokens_BT`, which follow what `cache` holds; they are added to it.
+
+        Raises ValueError where they do not fit the context.
+        """
+
+    @abstractmethod
+    def fill_tables(self) -> None:
+        """Give the buffers their values: they are constants, and no checkpoint has them."""
+
+    @abstractmethod
+    def residual_outputs(self) -> int:
+        """How many projections write to the residual stream: their initial scale is divided by its root."""

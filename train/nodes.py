@@ -1,0 +1,66 @@
+"""Where this process stands among the nodes of a run: with `nodes=N` the same command runs once on each of them.
+
+Read from what the launcher sets: `PET_*` (Kubeflow Trainer, torchrun's own names), `SLURM_*`, `SKYPILOT_*`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from train.config import Refused
+
+PORT = 29400  # where the ranks of several nodes meet, unless PET_MASTER_PORT says otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    index: int
+    host: str  # of node 0
+    port: int
+
+
+def here(nodes: int, environment: Mapping[str, str] = os.environ) -> Node:
+    """This node's place. Raises Refused where `nodes` is more than one and nobody says which one this is."""
+    if nodes == 1:
+        return Node(0, "127.0.0.1", 0)
+    env = environment
+    port = int(env.get("PET_MASTER_PORT", PORT))
+    if "PET_NODE_RANK" in env and "PET_MASTER_ADDR" in env:
+        node = Node(int(env["PET_NODE_RANK"]), env["PET_MASTER_ADDR"], port)
+    elif "SLURM_NODEID" in env and "SLURM_JOB_NODELIST" in env:
+        node = Node(int(env["SLURM_NODEID"]), _first_host(env["SLURM_JOB_NODELIST"]), port)
+    elif "SKYPILOT_NODE_RANK" in env and env.get("SKYPILOT_NODE_IPS"):
+        node = Node(int(env["SKYPILOT_NODE_RANK"]), env["SKYPILOT_NODE_IPS"].split()[0], port)
+    else:
+        raise Refused(
+            "nodes", f"{nodes} nodes, but neither PET_NODE_RANK and PET_MASTER_ADDR nor SLURM_* nor SKYPILOT_* are set"
+        )
+    if not 0 <= node.index < nodes:
+        raise Refused("nodes", f"this is node {node.index}, but nodes={nodes}")
+    return node
+
+
+def _first_host(nodelist: str) -> str:
+    """`gpu[07-09,12],big1` -> `gpu07`."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
+    if not match:
+        raise Refused("SLURM_JOB_NODELIST", f"'{nodelist}' names no host")
+    return match[1] + (match[2] or "")
+
+
+def listen(node: Node) -> socket.socket:
+    """The socket at which node 0's rank 0 will host the store: loopback unless the run has several nodes."""
+    family_any = "0.0.0.0" if node.port else "127.0.0.1"
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((family_any, node.port))
+    except OSError as error:
+        listener.close()
+        raise Refused("PET_MASTER_PORT", f"port {node.port} cannot be listened at ({error.strerror})") from error
+    listener.listen(128)
+    return listener

@@ -1,0 +1,86 @@
+"""Optimizers over the flat layout, and the learning rate as a pure function of the step.
+
+AdamW (arXiv 1711.05101) runs fused over two flat tensors: matrices, with decoupled weight decay, and vectors (norms,
+biases), without. It is elementwise, so one long tensor gives the same bits as the many that it is made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from train.config import Optimizer, OptimizerKind, Schedule, ScheduleKind
+from train.flat import Flat
+
+
+def adamw(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [flat.matrices], "weight_decay": config.weight_decay},
+        {"params": [flat.vectors], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    for group in optimizer.param_groups:  # the state exists from the start, so that saving and restoring need no cases
+        (tensor,) = group["params"]
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+            "exp_avg": torch.zeros_like(tensor),
+            "exp_avg_sq": torch.zeros_like(tensor),
+        }
+    return optimizer
+
+
+BUILDERS: dict[OptimizerKind, Callable[[Optimizer, Flat], torch.optim.Optimizer]] = {OptimizerKind.adamw: adamw}
+
+
+def build(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
+    return BUILDERS[config.kind](config, flat)
+
+
+def flat_state(optimizer: torch.optim.Optimizer, flat: Flat) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's moments by their name and the parameter's: views, so that copying into them restores."""
+    matrices, vectors = optimizer.state[flat.matrices], optimizer.state[flat.vectors]
+    moments = [key for key in matrices if key != "step"]
+    cut = flat.matrices.numel()
+    return {
+        moment: {
+            name: (matrices[moment][begin : begin + n] if begin < cut else vectors[moment][begin - cut :][:n]).view(
+                shape
+            )
+            for name, (begin, n, shape) in flat.slots.items()
+        }
+        for moment in moments
+    }
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """How many updates the moments have seen: Adam's bias correction depends on it."""
+    for state in optimizer.state.values():
+        state["step"].fill_(step)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def learning_rate(optimizer: Optimizer, schedule: Schedule, step: int, steps: int) -> float:
+    """The rate of step 0 … steps-1.
+
+    All schedules warm up linearly over `warmup_steps`. Then `constant` stays; `cosine` falls to `floor` along half a
+    cosine (arXiv 1608.03983); `wsd` stays until the last `decay` share of the steps, then falls to `floor` in a
+    straight line (arXiv 2404.06395).
+    """
+    if step < schedule.warmup_steps:
+        return optimizer.lr * (step + 1) / (schedule.warmup_steps + 1)
+    match schedule.kind:
+        case ScheduleKind.constant:
+            share = 1.0
+        case ScheduleKind.cosine:
+            progress = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+        case ScheduleKind.wsd:
+            share = min(1.0, (steps - step) / max(1.0, schedule.decay * steps))
+    return optimizer.lr * (schedule.floor + (1 - schedule.floor) * share)

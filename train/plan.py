@@ -1,0 +1,120 @@
+"""What a run would be, by arithmetic: `auto` resolved against this machine, parameters, FLOPs, memory.
+
+No torch, so an answer takes a fraction of a second, for 8 B parameters as for one million.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train import flops, hardware
+from train.batch import buffers, shares
+from train.config import Plan, Refused, TokenizerKind, Train
+
+MAX_RANKS = 8  # that `devices=auto` starts on one node
+
+
+def resolve(config: Train) -> Train:
+    """Replace every `auto` by what it means on this machine; raises Refused where the run is impossible here."""
+    gpus = hardware.gpus()
+    accelerator = config.accelerator if config.accelerator != "auto" else "cuda" if gpus else "cpu"
+    available = len(gpus) if accelerator == "cuda" else hardware.cores()
+    if accelerator == "cuda" and not gpus:
+        raise Refused("accelerator", "cuda, but nvidia-smi shows no GPU here: use accelerator=cpu")
+    ranks = config.batch.virtual_ranks // config.nodes
+    if ranks < 1:
+        raise Refused("nodes", f"{config.nodes} nodes are more than batch.virtual_ranks={config.batch.virtual_ranks}")
+    devices = min(available, MAX_RANKS, ranks) if config.devices == "auto" else int(config.devices)
+    if accelerator == "cuda" and devices > len(gpus):
+        raise Refused("devices", f"{devices} GPUs asked for, {len(gpus)} here")
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if accelerator == "cuda" or hardware.processor()[1] else "fp32"
+    compiled = accelerator == "cuda" if config.compile == "auto" else config.compile
+    batch = config.batch
+    if batch.micro_batch == "auto":
+        share = batch.sequences // batch.virtual_ranks
+        fitting = flops.auto_micro_batch(
+            config.model,
+            vocabulary(config),
+            share,
+            budget_bytes=device_memory(accelerator, devices),
+            accelerator=accelerator,
+            precision=precision,
+            gradient_buffers=_gradient_buffers(batch.virtual_ranks, devices * config.nodes),
+        )
+        batch = replace(batch, micro_batch=fitting)
+    return replace(config, accelerator=accelerator, devices=devices, precision=precision, compile=compiled, batch=batch)
+
+
+def device_memory(accelerator: str, devices: int) -> int:
+    """Bytes that one rank may take: of the smallest GPU, or of this machine's memory shared by its ranks."""
+    if accelerator == "cuda":
+        return min(gpu.memory for gpu in hardware.gpus())
+    return hardware.memory() // devices
+
+
+def vocabulary(config: Train) -> int:
+    """The number of token ids that can be known before the data is prepared: an upper bound for a trained BPE."""
+    kind = config.data.tokenizer.kind
+    return 257 if kind is TokenizerKind.bytes else config.data.tokenizer.vocab
+
+
+def _gradient_buffers(virtual_ranks: int, world: int) -> int:
+    """Flat gradients alive at once on the rank with the most: its leaves, and the total where ranks exchange."""
+    return max(buffers(virtual_ranks, share) for share in shares(virtual_ranks, world)) + (world > 1)
+
+
+def memory(config: Train, vocab: int) -> flops.Memory:
+    """What a rank of this (resolved) run needs, in bytes."""
+    return flops.memory(
+        config.model,
+        vocab,
+        micro_batch=int(config.batch.micro_batch),
+        precision=config.precision,
+        accelerator=config.accelerator,
+        gradient_buffers=_gradient_buffers(config.batch.virtual_ranks, int(config.devices) * config.nodes),
+    )
+
+
+def plan(config: Plan) -> int:
+    """`colossus plan`: exit code 0 whether it fits or not; `fits` says so."""
+    resolved = resolve(config)
+    vocab = vocabulary(resolved)
+    needed, there = memory(resolved, vocab), device_memory(resolved.accelerator, int(resolved.devices))
+    batch, tokens = resolved.batch, resolved.steps * resolved.tokens_per_step
+    per_token = flops.flops_per_token(resolved.model, vocab)
+    facts: dict[str, Any] = {
+        "parameters": flops.parameters(resolved.model, vocab),
+        "active_parameters": flops.active_parameters(resolved.model, vocab),
+        "flops_per_token": per_token,
+        "tokens_per_step": resolved.tokens_per_step,
+        "tokens": tokens,
+        "flops": per_token * tokens,
+        "accelerator": resolved.accelerator,
+        "ranks": int(resolved.devices) * resolved.nodes,
+        "virtual_ranks": batch.virtual_ranks,
+        "micro_batches": batch.micro_batches,
+        "micro_batch": batch.micro_batch,
+        "precision": resolved.precision,
+        "bytes_per_rank": needed.total,
+        "bytes": asdict(needed),
+        "bytes_there": there,
+        "fits": needed.total <= there,
+    }
+    if config.format == "json":
+        print(json.dumps(facts))
+        return 0
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in facts.items():
+        if key != "bytes":
+            table.add_row(key, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+    for key, size in facts["bytes"].items():
+        table.add_row(f"  of which {key}", f"{size:,}")
+    Console(soft_wrap=True, highlight=False).print(table)
+    return 0
