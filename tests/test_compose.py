@@ -122,7 +122,7 @@ class Job:
 def test_a_sweep_runs_each_combination_under_its_own_name() -> None:
     job = Job()
     assert compose.sweep("train", ["steps=1,2", "seed=3", "devices=2"], job) == 0
-    assert job.seen == [("llama_nano-seed=3,steps=1", 1), ("llama_nano-seed=3,steps=2", 2)]
+    assert job.seen == [("llama_nano-steps=1", 1), ("llama_nano-steps=2", 2)]
 
 
 def test_a_sweep_with_one_bad_combination_starts_nothing() -> None:
@@ -152,9 +152,7 @@ def test_help_names_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str
 
 def test_unknown_commands_and_flags() -> None:
     assert cli.main(["trian"]) == 2
-    with pytest.raises(SystemExit) as refusal:
-        cli.main(["train", "--frobnicate"])
-    assert refusal.value.code == 2
+    assert cli.main(["train", "--frobnicate"]) == 2
 
 
 def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

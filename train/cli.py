@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_type_hints
 from train import compose
 from train.config import MODELS, SCHEMAS, Refused
 
-REFUSED, FAILED = 2, 1
+REFUSED, INTERRUPTED = 2, 130
 
 
 class Command(NamedTuple):
@@ -40,47 +40,43 @@ GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "experim
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done; 2 refused, nothing started; 75 stopped on request, saved; else a failure with its cause."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return _guarded(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments))
+
+
+def _dispatch(arguments: list[str]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return _refuse("torchrun", "run `colossus train devices=N` instead: it starts its ranks itself")
+        raise Refused("torchrun", "run `colossus train devices=N` instead: it starts its ranks itself")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
-    name, flags, overrides = arguments[0], *_split(arguments[1:])
+    name, flags = arguments[0], {argument for argument in arguments[1:] if argument.startswith("-")}
+    overrides = [argument for argument in arguments[1:] if not argument.startswith("-")]
+    if name not in COMMANDS:
+        raise Refused(name, f"no such command{compose.did_you_mean(name, list(COMMANDS))} (try colossus --help)")
+    for flag in sorted(flags - {"-h", "--help", "-m", "--multirun", "--cfg"}):
+        raise Refused(flag, "no such flag: there are --help, --cfg and --multirun; the rest is key=value")
+    if flags & {"-h", "--help"}:
+        print(help_text(name))
+        return 0
+    if "--cfg" in flags:
+        print(compose.text(name, overrides), end="")
+        return 0
+    module, function = COMMANDS[name].entry.split(":")
+    run = getattr(importlib.import_module(module), function)
+    if flags & {"-m", "--multirun"}:
+        return compose.sweep(name, overrides, lambda config: _guarded(lambda: run(config)))
+    return int(run(compose.config(name, overrides)))
+
+
+def _guarded(run: Callable[[], int]) -> int:
+    """The exit code of a command, or of one job of a sweep."""
     try:
-        if name not in COMMANDS:
-            raise Refused(name, f"no such command{compose._did_you_mean(name, list(COMMANDS))} (try colossus --help)")
-        if flags & {"-h", "--help"}:
-            print(help_text(name))
-            return 0
-        if "--cfg" in flags:
-            print(compose.text(name, overrides), end="")
-            return 0
-        module, function = COMMANDS[name].entry.split(":")
-        run = getattr(importlib.import_module(module), function)
-        if flags & {"-m", "--multirun"}:
-            return compose.sweep(name, overrides, run)
-        return int(run(compose.config(name, overrides)))
+        return run()
     except Refused as refusal:
         print(f"colossus: {refusal}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
-        return 130
-
-
-def _split(arguments: list[str]) -> tuple[set[str], list[str]]:
-    known = {"-h", "--help", "-m", "--multirun", "--cfg"}
-    flags = {argument for argument in arguments if argument.startswith("-")}
-    for flag in sorted(flags - known):
-        raise SystemExit(
-            _refuse(flag, "no such flag: the flags are --help, --cfg and --multirun; the rest is key=value")
-        )
-    return flags, [argument for argument in arguments if not argument.startswith("-")]
-
-
-def _refuse(key: str, why: str) -> int:
-    print(f"colossus: {key}: {why}", file=sys.stderr)
-    return REFUSED
+        return INTERRUPTED
 
 
 def overview() -> str:
@@ -100,7 +96,7 @@ def help_text(name: str) -> str:
     doc = inspect.cleandoc(schema.__doc__ or "").replace("\n", "\n  ")
     lines = [f"colossus {name} [key=value …]    {command.summary}", "", f"  {doc}", ""]
     lines += [f"  e.g.  colossus {name} {command.example}", ""]
-    with compose._hydra():
+    with compose.hydra():
         groups = {group: compose.options(group) for group in GROUPS if name in ("train", "plan")}
     if groups:
         lines += ["Groups (group=variant):"]

@@ -32,7 +32,7 @@ PATHS = {"path", "run", "runs", "cache"}  # the same, where a list [a,b] may sta
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
+def hydra() -> Iterator[None]:
     register()
     GlobalHydra.instance().clear()
     with warnings.catch_warnings():
@@ -43,41 +43,44 @@ def _hydra() -> Iterator[None]:
 
 def config(command: str, arguments: list[str]) -> Any:
     """The checked configuration of a command; raises `Refused`."""
-    with _hydra():
+    with hydra():
         return _build(command, arguments)
 
 
 def text(command: str, arguments: list[str]) -> str:
     """The same as YAML."""
-    with _hydra():
+    with hydra():
         return OmegaConf.to_yaml(_compose(command, arguments))
 
 
 def sweep(command: str, arguments: list[str], job: Callable[[Any], int]) -> int:
     """Run `job` for every combination of `key=a,b` (or what another Hydra sweeper makes of it).
 
-    All combinations are checked before the first one starts. A job whose name is not swept gets its own:
-    the name, then the overrides that make it different. Returns the first exit code that is not 0.
+    All combinations are checked before the first one starts. A job whose name is not swept gets its own: the name,
+    then what makes it different, `llama_nano-seed=1`. Returns the first exit code that is not 0.
     """
-    with _hydra():
+    with hydra():
         overrides = [_quoted(argument) for argument in arguments]
+        parsed = _parse(overrides)
+        swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
         if not any(o.startswith("hydra/sweeper=") for o in overrides):
-            for combination in BasicSweeper.split_arguments(_parse(overrides), None)[0]:
+            for combination in BasicSweeper.split_arguments(parsed, None)[0]:
                 _build(command, list(combination))
 
         def task(composed: DictConfig) -> int:
             hydra_config = HydraConfig.get()
             _default_name(composed, hydra_config)
-            if hydra_config.job.override_dirname:
-                composed.name += "-" + hydra_config.job.override_dirname.replace("/", "_")
+            different = [o for o in hydra_config.overrides.task if o.lstrip("+").split("=")[0] in swept - {"name"}]
+            if "name" not in swept:
+                composed.name += "-" + (",".join(different).replace("/", "_") or str(hydra_config.job.num))
             code = job(_checked(composed))
             if code == STOPPED:
                 raise SystemExit(code)  # a request to stop stops the sweep, not one job of it
             return code
 
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        jobs = hydra.multirun(command, task, overrides=[*overrides, *_search_path()], with_log_configuration=False)
+        engine = GlobalHydra.instance().hydra
+        assert engine is not None
+        jobs = engine.multirun(command, task, overrides=[*overrides, *_search_path()], with_log_configuration=False)
         codes = [result.return_value for batch in jobs for result in batch]
         return next((code for code in codes if code), 0)
 
@@ -167,7 +170,7 @@ def _check_option(override: Override) -> None:
     available = options(group)
     if isinstance(value, str) and value not in available:
         raise Refused(
-            group, f"'{value}' is unknown{_did_you_mean(value, available)} (choose from {', '.join(available)})"
+            group, f"'{value}' is unknown{did_you_mean(value, available)} (choose from {', '.join(available)})"
         )
 
 
@@ -180,7 +183,7 @@ def _check_key(override: Override, known: DictConfig) -> None:
     for part in key.split("."):
         node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
         if node is None:
-            raise Refused(key, f"no such key{_did_you_mean(key, list(_keys(known)))}")
+            raise Refused(key, f"no such key{did_you_mean(key, list(_keys(known)))}")
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -192,7 +195,7 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _keys(child, key + ".")
 
 
-def _did_you_mean(word: str, valid: list[str]) -> str:
+def did_you_mean(word: str, valid: list[str]) -> str:
     """`: did you mean x?`: the nearest valid word, comparing last parts before whole keys."""
     last = word.rsplit(".", 1)[-1]
     same_end = [key for key in valid if key.rsplit(".", 1)[-1] == last]

@@ -154,9 +154,10 @@ def auto_micro_batch(
 ) -> int:
     """Sequences a forward pass: the largest divisor of a virtual rank's `share` that fits and that helps.
 
-    On CPU a larger micro-batch stops helping where the matrices are tall enough, at about 2,048 tokens, and costs
-    cache; on a GPU the cap is assumed. No budget: memory is not asked. Where not even one sequence fits the answer
-    is 1, and `plan` says that it does not fit.
+    On CPU a larger micro-batch stops helping once the matrices are tall enough: 4 layers of width 256 ran 4,200
+    tokens/s on one core at 256 tokens, 4,700 at 512, 5,000 to 5,300 from 1,024 to 4,096, and 4,700 at 8,192, where
+    the logits alone are 200 MB; width 384 the same. So 2,048. On a GPU the cap is assumed. Without a budget memory is
+    not asked. Where not even one sequence fits the answer is 1, and `plan` says that it does not fit.
     """
     cap = max(1, (CPU_TOKENS if accelerator == "cpu" else CUDA_TOKENS) // model.context)
     for size in range(min(share, cap), 1, -1):

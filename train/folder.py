@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from train import events
 from train.config import Refused, ResumeMode, Train, read_train, to_yaml
@@ -42,7 +42,7 @@ def identity(config: Train) -> dict[str, Any]:
 
 
 class RunFolder:
-    """A run's folder, held by this process until it ends."""
+    """A run's folder, held by this process while it is entered."""
 
     def __init__(self, path: Path, node: int = 0) -> None:
         """Make it if need be and lock it; raises Refused where another process holds it."""
@@ -56,6 +56,12 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(str(path), "another process is training this run: choose another name=…") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
 
     @property
     def events_path(self) -> Path:

@@ -37,20 +37,15 @@ def generate(
     if not prompt:
         raise ValueError("an empty prompt: give at least the end-of-document token")
     context, device = model.shape.context, next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        ids_BT = torch.tensor(prompt, dtype=torch.int64).expand(count, -1)
-        cache, new_BT = model.cache(count), ids_BT[:, -context:]
-        for _ in range(tokens):
-            if cache.length + new_BT.size(1) > context:
-                cache, new_BT = model.cache(count), ids_BT[:, -(context // 2) :]
-            logits_BV = model.step(new_BT.to(device), cache)
-            new_BT = choose(logits_BV, temperature, top_k, top_p, generator)
-            ids_BT = torch.cat((ids_BT, new_BT), 1)
-        return ids_BT[:, len(prompt) :]
-    finally:
-        model.train(training)
+    ids_BT = torch.tensor(prompt, dtype=torch.int64).expand(count, -1)
+    cache, new_BT = model.cache(count), ids_BT[:, -context:]
+    for _ in range(tokens):
+        if cache.length + new_BT.size(1) > context:
+            cache, new_BT = model.cache(count), ids_BT[:, -(context // 2) :]
+        logits_BV = model.step(new_BT.to(device), cache)
+        new_BT = choose(logits_BV, temperature, top_k, top_p, generator)
+        ids_BT = torch.cat((ids_BT, new_BT), 1)
+    return ids_BT[:, len(prompt) :]
 
 
 def choose(

@@ -36,14 +36,17 @@ MOURNING = 1.0  # seconds in which the others may say what a dead rank did to th
 
 def train(config: Train) -> int:
     """`colossus train`. Returns the exit code; raises Refused before anything has started."""
-    console = Console()
-    run = folder.RunFolder(config.folder, nodes.here(config.nodes).index)
+    with folder.RunFolder(config.folder, nodes.here(config.nodes).index) as run:
+        return _train(config, run, Console())
+
+
+def _train(config: Train, run: folder.RunFolder, console: Console) -> int:
     config = plan.resolve(run.pinned(config))
+    resume = run.admit(config)
     finished = run.finished(config)
     if finished is not None:
         console.finished_already(config, finished)
         return DONE
-    resume = run.admit(config)
     context = _forkserver()
     prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
     try:

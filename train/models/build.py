@@ -4,8 +4,7 @@ Allocated on its device (or on the meta device: shapes, no storage), then filled
 from its own CPU generator, keyed by (seed, name). So neither the order of construction, nor the device, nor how many
 ranks there are, changes one bit; and a parameter keeps its values when another one is added beside it.
 
-The scale: normal(0, 0.02) as in GPT-2, the two projections that write to the residual stream divided by
-sqrt(2 · layers), so that the stream's variance does not grow with depth; norms start at 1.
+A family says how wide each matrix is drawn (`LanguageModel.std`); gains of norms start at 1.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ from torch import Tensor, nn
 from train.config import Llama, Model, Refused
 from train.models import llama
 from train.models.language import LanguageModel
-
-STD = 0.02
-RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream
 
 
 def _llama(config: Model, vocab: int) -> LanguageModel:
@@ -51,18 +47,17 @@ def initialise(model: LanguageModel, seed: int) -> None:
     """Fill every parameter and table of `model`, in place."""
     model.fill_tables()
     for name, parameter in model.named_parameters():  # a tied matrix comes once, as embedding.weight
-        parameter.copy_(initial(name, parameter.shape, seed, model.residual_outputs()))
+        if parameter.dim() < 2:
+            parameter.fill_(1.0)
+        else:
+            parameter.copy_(initial(name, parameter.shape, seed, model.std(name, parameter.shape)))
 
 
-def initial(name: str, shape: torch.Size, seed: int, residual_outputs: int) -> Tensor:
-    """The first value of the parameter called `name`: fp32, on the CPU."""
-    if len(shape) < 2:
-        return torch.ones(shape, device="cpu")
-    std = STD / residual_outputs**0.5 if name.endswith(RESIDUAL) else STD
+def initial(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:
+    """The first value of the matrix called `name`: fp32, on the CPU."""
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
-    return torch.empty(shape, device="cpu").normal_(
-        0.0, std, generator=torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
-    )
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
 
 
 def decays(parameter: nn.Parameter) -> bool:

@@ -1,4 +1,4 @@
-"""What every model family is to the rest of the project: four methods and two attributes.
+"""What every model family is to the rest of the project: five methods and two attributes.
 
 A family is a final class in a file of its own; it inherits nothing but this list. Training uses `forward`,
 generation `cache` and `step`, `build.py` `fill_tables`. Nobody asks which family it has.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from train.config import Model
 
@@ -40,7 +40,7 @@ class LanguageModel(nn.Module, ABC):
     def step(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         """Logits (B, vocabulary) that follow `tokens_BT`, which follow what `cache` holds; they are added to it.
 
-        Raises ValueError where they do not fit the context.
+        Without dropout and without a graph. Raises ValueError where they do not fit the context.
         """
 
     @abstractmethod
@@ -48,5 +48,5 @@ class LanguageModel(nn.Module, ABC):
         """Give the buffers their values: they are constants, and no checkpoint has them."""
 
     @abstractmethod
-    def residual_outputs(self) -> int:
-        """How many projections write to the residual stream: their initial scale is divided by its root."""
+    def std(self, name: str, shape: Size) -> float:
+        """Standard deviation of the first values of the matrix called `name`."""

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import gzip
+import os
+import signal
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.corpora import config, folder, jsonl, prepared, stream, texts
+from train.config import Data, Refused, Source, SourceKind, Tokenizer, TokenizerKind
+from train.data.prepare import Prepared, prepare
+from train.data.store import Store, lock
+from train.data.stream import IGNORED, Stream, Validation
+from train.data.writing import Preparer
+from train.data.yardstick import yardsticks
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Synthetic tokens in several shards, the last of them short."""
+    data = config(tmp_path_factory.mktemp("synthetic"), "synthetic", synthetic_tokens=20_000, shard_tokens=6000)
+    return prepared(data)
+
+
+def everything(loaded: Stream, steps: int) -> list[tuple[tuple[int, int, int], tuple[int, ...]]]:
+    """(id, tokens) of every sample of so many steps, in the order of the global index."""
+    found: list[tuple[tuple[int, int, int], tuple[int, ...]]] = []
+    for step in range(steps):
+        for v in range(loaded.virtual_ranks):
+            for i in range(loaded.micro_batches):
+                tokens = loaded.micro_batch(step, v, i)
+                assert tokens.dtype == np.int64
+                assert tokens.shape == (loaded.rows, loaded.context + 1)
+                found += zip(loaded.sample_ids(step, v, i), map(tuple, tokens.tolist()), strict=True)
+    return found
+
+
+def test_samples_are_a_function_of_the_global_index_alone(corpus: Prepared) -> None:
+    expected = everything(stream(corpus, 8, 8, 1), 40)
+    for ranks, rows in ((1, 8), (2, 1), (4, 2), (1, 1)):
+        assert everything(stream(corpus, 8, ranks, rows), 40) == expected
+    assert everything(stream(corpus, 16, 2, 4), 20) == expected
+    loaded = stream(corpus, 8, 4, 2)
+    later = loaded.micro_batch(39, 3, 0).tolist()
+    assert later == [list(tokens) for _, tokens in expected[39 * 8 + 6 : 39 * 8 + 8]]
+    assert loaded.micro_batch(0, 0, 0).tolist() == [list(tokens) for _, tokens in expected[:2]]
+    other = Stream(corpus, seed=6, context=16, sequences=8, virtual_ranks=8, micro_batch=1)
+    assert everything(other, 3) != expected[:24]
+
+
+@pytest.mark.parametrize(("sequences", "ranks", "rows"), [(8, 4, 1), (12, 3, 2), (7, 7, 1)])
+def test_each_sample_comes_once_an_epoch(corpus: Prepared, sequences: int, ranks: int, rows: int) -> None:
+    shards = Store(corpus.stores[0], "train").shards
+    assert len(shards) > 3
+    total = sum((shard.size - 1) // 16 for shard in shards)
+    found = everything(stream(corpus, sequences, ranks, rows), -(-2 * total // sequences))
+    for epoch in (0, 1):
+        ids = [i for i, _ in found if i[1] == epoch]
+        assert sorted(ids) == [(0, epoch, window) for window in range(total)]
+        assert ids != sorted(ids)
+    assert [i[2] for i, _ in found[:total]] != [i[2] for i, _ in found[total : 2 * total]]
+    windows = {window: tokens for (_, _, window), tokens in found}
+    first = shards[0].read(0, shards[0].size).tolist()
+    assert [t for w in range((len(first) - 1) // 16) for t in windows[w][:-1]] == first[: (len(first) - 1) // 16 * 16]
+
+
+def test_a_mix_keeps_its_shares_and_each_part_its_epochs(tmp_path: Path) -> None:
+    small = str(folder(tmp_path / "a", texts(40)))
+    parts = {
+        "small": Source(kind=SourceKind.text, path=small, weight=3),
+        "random": Source(kind=SourceKind.synthetic, weight=1),
+    }
+    corpus = prepared(config(tmp_path, "mix", parts=parts, synthetic_tokens=9000))
+    found = everything(stream(corpus, 64, 8, 8), 32)
+    for block in range(2):
+        sources = [i[0] for i, _ in found[1024 * block : 1024 * (block + 1)]]
+        assert (sources.count(0), sources.count(1)) == (768, 256)
+    total = sum((shard.size - 1) // 16 for shard in Store(corpus.stores[0], "train").shards)
+    assert 2 * total < 2 * 768
+    mine = [i for i, _ in found if i[0] == 0 and i[1] < 2]
+    assert sorted(mine) == [(0, epoch, w) for epoch in (0, 1) for w in range(total)]
+    validation = Validation(corpus, context=16, tokens=400, micro_batch=2)
+    assert len(validation.segments) == 2
+    assert validation.bytes is None or validation.lossless
+
+
+def test_a_mix_trains_one_bpe_on_all_its_parts(tmp_path: Path) -> None:
+    parts = {
+        name: Source(kind=SourceKind.text, path=str(folder(tmp_path / name, [f"{name * 9} {i}" for i in range(50)])))
+        for name in ("ab", "xy")
+    }
+    corpus = prepared(config(tmp_path, "mix", parts=parts, tokenizer=Tokenizer(vocab=300)))
+    coder = Validation(corpus, context=16, tokens=0, micro_batch=1).tokenizer
+    assert len(coder.encode("abab")) < 4 > len(coder.encode("xyxy"))
+
+
+@pytest.mark.parametrize("tokens", [0, 700])
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_validation_predicts_each_token_of_whole_documents_once(tmp_path: Path, tokens: int, kind: str) -> None:
+    written = texts(60)
+    path = str(folder(tmp_path / "a", written))
+    data = config(tmp_path, "text", path=path, tokenizer=Tokenizer(kind=TokenizerKind[kind], vocab=300))
+    data.shard_tokens = 9000
+    corpus = prepared(data)
+    validation = Validation(corpus, context=16, tokens=tokens, micro_batch=3)
+    batches = [validation.micro_batch(i) for i in range(validation.micro_batches)]
+    inputs, targets = (np.concatenate([batch[side].ravel() for batch in batches]) for side in (0, 1))
+    used = targets[targets != IGNORED]
+    assert used.size == validation.tokens
+    assert (targets[used.size :] == IGNORED).all()
+    np.testing.assert_array_equal(inputs[: used.size], np.concatenate([[corpus.eot], used[:-1]]))
+    assert used[-1] == corpus.eot
+    found = list(validation.text_bytes())
+    assert len(found) == np.count_nonzero(used == corpus.eot)
+    assert {raw.decode() for raw in found} <= set(written)
+    assert validation.bytes == sum(map(len, found)) == sum(map(len, validation.window_bytes()))
+    if tokens:
+        assert tokens <= validation.tokens < tokens + np.diff(np.flatnonzero(used == corpus.eot)).max()
+        assert validation.tokens < corpus.validation.tokens
+    else:
+        assert (validation.tokens, validation.bytes) == (corpus.validation.tokens, corpus.validation.bytes)
+
+
+def test_gzip_is_measured_on_exactly_these_bytes(tmp_path: Path) -> None:
+    corpus = prepared(config(tmp_path, "text", path=str(folder(tmp_path / "a", texts(60)))))
+    validation = Validation(corpus, context=16, tokens=0, micro_batch=3)
+    sizes = yardsticks(validation)
+    assert validation.bytes is not None
+    whole = sum(len(gzip.compress(raw, 9)) for raw in validation.text_bytes())
+    assert sizes["gzip_documents"] == 8 * whole / validation.bytes
+    assert sizes["gzip_windows"] is not None
+    assert sizes["gzip_windows"] > 8  # 16 bytes cannot pay for gzip's 18 bytes of frame
+    ids = prepared(config(tmp_path, "synthetic", synthetic_tokens=5000))
+    unknown = Validation(ids, context=16, tokens=0, micro_batch=3)
+    assert unknown.bytes is None
+    assert yardsticks(unknown) == {"gzip_windows": None, "gzip_documents": None}
+
+
+# ----------------------------------------------------------------------------------- a dataset that is arriving
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Laid out like a dataset on the Hub: parquet and JSON lines, read in the order of their names."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    root = tmp_path / "dataset"
+    (root / "data").mkdir(parents=True)
+    written = texts(120)
+    table = pyarrow.table({"id": list(range(60)), "text": written[:60]})
+    parquet.write_table(table, root / "data" / "train-00000.parquet")
+    jsonl(root / "data" / "train-00001.jsonl", written[60:])
+    jsonl(root / "data" / "test-00000.jsonl", texts(5, seed=3))
+    (root / "README.md").write_text("no data")
+    return root
+
+
+def local(tmp_path: Path, dataset: Path, cache: str, **keys: Any) -> Data:
+    return config(tmp_path, "hf", name=str(dataset), shard_tokens=6000, cache=str(tmp_path / cache), **keys)
+
+
+def finished(data: Data) -> Prepared:
+    result, preparer = prepare(data, seed=5, context=16)
+    deadline = time.monotonic() + 60
+    while preparer is not None and not (Path(result.stores[0]) / "complete.json").exists():
+        assert preparer.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    if preparer is not None:
+        preparer.stop()
+    return result
+
+
+def first_shard_only(data: Data, monkeypatch: pytest.MonkeyPatch) -> Prepared:
+    """What `prepare` leaves when the background process has not begun."""
+    with monkeypatch.context() as patch:
+        patch.setattr("train.data.writing._background", lambda job, held: None)
+        result, preparer = prepare(data, seed=5, context=16)
+    assert preparer is None
+    assert not result.complete
+    return result
+
+
+def test_a_dataset_is_read_in_its_pinned_order(tmp_path: Path, dataset: Path) -> None:
+    corpus = finished(local(tmp_path, dataset, "cache"))
+    text = b"".join(
+        bytes(token if token < 256 else 0x0A for token in shard.read(0, shard.size).tolist())
+        for shard in Store(corpus.stores[0], "train").shards
+    ).decode()
+    written = [t for t in texts(120) if t in text]
+    assert len(written) > 80
+    positions = [text.index(t) for t in written]
+    assert positions == sorted(positions)
+    assert not any(t in text for t in texts(5, seed=3))
+    validation = Validation(corpus, context=16, tokens=0, micro_batch=1)
+    assert all(raw.decode() not in text for raw in validation.text_bytes())
+    assert [shard.size > 0 for shard in Store(corpus.stores[0], "validation").shards][:3] == [True, False, False]
+    limited = finished(local(tmp_path, dataset, "cache", files="data/*.jsonl", limit=1))
+    assert limited.digest != corpus.digest
+
+
+def test_a_dataset_without_the_column_is_refused(tmp_path: Path, dataset: Path) -> None:
+    with pytest.raises(Refused, match=r"data\.field.*'body'.*id, text"):
+        prepare(local(tmp_path, dataset, "cache", field="body"), seed=5, context=16)
+    with pytest.raises(Refused, match=r"data\.files"):
+        prepare(local(tmp_path, dataset, "cache", files="*.csv"), seed=5, context=16)
+
+
+def test_a_reader_waits_for_a_shard_and_sees_what_it_would_have_seen(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = finished(local(tmp_path, dataset, "c1"))
+    assert len(Store(whole.stores[0], "train").shards) >= 4
+    early = first_shard_only(local(tmp_path, dataset, "c2"), monkeypatch)
+    assert early.digest == whole.digest
+    expected = everything(stream(whole), 300)  # several epochs
+    waiting = stream(early)
+    known = (Store(whole.stores[0], "train").shards[0].size - 1) // 16 // 8
+    assert everything(waiting, known) == expected[: 8 * known]
+    held = lock(Path(early.stores[0]))  # somebody prepares
+    assert held is not None
+    results: list[Any] = []
+    reader = threading.Thread(target=lambda: results.append(everything(waiting, 300)))
+    reader.start()
+    time.sleep(0.4)
+    assert not results
+    os.close(held)
+    finished(local(tmp_path, dataset, "c2"))
+    reader.join(timeout=60)
+    assert results
+    assert results[0] == expected
+
+
+def test_readers_learn_that_the_preparer_is_dead(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = first_shard_only(local(tmp_path, dataset, "cache"), monkeypatch)
+    started = time.monotonic()
+    with pytest.raises(Refused, match=r"shard-00001.*stopped.*start the run again"):
+        everything(stream(early), 300)
+    assert time.monotonic() - started < 5
+
+
+def test_the_preparer_says_why_it_failed(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.data.writing.BATCH_BYTES", 4096)  # so that the first shard is there before the bad line
+    with (dataset / "data" / "train-00001.jsonl").open("a") as out:
+        out.write("{broken\n")
+    result, preparer = prepare(local(tmp_path, dataset, "cache"), seed=5, context=16)
+    assert isinstance(preparer, Preparer)
+    with pytest.raises(Refused, match=r"train-00001\.jsonl:61"):
+        everything(stream(result), 300)
+    deadline = time.monotonic() + 30
+    while preparer.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    line = preparer.poll()
+    assert line is not None
+    assert "train-00001.jsonl:61" in line
+    assert "\n" not in line
+
+
+def test_the_preparer_does_not_outlive_its_parent(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "word " * 2000
+    with (dataset / "data" / "train-00001.jsonl").open("a") as out:
+        out.writelines(f'{{"text": "{i} {words}"}}\n' for i in range(4000))  # 40 MB: seconds of work
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # a parent that is killed once its preparer works
+        _, preparer = prepare(local(tmp_path, dataset, "cache"), seed=5, context=16)
+        assert preparer is not None
+        os.write(writer, str(preparer.running[0][1].pid).encode())
+        time.sleep(60)
+        os._exit(0)
+    background = int(os.read(reader, 20))
+    assert lock(next(path for path in (tmp_path / "cache" / "stores").iterdir() if path.is_dir())) is None
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        state = Path(f"/proc/{background}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the background process is still there")
+    store = next(path for path in (tmp_path / "cache" / "stores").iterdir() if path.is_dir())
+    assert not (store / "complete.json").exists()
+    assert all(a < b for a, b in pairwise(sorted(store.glob("shard-*"))))

@@ -1,0 +1,338 @@
+"""The main job from the outside: `colossus train`, on one process and on many."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train import checkpoint, cli, events
+
+
+def train(overrides: list[str], *more: str) -> tuple[int, Path]:
+    """Run in this process (its forkserver is warm); returns the exit code and the run folder."""
+    arguments = [*overrides, *more]
+    settings = dict(argument.split("=", 1) for argument in arguments)
+    return cli.main(["train", *arguments]), Path(settings["runs"]) / settings["name"]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    value = json.loads((folder / "summary.json").read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in events.read(folder / "events.jsonl") if record["kind"] == "step"]
+
+
+def sha256(overrides: list[str], *more: str) -> str:
+    code, folder = train(overrides, *more)
+    assert code == 0
+    return str(summary(folder)["state_sha256"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["precision=bf16", "model.dropout=0.2", "batch.virtual_ranks=6", "batch.sequences=12", "batch.micro_batch=2"],
+    ],
+    ids=["fp32", "bf16-dropout-V6"],
+)
+def test_the_result_does_not_depend_on_the_number_of_ranks(more: list[str], tiny: list[str]) -> None:
+    """Losses, gradient norms, evaluation and state, to the bit; V = 8 with k = 2, and V = 6, on 1, 2, 3 and 5 ranks."""
+    runs = {}
+    for world in (1, 2, 3, 5):
+        code, folder = train(tiny, *more, f"name=w{world}", f"devices={world}")
+        assert code == 0
+        numbers = [(step["loss_hex"], step["grad_norm"], step["lr"], step["tokens"]) for step in steps(folder)]
+        scores = [r["loss"] for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"]
+        runs[world] = (summary(folder)["state_sha256"], numbers, scores)
+    assert len(runs[1][1]) == 6
+    assert len(runs[1][2]) == 2
+    assert runs[1] == runs[2] == runs[3] == runs[5]
+
+
+def test_another_seed_or_the_fast_reduction_is_another_result(tiny: list[str]) -> None:
+    """Were everything equal to everything, the test above could not fail."""
+    digests = {
+        sha256(tiny, "name=a", "devices=3"),
+        sha256(tiny, "name=b", "devices=3", "seed=1"),
+        sha256(tiny, "name=c", "devices=3", "reduce=fast"),
+        sha256(tiny, "name=d", "devices=1", "reduce=fast"),
+    }
+    assert len(digests) == 4
+
+
+def test_compiled_runs_agree_with_each_other(tiny: list[str]) -> None:
+    small = ("compile=true", "steps=3", "model.layers=1", "eval.every=0")
+    one = sha256(tiny, *small, "name=c1", "devices=1")
+    assert one == sha256(tiny, *small, "name=c2", "devices=2")
+
+
+def test_the_run_folder_holds_what_is_promised(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, folder = train(tiny, "name=all", "devices=2", "logger=[tensorboard,csv]")
+    assert code == 0
+    step = steps(folder)[-1]
+    assert {"time", "kind", "step", "loss", "loss_hex", "lr", "grad_norm", "tokens", "seconds", "world"} <= set(step)
+    assert (step["step"], step["tokens"], step["world"]) == (6, 6 * 16 * 32, 2)
+    assert float.fromhex(step["loss_hex"]) == step["loss"]
+    found = summary(folder)
+    promised = "steps final_loss val_bpb tokens tokens_per_s mfu world_sizes state_sha256 goodput"
+    assert set(promised.split()) <= set(found)
+    assert found["world_sizes"] == [2]
+    assert sum(found["goodput"]["seconds"].values()) == pytest.approx(found["goodput"]["wall_s"])
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "data.json", "events.jsonl", "summary.json", "checkpoints", "logs", "tensorboard"} <= names
+    assert (folder / "csv/start-1/metrics.csv").read_text().count("\n") > 2
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    said = capsys.readouterr().out
+    for words in ("2 ranks", "8 virtual ranks x 2 x 1", "bits per byte", "gzip -9", "colossus sample run="):
+        assert words in said
+
+    assert cli.main(["runs", f"runs={folder.parent}", "format=json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert (listed["name"], listed["state"], listed["steps"]) == ("all", "done", 6)
+
+    assert cli.main(["eval", f"run={folder}", "accelerator=cpu", "format=json"]) == 0
+    score = json.loads(capsys.readouterr().out)
+    assert score["bpb"] == found["val_bpb"]
+
+    sample = ["sample", f"run={folder}", "prompt=def f(x): ", "tokens=20", "accelerator=cpu"]
+    texts = []
+    for seed in ("seed=1", "seed=1", "seed=2"):
+        assert cli.main([*sample, seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("def f(x): ")
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_finished_run_says_so_and_more_steps_continue_it(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    constant = [*tiny, "schedule=constant", "name=a", "devices=2"]
+    assert train(constant)[0] == 0
+    assert train(constant)[0] == 0
+    assert "is finished (6 steps)" in capsys.readouterr().out
+    assert train([*constant, "steps=9"])[0] == 2
+    assert "resume.allow=steps" in capsys.readouterr().err
+    code, folder = train([*constant, "steps=9", "resume.allow=steps", "devices=3"])
+    assert code == 0
+    assert summary(folder)["state_sha256"] == sha256(tiny, "schedule=constant", "name=b", "devices=1", "steps=9")
+    assert summary(folder)["world_sizes"] == [2, 3]
+
+
+def test_what_may_not_be_continued_is_refused(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tiny, "name=a", "devices=1", "resume=required")[0] == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert train(tiny, "name=a", "devices=1")[0] == 0
+    for more, word in (
+        (["resume=never"], "resume=never"),
+        (["optimizer.lr=0.5", "steps=8", "resume.allow=steps"], "optimizer.lr"),
+    ):
+        assert train([*tiny, "name=a", "devices=1", *more])[0] == 2
+        assert word in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny: list[str]) -> None:
+    """The last one is cut short: the run goes on from the one before it, to the same bits."""
+    code, folder = train(tiny, "name=a", "devices=2")
+    assert code == 0
+    expected = summary(folder)["state_sha256"]
+    (folder / "summary.json").unlink()
+    os.truncate(folder / "checkpoints/step-00000006/model.safetensors", 100)
+    assert train(tiny, "name=a", "devices=1")[0] == 0
+    assert summary(folder)["state_sha256"] == expected
+    (restored,) = [r for r in events.read(folder / "events.jsonl") if r["kind"] == "restore"]
+    assert restored["step"] == 3
+    assert "step-00000006" in restored["refused"][0]
+
+
+def test_if_no_checkpoint_is_whole_nothing_is_trained(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = train(tiny, "name=a", "devices=1")
+    (folder / "summary.json").unlink()
+    for path in checkpoint.candidates(folder / "checkpoints"):
+        os.truncate(path / "manifest.json", 10)
+    capsys.readouterr()
+    assert train(tiny, "name=a", "devices=1")[0] == 2
+    assert "no checkpoint is whole" in capsys.readouterr().err
+
+
+def test_a_changed_corpus_is_refused(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"document {number} says {number * number} " * 30)
+    overrides = [*tiny, f"data.path={text}", "name=a", "devices=1", "data.tokenizer.kind=bytes"]
+    assert train(overrides)[0] == 0
+    (text / "1.txt").write_text("something else " * 50)
+    assert train([*overrides, "steps=8", "resume.allow=steps"])[0] == 2
+    assert "the corpus is not the one" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, folder = train(
+        tiny, "name=a", "devices=2", "optimizer.lr=1e30", "optimizer.clip_norm=0", "checkpoint.every=1"
+    )
+    assert code == 1
+    assert "optimizer.lr" in capsys.readouterr().err
+    saved = {r["step"] for r in events.read(folder / "events.jsonl") if r["kind"] == "checkpoint"}
+    finite = {step["step"] for step in steps(folder) if step["loss"] is not None}
+    assert saved <= finite, "nothing that is not finite was saved"
+
+
+def test_a_sweep_trains_each_combination_on_several_ranks(tiny: list[str], tmp_path: Path) -> None:
+    code = cli.main(["train", "--multirun", *tiny, "name=s", "devices=2", "steps=2", "seed=0,1"])
+    assert code == 0
+    folders = sorted(path for path in (tmp_path / "runs").iterdir() if (path / "summary.json").exists())
+    assert len(folders) == 2
+    assert len({summary(folder)["state_sha256"] for folder in folders}) == 2
+
+
+# ----------------------------------------------------------------------------------- processes and signals
+
+
+class Running:
+    """`colossus train` in a process of its own."""
+
+    def __init__(self, overrides: list[str], *more: str, **environment: str) -> None:
+        settings = dict(argument.split("=", 1) for argument in [*overrides, *more])
+        self.folder = Path(settings["runs"]) / settings["name"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "train", *overrides, *more],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    def wait_for(self, condition: Callable[[list[dict[str, Any]]], bool]) -> None:
+        until = time.monotonic() + 120
+        while not condition(list(events.read(self.folder / "events.jsonl"))):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < until, "the run does not get there"
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=120)
+        return self.process.returncode, out, err
+
+    def children(self) -> set[int]:
+        """All processes below this one, whatever session they are in."""
+        return set(descendants(self.process.pid))
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            yield child
+            yield from descendants(child)
+
+
+def gone(pids: set[int], within: float) -> bool:
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def at_step(number: int) -> Callable[[list[dict[str, Any]]], bool]:
+    return lambda records: any(record["kind"] == "step" and record["step"] >= number for record in records)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(tiny: list[str]) -> None:
+    """SIGINT to the whole foreground group, as a terminal sends it: exit 75, nothing left, equal state in the end."""
+    more = ("name=a", "devices=2", "steps=400", "eval.every=0", "checkpoint.every=0")
+    running = Running(tiny, *more)
+    running.wait_for(at_step(5))
+    pids = running.children()
+    assert len(pids) >= 3  # the forkserver and two ranks
+    running.process.send_signal(signal.SIGINT)
+    code, out, err = running.end()
+    assert code == 75, err
+    assert "asked to stop" in out
+    assert gone(pids, within=5)
+    stopped = summary(running.folder)
+    assert stopped["stopped"]
+    assert 5 <= stopped["steps"] < 400
+    (saved,) = checkpoint.candidates(running.folder / "checkpoints")
+    assert saved.name == checkpoint.folder_name(stopped["steps"])
+
+    assert train([*tiny, *more], "devices=3")[0] == 0
+    assert summary(running.folder)["state_sha256"] == sha256(tiny, *more, "name=b", "devices=1")
+
+
+def test_stop_after_saves_and_exits_75(tiny: list[str]) -> None:
+    code, folder = train(tiny, "name=a", "devices=2", "steps=100000", "stop_after=1s", "eval.every=0")
+    assert code == 75
+    assert summary(folder)["stopped"]
+
+
+def test_a_killed_parent_takes_its_ranks_along(tiny: list[str]) -> None:
+    running = Running(tiny, "name=a", "devices=2", "steps=100000")
+    running.wait_for(at_step(2))
+    pids = running.children()
+    running.process.kill()
+    running.end()
+    assert gone(pids, within=2)
+
+
+def test_a_killed_rank_ends_the_run_and_is_named(tiny: list[str]) -> None:
+    running = Running(tiny, "name=a", "devices=3", "steps=100000")
+    running.wait_for(at_step(2))
+    pids = running.children()
+    victim = max(pids)  # forked last: rank 2
+    os.kill(victim, signal.SIGKILL)
+    code, _, err = running.end()
+    assert code == 1
+    assert "rank 2" in err
+    assert "SIGKILL" in err
+    assert "out of memory" in err
+    assert len(err.splitlines()) == 1
+    assert gone(pids, within=5)
+    assert any(r["kind"] == "fault" and r["rank"] == 2 for r in events.read(running.folder / "events.jsonl"))
+
+
+def test_a_second_writer_is_refused(tiny: list[str]) -> None:
+    running = Running(tiny, "name=a", "devices=1", "steps=100000")
+    running.wait_for(at_step(1))
+    second = Running(tiny, "name=a", "devices=1", "steps=100000")
+    code, _, err = second.end()
+    assert code == 2
+    assert "another process" in err
+    running.process.send_signal(signal.SIGTERM)
+    assert running.end()[0] == 75
+
+
+def test_two_nodes_train_together(tiny: list[str], tmp_path: Path) -> None:
+    """The same command once per node, each with its own runs folder; the bits are those of one node."""
+    from train import nodes
+
+    listener = nodes.listen(nodes.here(1))
+    port = str(listener.getsockname()[1])
+    listener.close()
+    overrides = [argument for argument in tiny if not argument.startswith("runs=")]
+    started = [
+        Running(
+            [*overrides, f"runs={tmp_path}/node{index}", "name=a", "nodes=2", "devices=2"],
+            PET_NODE_RANK=str(index),
+            PET_MASTER_ADDR="127.0.0.1",
+            PET_MASTER_PORT=port,
+        )
+        for index in range(2)
+    ]
+    for running in started:
+        code, _, err = running.end()
+        assert code == 0, err
+    assert summary(started[0].folder)["state_sha256"] == sha256(tiny, "name=one", "devices=1")
+    assert (started[1].folder / "events-1.jsonl").exists()
+    assert not (started[1].folder / "summary.json").exists()
