@@ -38,3 +38,8 @@ def tiny(corpus: Path, cache: Path, tmp_path: Path) -> list[str]:
         *("eval.every=3", "eval.tokens=500", "checkpoint.every=3", "log.every=2", "logger=[]"),
         f"runs={tmp_path}/runs",
     ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`python -m tests.golden` uses it."""
+    parser.addoption("--write-golden", action="store_true", help="write the golden numbers instead of comparing")

@@ -65,22 +65,23 @@ class Parts:
     stream: Stream
     reducer: Reducer
     recorder: Recorder
-    due: tuple[Due, ...]  # evaluation, checkpoint: in this order
+    phase: Callable[[str, int], None]  # says what comes next, in case it fails
     stop_requested: Callable[[], bool]  # has the supervisor asked this rank to stop?
+    due: tuple[Due, ...]  # evaluation, checkpoint: in this order
 
 
 def fit(state: TrainState, parts: Parts) -> bool:
     """Train from `state.step` to the last step. Returns whether it stopped before that, on request."""
     config, flat, optimizer = parts.config, state.flat, state.optimizer
     while state.step < config.steps:
-        parts.recorder.phase("forward/backward", state.step)
+        parts.phase("forward/backward", state.step)
         gradients = parts.reducer.accumulate(lambda v, buffer: virtual_rank(v, buffer, state, parts))
         gradients[0].scalars[STOP] += float(parts.stop_requested())
 
-        parts.recorder.phase("reduce", state.step)
+        parts.phase("reduce", state.step)
         gradient = parts.reducer.reduce(gradients)
 
-        parts.recorder.phase("optimizer", state.step)
+        parts.phase("optimizer", state.step)
         norm = flat.clip(gradient, config.optimizer.clip_norm)
         rate = optim.learning_rate(config.optimizer, config.schedule, state.step, config.steps)
         optim.set_learning_rate(optimizer, rate)

@@ -13,9 +13,8 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,24 +26,20 @@ from lightning.fabric.loggers.csv_logs import CSVLogger
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-from train import checkpoint, events, flops, hardware, optim, plan, reduce
+from train import events, flops, hardware, optim, plan, reduce
+from train.channel import Channel
 from train.config import ReduceMode, Refused, Train, read_train
 from train.data.prepare import Prepared
-from train.data.stream import Stream, Validation
-from train.data.tokenizer import Tokenizer
-from train.data.yardstick import yardsticks
-from train.evaluate import evaluate
+from train.data.stream import Stream
 from train.fingerprint import fingerprint
 from train.flat import Flat
+from train.folder import identity
 from train.group import Group, Place, join, leave
+from train.keeper import Keeper, restore
 from train.loop import Due, Parts, TrainState, fit
 from train.models.build import build
-from train.models.language import LanguageModel
-from train.sample import continue_text
 from train.telemetry import Recorder, matmul_peak
 from train.trained import precision
-
-STOP = b"stop"  # what the supervisor sends to a rank that shall save and stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +50,7 @@ class Order:
     place: Place
     threads: int  # of this rank, on a CPU
     writer_epoch: int  # how many times this run has been started
-    resume: bool  # go on from the newest checkpoint, if there is one
+    resume: bool  # go on from the newest checkpoint
 
     @classmethod
     def from_json(cls, text: str) -> Order:
@@ -63,90 +58,61 @@ class Order:
         return cls(**{**fields, "place": Place(**fields["place"])})
 
 
-class Channel:
-    """The rank's end of the pipe to its supervisor: events out, a request to stop in."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._stop = False
-
-    def send(self, event: events.Event) -> None:
-        self._connection.send_bytes(events.line(event.record()).encode())
-
-    def stop_requested(self) -> bool:
-        while not self._stop and self._connection.poll():
-            self._stop = self._connection.recv_bytes() == STOP
-        return self._stop
-
-
 def worker(order_json: str, connection: Connection, listener: socket.socket | None) -> None:
     """The life of a rank. Exits with 0, or with 1 after a `fault` event that says why."""
-    order = Order.from_json(order_json)
+    order, channel = Order.from_json(order_json), Channel(connection)
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
     _log_to(Path(order.folder) / "logs" / f"rank-{order.place.rank}.log")
-    channel = Channel(connection)
-    where: list[Recorder] = []
     try:
-        _train(order, channel, listener, where)
+        join(order.place, listener)
+        state, parts, keeper = assemble(order, channel)
+        stopped = fit(state, parts)
+        parts.recorder.flush()
+        keeper.finish(stopped)
+        channel.send(events.Left(rank=order.place.rank, step=state.step, stopped=stopped))
+        leave()
     except BaseException as error:
         traceback.print_exc()
-        phase, step = where[0].where if where else ("start", None)
+        phase, step = channel.where
         fault, cause = _cause(error)
         channel.send(events.Fault(fault=fault, phase=phase, rank=order.place.rank, step=step, cause=cause))
         sys.stderr.flush()
         os._exit(1)  # no collective may be waited for on the way out
-    leave()
 
 
-def _train(order: Order, channel: Channel, listener: socket.socket | None, where: list[Recorder]) -> None:
+def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]:
+    """Everything a rank trains with, put together; its state restored, the start of the run reported."""
     folder, place = Path(order.folder), order.place
     config = read_train(folder / "config.yaml")
     prepared = Prepared.from_json((folder / "data.json").read_text())
     _numerics(config, place, order.threads)
-    join(place, listener)
     group = Group(place, precision(config.precision, torch.device(place.device)))
+    _agree(config, prepared, group)
     loggers = _loggers(config, folder, order.writer_epoch) if place.rank == 0 else []
-    accelerator = place.device.split(":")[0]
-    fabric = Fabric(accelerator=accelerator, devices=1, strategy=group, loggers=loggers)
+    fabric = Fabric(accelerator=config.accelerator, devices=1, strategy=group, loggers=loggers)
 
-    vocab = prepared.vocab
-    model = build(config.model, vocab, seed=config.seed, device=fabric.device)
+    model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
     flat = Flat(model)
     state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
     if order.resume:
         restore(state, folder / "checkpoints", group, channel)
 
     peak, peak_source = _peak(config, fabric, group)
-    flops_per_token = flops.flops_per_token(config.model, vocab)
-    recorder = Recorder(config, fabric, channel.send, flops_per_token, peak)
-    where.append(recorder)
     numerics = fingerprint(config, fabric.device)
-    if fabric.is_global_zero:
-        batch = config.batch
-        channel.send(
-            events.Start(
-                step=state.step,
-                world=place.world,
-                virtual_ranks=batch.virtual_ranks,
-                micro_batch=int(batch.micro_batch),
-                micro_batches=batch.micro_batches,
-                device=str(numerics["device"]),
-                peak_flops=peak,
-                peak_source=peak_source,
-                precision=config.precision,
-                compiled=config.compile is True,
-                parameters=flops.parameters(config.model, vocab),
-                flops_per_token=flops_per_token,
-                memory_bytes=plan.memory(config, vocab).total,
-                tokens_per_step=config.tokens_per_step,
-                steps=config.steps,
-                fingerprint=numerics,
-            )
-        )
-
-    keeper = Keeper(config, state, model, fabric, prepared, channel, recorder, folder, numerics, order.writer_epoch)
+    recorder = Recorder(config, fabric, channel.send, flops.flops_per_token(config.model, prepared.vocab), peak)
+    keeper = Keeper(
+        config=config,
+        state=state,
+        model=model,
+        fabric=fabric,
+        prepared=prepared,
+        channel=channel,
+        recorder=recorder,
+        folder=folder,
+        about={"fingerprint": numerics, "config": _digest(config), "writer_epoch": order.writer_epoch},
+    )
     parts = Parts(
         config=config,
         fabric=fabric,
@@ -161,115 +127,57 @@ def _train(order: Order, channel: Channel, listener: socket.socket | None, where
         ),
         reducer=reduce.build(config.reduce, group, flat, config.batch.virtual_ranks),
         recorder=recorder,
+        phase=channel.phase,
+        stop_requested=channel.stop_requested,
         due=(
             Due(config.eval.every, keeper.evaluate),
             Due(config.checkpoint.every, keeper.save, when_stopping=True),
         ),
-        stop_requested=channel.stop_requested,
     )
-    stopped = fit(state, parts)
-    recorder.flush()
-    keeper.finish(stopped)
-    channel.send(events.Left(rank=place.rank, step=state.step, stopped=stopped))
+    if fabric.is_global_zero:
+        channel.send(_start(config, prepared, state, place, numerics, peak, peak_source))
+    return state, parts, keeper
 
 
-class Keeper:
-    """What is done beside the steps: evaluation, checkpoints, and the last words of a run."""
-
-    def __init__(
-        self,
-        config: Train,
-        state: TrainState,
-        model: LanguageModel,
-        fabric: Fabric,
-        prepared: Prepared,
-        channel: Channel,
-        recorder: Recorder,
-        folder: Path,
-        numerics: dict[str, Any],
-        writer_epoch: int,
-    ) -> None:
-        self._config, self._state, self._model, self._fabric = config, state, model, fabric
-        self._prepared, self._channel, self._recorder, self._folder = prepared, channel, recorder, folder
-        self._about = {"fingerprint": numerics, "config": asdict_digest(config), "writer_epoch": writer_epoch}
-
-    def evaluate(self, step: int) -> None:
-        """Score the validation set: a fixed part of it on the way, the whole of it at the end."""
-        config, started = self._config, time.perf_counter()
-        self._recorder.phase("evaluation", step)
-        self._recorder.flush()
-        whole = step == config.steps
-        score = evaluate(self._model, self._validation(0 if whole else config.eval.tokens), self._fabric)
-        if self._fabric.is_global_zero:
-            seconds = time.perf_counter() - started
-            self._channel.send(
-                events.Evaluated(
-                    step=step, loss=score.loss, bpb=score.bpb, tokens=score.tokens, whole=whole, seconds=seconds
-                )
-            )
-            bpb = {"val/bpb": score.bpb} if score.bpb is not None else {}
-            self._fabric.log_dict({"val/loss": score.loss} | bpb, step=step)
-        self._recorder.resume_clock()
-
-    def save(self, step: int) -> None:
-        """Write a checkpoint (rank 0) and keep the last few."""
-        started = time.perf_counter()
-        self._recorder.phase("checkpoint", step)
-        self._recorder.flush()
-        if self._fabric.is_global_zero:
-            root = self._folder / "checkpoints"
-            path, size = checkpoint.save(root, step, self._state.files(), self._about)
-            checkpoint.retain(root, self._config.checkpoint.keep)
-            seconds = time.perf_counter() - started
-            self._channel.send(events.Saved(step=step, path=str(path), bytes=size, seconds=seconds))
-        self._recorder.resume_clock()
-
-    def finish(self, stopped: bool) -> None:
-        """Rank 0's last words: the digest of the state, and, of a run that is done, a sample and the yardsticks."""
-        if not self._fabric.is_global_zero:
-            return
-        self._recorder.phase("end", self._state.step)
-        for logger in self._fabric.loggers:
-            logger.finalize("success")
-        digest = checkpoint.state_sha256(self._state.step, self._state.files())
-        end = events.Finished(step=self._state.step, stopped=stopped, state_sha256=digest)
-        if not stopped:
-            validation = self._validation(0)
-            end.yardsticks = yardsticks(validation)
-            tokenizer = Tokenizer.load(self._prepared.tokenizer)
-            (end.sample,) = continue_text(self._model, tokenizer, self._config.sample, seed=self._config.seed)
-        self._channel.send(end)
-
-    def _validation(self, tokens: int) -> Validation:
-        config = self._config
-        return Validation(
-            self._prepared, context=config.model.context, tokens=tokens, micro_batch=config.eval.micro_batch
-        )
+def _start(
+    config: Train,
+    prepared: Prepared,
+    state: TrainState,
+    place: Place,
+    numerics: dict[str, Any],
+    peak: float | None,
+    peak_source: str,
+) -> events.Start:
+    return events.Start(
+        step=state.step,
+        world=place.world,
+        virtual_ranks=config.batch.virtual_ranks,
+        micro_batch=int(config.batch.micro_batch),
+        micro_batches=config.batch.micro_batches,
+        device=str(numerics["device"]),
+        peak_flops=peak,
+        peak_source=peak_source,
+        precision=config.precision,
+        compiled=config.compile is True,
+        parameters=flops.parameters(config.model, prepared.vocab),
+        flops_per_token=flops.flops_per_token(config.model, prepared.vocab),
+        memory_bytes=plan.memory(config, prepared.vocab).total,
+        tokens_per_step=config.tokens_per_step,
+        steps=config.steps,
+        fingerprint=numerics,
+    )
 
 
-def restore(state: TrainState, root: Path, group: Group, channel: Channel) -> None:
-    """Bring the newest checkpoint that is whole into `state`: rank 0 reads it, the others receive it."""
-    step = torch.zeros(1, dtype=torch.int64)
-    if group.rank == 0:
-        found, refused = checkpoint.newest(root)
-        if found is None and refused:
-            raise Refused(str(root), f"no checkpoint is whole ({refused[0]}): remove the folder to start anew")
-        if found is not None:
-            checkpoint.load(found, state.files())
-            step[0] = found.step
-            channel.send(events.Restored(step=found.step, path=str(found.path), refused=refused))
-    group.broadcast(step)
-    if step.item():
-        group.broadcast(state.flat.parameters.detach())
-        for tensors in state.optimizer.state.values():
-            for tensor in tensors.values():
-                group.broadcast(tensor)
-        state.restored(int(step.item()))
+def _digest(config: Train, *more: str) -> str:
+    """sha256 of what makes a run's result what it is."""
+    return hashlib.sha256(json.dumps([identity(config), more], default=str, sort_keys=True).encode()).hexdigest()
 
 
-def asdict_digest(config: Train) -> str:
-    """sha256 of the configuration: what a checkpoint belongs to."""
-    return hashlib.sha256(json.dumps(asdict(config), default=str, sort_keys=True).encode()).hexdigest()
+def _agree(config: Train, prepared: Prepared, group: Group) -> None:
+    """Refuse to train where another rank, perhaps on another node, has another configuration or corpus than rank 0."""
+    mine = torch.tensor(list(bytes.fromhex(_digest(config, prepared.digest))))
+    if not torch.equal(group.broadcast(mine.clone()), mine):
+        raise Refused("nodes", f"rank {group.rank} has another configuration or corpus than rank 0: make them equal")
 
 
 def _numerics(config: Train, place: Place, threads: int) -> None:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from train import events, folder, nodes, plan
+from train.channel import STOP
 from train.config import Train, seconds
 from train.console import Console
 from train.data.prepare import prepare
@@ -30,7 +31,6 @@ from train.data.writing import Preparer
 from train.summary import summarize
 
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
-STOP = b"stop"
 MOURNING = 1.0  # seconds in which the others may say what a dead rank did to them, before it is named
 
 

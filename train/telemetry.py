@@ -44,7 +44,7 @@ class _Pending:
 
 
 class Recorder:
-    """What a rank knows of its own progress: the phase it is in, and the numbers of its steps."""
+    """The numbers of a rank's steps, read when they have arrived."""
 
     def __init__(self, config: Train, fabric: Fabric, send: Send, flops_per_token: float, peak: float | None) -> None:
         self._config, self._fabric, self._send = config, fabric, send
@@ -56,10 +56,6 @@ class Recorder:
         self._log_step: int | None = None
         self._lag = LAG if self._on_gpu else 0
         self._stop_step: int | None = None  # the first step in which a rank was asked to stop
-        self.where: tuple[str, int | None] = ("start", None)  # phase and step, for the message of a failure
-
-    def phase(self, name: str, step: int) -> None:
-        self.where = (name, step)
 
     def resume_clock(self) -> None:
         """Time spent outside steps (evaluation, saving) is not the next step's."""
