@@ -303,6 +303,7 @@ class Log:
 
 LOGGERS = ("tensorboard", "csv", "wandb")
 ACCELERATORS = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "gloo", "nccl")
 PRECISIONS = ("auto", "fp32", "bf16")
 COMPILES = ("auto", True, False)
 
@@ -318,12 +319,13 @@ class Train:
 
     name: str = MISSING
     seed: int = 0
-    steps: int = 200
+    steps: int = 200  # in all, not from here
     devices: int | str = "auto"  # ranks on this node; auto: one a GPU, or one a CPU core, up to 8
-    nodes: int = 1
-    accelerator: str = "auto"
-    precision: str = "auto"
-    compile: Any = "auto"
+    nodes: int = 1  # the same command runs once on each; PET_*, SLURM_* or SKYPILOT_* say which one this is
+    accelerator: str = "auto"  # auto: cuda where there is a GPU
+    backend: str = "auto"  # auto: nccl on GPUs; gloo lets several ranks share a GPU, over the host's memory
+    precision: str = "auto"  # auto: bf16 on GPUs and on CPUs with bf16 instructions
+    compile: Any = "auto"  # auto: on GPUs
     stop_after: str = ""  # wall time such as 50min, after which the run saves, stops and exits 75
     runs: str = "runs"  # the folder of run folders
     logger: list[str] = field(default_factory=lambda: ["tensorboard", "csv"])
@@ -349,6 +351,7 @@ class Train:
         _require(self.steps >= 1, "steps", f"{self.steps} is too few: use 1 or more")
         _require(self.nodes >= 1, "nodes", f"{self.nodes} is too few: use 1 or more")
         _choice(self.accelerator, "accelerator", ACCELERATORS)
+        _choice(self.backend, "backend", BACKENDS)
         _choice(self.precision, "precision", PRECISIONS)
         _choice(self.compile, "compile", COMPILES)
         for logger in self.logger:

@@ -21,7 +21,7 @@ from train.config import Refused, ResumeMode, Train, read_train, to_yaml
 
 # What may change when a run is continued: nothing here has a say in the bits.
 FREE = (
-    *("devices", "nodes", "stop_after", "runs", "logger", "sample", "log", "eval", "checkpoint", "resume"),
+    *("devices", "nodes", "backend", "stop_after", "runs", "logger", "sample", "log", "eval", "checkpoint", "resume"),
     *("reduce.bucket_mib", "data.cache"),
 )
 PINNED = ("precision", "compile", "accelerator", "batch.micro_batch")  # `auto` means: as this run has it

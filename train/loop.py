@@ -63,6 +63,7 @@ class Parts:
     fabric: Fabric
     model: Callable[[Tensor, Tensor], Tensor]  # inputs, targets (B, T) -> sum of nats; perhaps compiled
     stream: Stream
+    generator: torch.Generator  # the device's default one, which dropout draws from
     reducer: Reducer
     recorder: Recorder
     phase: Callable[[str, int], None]  # says what comes next, in case it fails
@@ -104,7 +105,7 @@ def virtual_rank(v: int, buffer: Buffer, state: TrainState, parts: Parts) -> Non
     config, device = parts.config, parts.fabric.device
     state.flat.attach(buffer)
     for i in range(config.batch.micro_batches):
-        torch.manual_seed(micro_batch_seed(config.seed, state.step, v, i))
+        parts.generator.manual_seed(micro_batch_seed(config.seed, state.step, v, i))
         tokens = torch.from_numpy(parts.stream.micro_batch(state.step, v, i)).to(device, non_blocking=True)
         with parts.fabric.autocast():
             nats = parts.model(tokens[:, :-1], tokens[:, 1:])

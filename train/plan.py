@@ -29,27 +29,33 @@ def resolve(config: Train) -> Train:
     ranks = config.batch.virtual_ranks // config.nodes
     if ranks < 1:
         raise Refused("nodes", f"{config.nodes} nodes are more than batch.virtual_ranks={config.batch.virtual_ranks}")
-    devices = min(available, MAX_RANKS, ranks) if config.devices == "auto" else int(config.devices)
-    if accelerator == "cuda" and devices > len(gpus):
-        raise Refused("devices", f"{devices} GPUs asked for, {len(gpus)} here")
+    usual = min(available, MAX_RANKS, ranks)
+    devices = usual if config.devices == "auto" else int(config.devices)
+    backend = config.backend if config.backend != "auto" else "nccl" if accelerator == "cuda" else "gloo"
+    if backend == "nccl" and accelerator == "cpu":
+        raise Refused("backend", "nccl needs GPUs: use backend=gloo on CPUs")
+    if backend == "nccl" and devices > len(gpus):
+        raise Refused("devices", f"{devices} GPUs asked for, {len(gpus)} here (several ranks a GPU: backend=gloo)")
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if accelerator == "cuda" or hardware.processor()[1] else "fp32"
     compiled = accelerator == "cuda" if config.compile == "auto" else config.compile
     batch = config.batch
     if batch.micro_batch == "auto":
-        share = batch.sequences // batch.virtual_ranks
+        # `devices` has no say in it: a run on 1 rank and on 4 must cut the same micro-batches. Hence the memory of
+        # the usual number of ranks, and the gradient buffers of a rank that hosts everything.
         fitting = flops.auto_micro_batch(
             config.model,
             vocabulary(config),
-            share,
-            budget_bytes=device_memory(accelerator, devices),
+            batch.sequences // batch.virtual_ranks,
+            budget_bytes=device_memory(accelerator, usual),
             accelerator=accelerator,
             precision=precision,
-            gradient_buffers=_gradient_buffers(batch.virtual_ranks, devices * config.nodes),
+            gradient_buffers=_gradient_buffers(batch.virtual_ranks, 1),
         )
         batch = replace(batch, micro_batch=fitting)
-    return replace(config, accelerator=accelerator, devices=devices, precision=precision, compile=compiled, batch=batch)
+    config = replace(config, accelerator=accelerator, backend=backend, devices=devices)
+    return replace(config, precision=precision, compile=compiled, batch=batch)
 
 
 def device_memory(accelerator: str, devices: int) -> int:

@@ -27,7 +27,7 @@ def continue_text(
     seed: int = 0,
 ) -> list[str]:
     """`count` texts: the prompt and what the model makes of it, up to the end of the document if it comes."""
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    ids = tokenizer.encode(prompt) if prompt else [tokenizer.eot]  # the end of a document begins one
     generator = torch.Generator().manual_seed(seed)
     rows = generate(
         model,

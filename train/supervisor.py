@@ -22,7 +22,7 @@ from multiprocessing.forkserver import ensure_running
 from types import FrameType
 from typing import Any
 
-from train import events, folder, nodes, plan
+from train import events, folder, hardware, nodes, plan
 from train.channel import STOP
 from train.config import Train, seconds
 from train.console import Console
@@ -124,7 +124,7 @@ class Supervisor:
         world = per_node * self._config.nodes
         listener = nodes.listen(self._node) if self._node.index == 0 and world > 1 else None
         port = listener.getsockname()[1] if listener else self._node.port
-        on_gpu = self._config.accelerator == "cuda"
+        gpus = len(hardware.gpus()) if self._config.accelerator == "cuda" else 0
         for local in range(per_node):
             number = self._node.index * per_node + local
             order = {
@@ -136,11 +136,11 @@ class Supervisor:
                     "rank": number,
                     "world": world,
                     "local_rank": local,
-                    "device": f"cuda:{local}" if on_gpu else "cpu",
+                    "device": f"cuda:{local % gpus}" if gpus else "cpu",
                     "host": self._node.host,
                     "port": port,
                     "loopback": self._config.nodes == 1,
-                    "backend": "nccl" if on_gpu else "gloo",
+                    "backend": self._config.backend,
                 },
             }
             self._ranks.append(self._fork(number, order, listener if number == 0 else None))
