@@ -144,7 +144,7 @@ class Data(Source):
 
     parts: dict[str, Source] = field(default_factory=dict)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
-    validation: float = 0.05  # share of documents, chosen by sha256 of their content
+    validation: float = 0.05  # share of documents: one in 20, by sha256 of their content
     shard_tokens: int = 100_000_000  # a store is written in shards of at most so many tokens
     synthetic_tokens: int = 4_000_000
     cache: str = ""  # where prepared tokens are kept; empty: $XDG_CACHE_HOME/pocket-colossus
@@ -158,7 +158,7 @@ class Data(Source):
         mixed = [name for name, part in self.parts.items() if part.kind is SourceKind.mix]
         _require(not mixed, "data.parts", f"'{', '.join(mixed)}' is itself a mix: give each part a kind of its own")
         Source.__post_init__(self)
-        _require(0 < self.validation < 1, "data.validation", f"{self.validation} is not a share between 0 and 1")
+        _require(0 < self.validation <= 0.5, "data.validation", f"{self.validation} is not a share above 0 and up to 0.5")
         _require(self.shard_tokens >= 1024, "data.shard_tokens", "must be at least 1024")
         _require(self.synthetic_tokens >= 1024, "data.synthetic_tokens", "must be at least 1024")
 

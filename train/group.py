@@ -10,8 +10,11 @@ loop's back. Fabric brings devices, precision and loggers; the sum of the gradie
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import socket
+import struct
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +27,10 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore
 
+from train.config import Refused
+
 gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 TIMEOUT = timedelta(minutes=30)  # a collective that takes longer has lost a rank; the supervisor sees that first
 
 
@@ -111,8 +117,10 @@ def join(place: Place, listener: socket.socket | None) -> None:
     """
     if place.world == 1:
         return
-    if place.loopback:
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    # Left to itself, gloo binds to what the host's own name resolves to, which is often 127.0.0.1, on every host.
+    interface = _interface(place.host, place.port)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ[variable] = interface if place.loopback else os.environ.get(variable, interface)
     store = TCPStore(
         place.host,
         place.port,
@@ -123,6 +131,19 @@ def join(place: Place, listener: socket.socket | None) -> None:
         master_listen_fd=listener.detach() if listener is not None else None,
     )
     dist.init_process_group(place.backend, store=store, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
+
+
+def _interface(host: str, port: int) -> str:
+    """The name of the network interface through which this host reaches `host`: lo for 127.0.0.1."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # no packet is sent: the kernel only chooses a route
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                request = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(request[20:24]) == address:
+                    return name
+    raise Refused("nodes", f"no network interface has the address {address}, which reaches {host}")
 
 
 def leave() -> None:

@@ -155,7 +155,7 @@ def dataset(tmp_path: Path) -> Path:
     table = pyarrow.table({"id": list(range(60)), "text": written[:60]})
     parquet.write_table(table, root / "data" / "train-00000.parquet")
     jsonl(root / "data" / "train-00001.jsonl", written[60:])
-    jsonl(root / "data" / "test-00000.jsonl", texts(5, seed=3))
+    jsonl(root / "data" / "test-00000.jsonl", texts(30, seed=3))
     (root / "README.md").write_text("no data")
     return root
 
@@ -196,7 +196,7 @@ def test_a_dataset_is_read_in_its_pinned_order(tmp_path: Path, dataset: Path) ->
     assert len(written) > 80
     positions = [text.index(t) for t in written]
     assert positions == sorted(positions)
-    assert not any(t in text for t in texts(5, seed=3))
+    assert not any(t in text for t in texts(30, seed=3))
     validation = Validation(corpus, context=16, tokens=0, micro_batch=1)
     assert all(raw.decode() not in text for raw in validation.text_bytes())
     assert [shard.size > 0 for shard in Store(corpus.stores[0], "validation").shards][:3] == [True, False, False]

@@ -242,5 +242,10 @@ def utf8(text: str | None) -> bytes | None:
 
 
 def held_out(raw: bytes, validation: float) -> bool:
-    """Whether a document belongs to validation: its sha256, read as a fraction of 2^256, lies below the share."""
+    """Whether a document belongs to validation: one in round(1 / share), by its sha256 modulo that number."""
+    return int.from_bytes(hashlib.sha256(raw).digest(), "big") % round(1 / validation) == 0
+
+
+def drawn(raw: bytes, share: float) -> bool:
+    """Whether a document is in a sample of this share: its sha256, read as a fraction, lies below it."""
     return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") < validation * 2**64

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from train.config import Data, Refused, Source, SourceKind, TokenizerKind
 from train.data import store
-from train.data.corpus import File, Progress, documents, held_out, pin, utf8
+from train.data.corpus import File, Progress, documents, drawn, held_out, pin, utf8
 from train.data.store import digest
 from train.data.tokenizer import Tokenizer
 from train.data.writing import Job, Preparer, index_bin, quiet, write_store
@@ -227,7 +227,7 @@ def _sample(data: Data, sources: list[Source], pins: list[list[File]], progress:
                 raw = utf8(text)
                 if not raw or held_out(raw, data.validation):
                     continue
-                if share < 1 and not held_out(b"sample" + raw, share):
+                if share < 1 and not drawn(b"sample" + raw, share):
                     continue
                 assert text is not None
                 yield text

@@ -1,0 +1,1 @@
+"""Tests that need root or system packages: `make test-system`."""
