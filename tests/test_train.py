@@ -196,6 +196,19 @@ def test_a_sweep_trains_each_combination_on_several_ranks(tiny: list[str], tmp_p
     assert len({summary(folder)["state_sha256"] for folder in folders}) == 2
 
 
+def test_a_dataset_of_several_files_is_trained_on(tiny: list[str], corpus: Path, tmp_path: Path) -> None:
+    """data=hf, on a folder laid out like a dataset: shards arrive while the ranks train; equal bits all the same."""
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    files = sorted(corpus.iterdir())
+    for shard in range(3):
+        lines = [json.dumps({"text": file.read_text()}) for file in files[20 * shard : 20 * shard + 20]]
+        (dataset / f"train-{shard}.jsonl").write_text("\n".join(lines) + "\n")
+    overrides = [*tiny, "data=hf", f"data.name={dataset}", "data.validation=0.3", "data.shard_tokens=12000", "steps=24"]
+    overrides = [override for override in overrides if not override.startswith("data.path=")]
+    assert sha256(overrides, "name=a", "devices=1") == sha256(overrides, "name=b", "devices=3")
+
+
 # ----------------------------------------------------------------------------------- processes and signals
 
 

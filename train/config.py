@@ -158,7 +158,9 @@ class Data(Source):
         mixed = [name for name, part in self.parts.items() if part.kind is SourceKind.mix]
         _require(not mixed, "data.parts", f"'{', '.join(mixed)}' is itself a mix: give each part a kind of its own")
         Source.__post_init__(self)
-        _require(0 < self.validation <= 0.5, "data.validation", f"{self.validation} is not a share above 0 and up to 0.5")
+        _require(
+            0 < self.validation <= 0.5, "data.validation", f"{self.validation} is not a share above 0 and up to 0.5"
+        )
         _require(self.shard_tokens >= 1024, "data.shard_tokens", "must be at least 1024")
         _require(self.synthetic_tokens >= 1024, "data.synthetic_tokens", "must be at least 1024")
 

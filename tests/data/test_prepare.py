@@ -14,7 +14,7 @@ import pytest
 from tests.data.corpora import config, folder, jsonl, prepared, stream, texts
 from train.config import Data, Refused, Source, SourceKind, Tokenizer, TokenizerKind
 from train.data.corpus import documents, held_out, pin
-from train.data.prepare import Prepared, prepare
+from train.data.prepare import Prepared, _sample, prepare
 from train.data.store import Store
 from train.data.stream import Validation
 from train.data.tokenizer import Tokenizer as Coder
@@ -294,3 +294,18 @@ def test_the_standard_library_is_found() -> None:
     assert len(files) > 300
     assert {"argparse.py", "heapq.py"} <= names
     assert not any({"test", "tests", "site-packages"} & set(Path(file.path).parts[-3:]) for file in files)
+
+
+def test_a_tokenizer_is_trained_on_a_sample_of_a_large_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents are drawn by their own sha256 from all over the corpus, up to the budget; training ones only."""
+    written = texts(200)
+    path = folder(tmp_path / "a", written)
+    size = sum(len(text.encode()) for text in written)
+    monkeypatch.setattr("train.data.prepare.SAMPLE", size // 4)
+    data = config(tmp_path, "text", path=str(path), tokenizer=Tokenizer(kind=TokenizerKind.bpe, vocab=280))
+    pins = [pin(data, tmp_path, lambda *_: None)]
+    sample = list(_sample(data, [data], pins, lambda *_: None))
+    assert size // 8 < sum(len(text.encode()) for text in sample) < size // 2
+    assert any(text in sample for text in written[100:])
+    assert not any(held_out(text.encode(), data.validation) for text in sample)
+    assert prepared(data).vocab == 280

@@ -248,4 +248,4 @@ def held_out(raw: bytes, validation: float) -> bool:
 
 def drawn(raw: bytes, share: float) -> bool:
     """Whether a document is in a sample of this share: its sha256, read as a fraction, lies below it."""
-    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") < validation * 2**64
+    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") < share * 2**64

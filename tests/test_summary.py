@@ -1,0 +1,44 @@
+"""A run's summary from its events alone, across restarts; the console from the same events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from train import console
+from train.summary import summarize
+
+
+def step(number: int, time: float, seconds: float = 1.0) -> dict[str, Any]:
+    return {"kind": "step", "step": number, "time": time, "seconds": seconds, "loss": 1 / number, "tokens": 10 * number}
+
+
+def test_a_step_done_twice_counts_once_and_is_redone_work() -> None:
+    records = [
+        {"kind": "start", "time": 0.0, "world": 4},
+        *(step(n, float(n)) for n in (1, 2, 3)),
+        {"kind": "checkpoint", "time": 3.5, "seconds": 0.5, "step": 2},
+        {"kind": "start", "time": 10.0, "world": 2},
+        *(step(n, 9.0 + n, 0.5) for n in (3, 4)),
+        {"kind": "throughput", "time": 13.0, "tokens_per_s": 20.0, "mfu": None},
+        {"kind": "eval", "time": 14.0, "seconds": 1.0, "loss": 0.3, "bpb": 0.2},
+        {"kind": "end", "time": 15.0, "stopped": False, "state_sha256": "ab", "yardsticks": {}},
+    ]
+    summary = summarize(records)
+    assert (summary["steps"], summary["tokens"], summary["final_loss"]) == (4, 40, 0.25)
+    assert summary["world_sizes"] == [4, 2]
+    assert (summary["val_bpb"], summary["tokens_per_s"], summary["mfu"]) == (0.2, 20.0, None)
+    goodput = summary["goodput"]
+    assert goodput["wall_s"] == 15.0
+    assert goodput["seconds"] == {"steps": 3.0, "redone": 1.0, "evaluation": 1.0, "checkpoint": 0.5, "other": 9.5}
+    assert goodput["share"] == pytest.approx(0.2)
+
+
+def test_a_run_without_events_or_an_end_is_not_done() -> None:
+    assert summarize([])["stopped"] is True
+    assert summarize([{"kind": "start", "time": 0.0, "world": 1}, step(1, 1.0)])["state_sha256"] is None
+
+
+def test_durations_are_readable() -> None:
+    assert [console.duration(s) for s in (9.6, 99, 240, 7200)] == ["10 s", "99 s", "4 min", "2.0 h"]
