@@ -100,7 +100,7 @@ class TokenizerKind(Enum):
 @dataclass(slots=True, kw_only=True)
 class Tokenizer:
     kind: TokenizerKind = TokenizerKind.bpe
-    vocab: int = 4096
+    vocab: int = 2048
     path: str = ""
 
     def __post_init__(self) -> None:
