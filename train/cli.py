@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, NamedTuple, get_type_hints
@@ -98,10 +97,11 @@ def help_text(name: str) -> str:
     lines += [f"  e.g.  colossus {name} {command.example}", ""]
     with compose.hydra():
         groups = {group: compose.options(group) for group in GROUPS if name in ("train", "plan")}
+        values = compose.values(name)
     if groups:
         lines += ["Groups (group=variant):"]
         lines += [f"  {group:12} {', '.join(variants)}" for group, variants in groups.items() if variants] + [""]
-    lines += ["Keys (key=default, meaning):", *(f"  {key:28} {meaning}".rstrip() for key, meaning in _keys(schema))]
+    lines += ["Keys (key=default, meaning):", *(_line(key, values, why) for key, why in _keys(schema))]
     if name == "train":
         lines += ["", "Flags: --cfg (print the configuration), --multirun (sweep over key=a,b), --help"]
         lines += ["Exit codes: 0 done; 2 refused, nothing started; 75 stopped on request, saved; else a failure"]
@@ -124,17 +124,10 @@ def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
             meaning = comments.get(item.name, "") or " | ".join(choice.name for choice in kind)
         else:
             meaning = comments.get(item.name, "")
-        yield f"{prefix}{item.name}={_shown(item)}", meaning
+        yield f"{prefix}{item.name}", meaning
 
 
-def _shown(item: Any) -> str:
-    value = (
-        item.default
-        if item.default is not NO_DEFAULT
-        else item.default_factory()
-        if callable(item.default_factory)
-        else ""
-    )
-    if isinstance(value, Enum):
-        return str(value.name)
-    return "" if value in ("???", None) else str(value).replace("'", "").replace(" ", "")
+def _line(key: str, values: dict[str, Any], meaning: str) -> str:
+    value = values.get(key)
+    shown = "" if value is None else value.name if isinstance(value, Enum) else str(value).replace(" ", "")
+    return f"  {key + '=' + shown:32} {meaning}".rstrip()

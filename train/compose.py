@@ -85,6 +85,12 @@ def sweep(command: str, arguments: list[str], job: Callable[[Any], int]) -> int:
         return next((code for code in codes if code), 0)
 
 
+def values(command: str) -> dict[str, Any]:
+    """A command's keys and what they are if nobody says otherwise; required ones are missing."""
+    composed = _compose(command, [])
+    return {key: OmegaConf.select(composed, key, throw_on_missing=False) for key in _keys(composed)}
+
+
 STOPPED = 75  # the exit code of a run that stopped on request: saved, resumable
 
 
