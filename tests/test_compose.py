@@ -46,7 +46,7 @@ def test_the_main_job_composes() -> None:
         ("batch.micro_batch=5", ["batch.micro_batch", "does not divide"]),
         ("devices=9", ["devices", "batch.virtual_ranks"]),
         ("devices=none", ["devices", "auto"]),
-        ("model.heads=3", ["model.heads", "width"]),
+        ("model.heads=5", ["model.heads", "width"]),
         ("precision=fp8", ["precision", "fp32, bf16"]),
         ("logger=[tensorbord]", ["logger", "tensorboard"]),
         ("name=a/b", ["name", "a/b"]),
@@ -144,7 +144,7 @@ def test_a_sweep_stops_on_request_and_reports_the_first_failure() -> None:
 def test_help_names_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for words in ("batch.sequences=64", "the whole global batch", "llama_nano", "model.kv_heads", "exact | fast", "75"):
+    for words in ("batch.sequences=16", "the whole global batch", "llama_nano", "model.kv_heads", "exact | fast", "75"):
         assert words in text
     assert cli.main([]) == 0
     assert "sample" in capsys.readouterr().out

@@ -31,7 +31,7 @@ def test_an_installed_wheel_works_from_any_folder(tmp_path: Path) -> None:
     arguments = ["plan", "model=llama_8b", "format=json"]
     result = subprocess.run([*command, *arguments], cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["parameters"] > 7e9
+    assert json.loads(result.stdout)["parameters"] > 6.9e9
     code = "import train.config; print(train.config.CONFIGS)"
     shown = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True
