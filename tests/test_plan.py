@@ -51,6 +51,7 @@ def test_the_micro_batch_does_not_depend_on_the_number_of_ranks(monkeypatch: pyt
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "gpus", lambda: ())
-    for overrides in (["accelerator=cuda"], ["backend=nccl"], ["nodes=9"]):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for overrides in (["accelerator=cuda"], ["backend=nccl"], ["nodes=9"], ["logger=[wandb]"]):
         with pytest.raises(Refused, match=overrides[0].split("=")[0]):
             resolved(*overrides)

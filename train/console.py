@@ -82,7 +82,7 @@ class Console:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[numbers]}  ETA"),
                 TimeRemainingColumn(),
                 console=self._rich,
             )

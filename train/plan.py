@@ -5,6 +5,7 @@ No torch, so an answer takes a fraction of a second, for 8 B parameters as for o
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import asdict, replace
 from typing import Any
@@ -21,6 +22,8 @@ MAX_RANKS = 8  # that `devices=auto` starts on one node
 
 def resolve(config: Train) -> Train:
     """Replace every `auto` by what it means on this machine; raises Refused where the run is impossible here."""
+    if "wandb" in config.logger and importlib.util.find_spec("wandb") is None:
+        raise Refused("logger", "wandb is not installed: pip install 'pocket-colossus[wandb]', or leave it out")
     gpus = hardware.gpus()
     accelerator = config.accelerator if config.accelerator != "auto" else "cuda" if gpus else "cpu"
     available = len(gpus) if accelerator == "cuda" else hardware.cores()

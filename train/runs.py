@@ -24,7 +24,7 @@ def runs(config: Runs) -> int:
         print(f"no runs under {config.runs}/: colossus train makes the first one")
         return 0
     table = Table(box=None)
-    for column in ("name", "state", "steps", "tokens", "loss", "bits per byte", "tokens/s", "state sha256"):
+    for column in ("name", "state", "steps", "tokens", "loss", "bits/byte", "tokens/s", "state sha256"):
         table.add_column(column, justify="left" if column in ("name", "state", "state sha256") else "right")
     for run in found:
         numbers = (_shown(run["final_loss"], ".4f"), _shown(run["val_bpb"], ".4f"), _shown(run["tokens_per_s"], ",.0f"))
