@@ -291,9 +291,12 @@ def test_stop_after_saves_and_exits_75(tiny: list[str]) -> None:
 
 
 def test_a_killed_parent_takes_its_ranks_along(tiny: list[str]) -> None:
+    """Also a rank that is stopped, and the one that waits for it inside a collective."""
     running = Running(tiny, "name=a", "devices=2", "steps=100000")
     running.wait_for(at_step(2))
     pids = running.children()
+    os.kill(max(pids), signal.SIGSTOP)
+    time.sleep(0.5)  # the other one gets stuck
     running.process.kill()
     running.end()
     assert gone(pids, within=2)

@@ -15,6 +15,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -118,7 +119,8 @@ def join(place: Place, listener: socket.socket | None) -> None:
     if place.world == 1:
         return
     # Left to itself, gloo binds to what the host's own name resolves to, which is often 127.0.0.1, on every host.
-    interface = _interface(place.host, place.port)
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    interface = loopback if place.loopback else _interface(place.host, place.port)
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ[variable] = interface if place.loopback else os.environ.get(variable, interface)
     store = TCPStore(
@@ -134,7 +136,7 @@ def join(place: Place, listener: socket.socket | None) -> None:
 
 
 def _interface(host: str, port: int) -> str:
-    """The name of the network interface through which this host reaches `host`: lo for 127.0.0.1."""
+    """The name of the network interface through which this (Linux) host reaches `host`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # no packet is sent: the kernel only chooses a route
         address = probe.getsockname()[0]

@@ -6,6 +6,7 @@ terminal reaches the supervisor only; it dies with its supervisor; and it says w
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -40,6 +41,9 @@ from train.loop import Due, Parts, TrainState, fit
 from train.models.build import build
 from train.telemetry import Recorder, matmul_peak
 from train.trained import precision
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,15 +245,23 @@ def _cause(error: BaseException) -> tuple[str, str]:
 
 
 def _die_with_parent() -> None:
-    """End this process when the supervisor has gone, however it went."""
-    parent = parent_process()
-    assert parent is not None
+    """End this process when the supervisor has gone, however it went, and whatever this process is stuck in.
 
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
+    On Linux the kernel does it, which reaches a stopped process too: the forkserver, whose child this is, ends with
+    the supervisor, and its death kills. Elsewhere a thread watches.
+    """
+    supervisor = parent_process()
+    assert supervisor is not None
 
-    threading.Thread(target=watch, daemon=True).start()
+    def watch(timeout: float | None = None) -> None:
+        if wait([supervisor.sentinel], timeout):
+            os._exit(1)
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        watch(timeout=0)  # it may have gone before that call
+    else:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _log_to(path: Path) -> None:
