@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from dataclasses import dataclass
-from multiprocessing import parent_process
+from multiprocessing import forkserver, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ from train.loop import Due, Parts, TrainState, fit
 from train.models.build import build
 from train.telemetry import Recorder, matmul_peak
 from train.trained import precision
-
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -247,8 +246,9 @@ def _cause(error: BaseException) -> tuple[str, str]:
 def _die_with_parent() -> None:
     """End this process when the supervisor has gone, however it went, and whatever this process is stuck in.
 
-    On Linux the kernel does it, which reaches a stopped process too: the forkserver, whose child this is, ends with
-    the supervisor, and its death kills. Elsewhere a thread watches.
+    On Linux the kernel does it, which reaches a stopped process too: the forkserver, whose child this is, ends when
+    the last end of its pipe to the supervisor is closed, and its death kills. multiprocessing hands that end to every
+    child as well, so it is closed here. Elsewhere a thread watches.
     """
     supervisor = parent_process()
     assert supervisor is not None
@@ -258,6 +258,7 @@ def _die_with_parent() -> None:
             os._exit(1)
 
     if sys.platform == "linux":
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         watch(timeout=0)  # it may have gone before that call
     else:
