@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from train import checkpoint, cli, events
+from train import checkpoint, cli, events, nodes
 
 
 def train(overrides: list[str], *more: str) -> tuple[int, Path]:
@@ -330,25 +330,27 @@ def test_a_second_writer_is_refused(tiny: list[str]) -> None:
 
 
 def test_two_nodes_train_together(tiny: list[str], tmp_path: Path) -> None:
-    """The same command once per node, each with its own runs folder; the bits are those of one node."""
-    from train import nodes
-
-    listener = nodes.listen(nodes.here(1))
-    port = str(listener.getsockname()[1])
-    listener.close()
+    """The same command once per node, each with its own runs folder, begun and resumed: the bits of one node."""
     overrides = [argument for argument in tiny if not argument.startswith("runs=")]
-    started = [
-        Running(
-            [*overrides, f"runs={tmp_path}/node{index}", "name=a", "nodes=2", "devices=2"],
-            PET_NODE_RANK=str(index),
-            PET_MASTER_ADDR="127.0.0.1",
-            PET_MASTER_PORT=port,
-        )
-        for index in range(2)
-    ]
-    for running in started:
-        code, _, err = running.end()
-        assert code == 0, err
-    assert summary(started[0].folder)["state_sha256"] == sha256(tiny, "name=one", "devices=1")
+    for steps in (3, 6):
+        with nodes.listen(nodes.here(1)) as listener:
+            port = str(listener.getsockname()[1])
+        started = [
+            Running(
+                [*overrides, f"runs={tmp_path}/node{index}", "name=a", "nodes=2", "devices=2"],
+                *("schedule=constant", f"steps={steps}", "resume.allow=steps"),
+                PET_NODE_RANK=str(index),
+                PET_MASTER_ADDR="127.0.0.1",
+                PET_MASTER_PORT=port,
+            )
+            for index in range(2)
+        ]
+        for running in started:
+            code, _, err = running.end()
+            assert code == 0, err
+    found = summary(started[0].folder)
+    assert found["world_sizes"] == [4, 4]
+    assert found["state_sha256"] == sha256(tiny, "name=one", "devices=1", "schedule=constant")
     assert (started[1].folder / "events-1.jsonl").exists()
     assert not (started[1].folder / "summary.json").exists()
+    assert not (started[1].folder / "checkpoints").exists()

@@ -93,10 +93,13 @@ class Keeper:
         )
 
 
-def restore(state: TrainState, root: Path, group: Group, channel: Channel) -> None:
-    """Bring the newest checkpoint that is whole into `state`: rank 0 reads it, the others receive it."""
+def restore(state: TrainState, root: Path, group: Group, channel: Channel, resume: bool) -> None:
+    """Bring the newest checkpoint that is whole into `state`: rank 0 reads it, the others receive it.
+
+    Rank 0's `resume` decides for all: another node may have a run folder of its own, without checkpoints.
+    """
     step = torch.zeros(1, dtype=torch.int64)
-    if group.rank == 0:
+    if group.rank == 0 and resume:
         found, refused = checkpoint.newest(root)
         if found is None:
             raise Refused(str(root), f"no checkpoint is whole ({refused[0]}): remove the folder to start anew")
@@ -104,6 +107,8 @@ def restore(state: TrainState, root: Path, group: Group, channel: Channel) -> No
         step[0] = found.step
         channel.send(events.Restored(step=found.step, path=str(found.path), refused=refused))
     group.broadcast(step)
+    if step.item() == 0:
+        return
     group.broadcast(state.flat.parameters.detach())
     for tensors in state.optimizer.state.values():
         for tensor in tensors.values():

@@ -53,7 +53,7 @@ class Order:
     place: Place
     threads: int  # of this rank, on a CPU
     writer_epoch: int  # how many times this run has been started
-    resume: bool  # go on from the newest checkpoint
+    resume: bool  # go on from the newest checkpoint; rank 0's word counts
 
     @classmethod
     def from_json(cls, text: str) -> Order:
@@ -99,8 +99,7 @@ def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]
     model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
     flat = Flat(model)
     state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
-    if order.resume:
-        restore(state, folder / "checkpoints", group, channel)
+    restore(state, folder / "checkpoints", group, channel, order.resume)
 
     peak, peak_source = _peak(config, fabric, group)
     numerics = fingerprint(config, fabric.device)
