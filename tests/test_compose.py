@@ -119,24 +119,24 @@ class Job:
         return self.code
 
 
-def test_a_sweep_runs_each_combination_under_its_own_name() -> None:
+def test_a_sweep_runs_each_combination_under_its_own_name(tmp_path: Path) -> None:
     job = Job()
-    assert compose.sweep("train", ["steps=1,2", "seed=3", "devices=2"], job) == 0
+    assert compose.sweep("train", [f"runs={tmp_path}", "steps=1,2", "seed=3", "devices=2"], job) == 0
     assert job.seen == [("llama_nano-steps=1", 1), ("llama_nano-steps=2", 2)]
 
 
-def test_a_sweep_with_one_bad_combination_starts_nothing() -> None:
+def test_a_sweep_with_one_bad_combination_starts_nothing(tmp_path: Path) -> None:
     job = Job()
     with pytest.raises(Refused, match="steps"):
-        compose.sweep("train", ["steps=1,0"], job)
+        compose.sweep("train", [f"runs={tmp_path}", "steps=1,0"], job)
     assert job.seen == []
 
 
-def test_a_sweep_stops_on_request_and_reports_the_first_failure() -> None:
-    assert compose.sweep("train", ["steps=1,2,3"], lambda c: 1 if c.steps == 2 else 0) == 1
+def test_a_sweep_stops_on_request_and_reports_the_first_failure(tmp_path: Path) -> None:
+    assert compose.sweep("train", [f"runs={tmp_path}", "steps=1,2,3"], lambda c: 1 if c.steps == 2 else 0) == 1
     job = Job(code=75)
     with pytest.raises(SystemExit) as stopped:
-        compose.sweep("train", ["steps=1,2,3"], job)
+        compose.sweep("train", [f"runs={tmp_path}", "steps=1,2,3"], job)
     assert stopped.value.code == 75
     assert len(job.seen) == 1
 
