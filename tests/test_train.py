@@ -249,10 +249,18 @@ def descendants(pid: int) -> Iterator[int]:
             yield from descendants(child)
 
 
+def runs(pid: int) -> bool:
+    """Whether there is such a process; one that has ended and only waits to be reaped by init is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def gone(pids: set[int], within: float) -> bool:
     until = time.monotonic() + within
     while time.monotonic() < until:
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if not any(runs(pid) for pid in pids):
             return True
         time.sleep(0.02)
     return False
