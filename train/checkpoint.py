@@ -28,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from train.data.store import sync
+
 FORMAT = 1
 MANIFEST, SEAL = "manifest.json", "manifest.json.sha256"
 NAME = re.compile(r"step-(\d{8,})")
@@ -65,17 +67,17 @@ def save(root: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], about
         file = draft / f"{name}.safetensors"
         save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, file)
         listed[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
-        _sync(file)
+        sync(file)
     manifest = json.dumps({"format": FORMAT, "step": step, "files": listed, **about}, indent=1).encode()
     _write(draft / MANIFEST, manifest)
     _write(draft / SEAL, hashlib.sha256(manifest).hexdigest().encode())
-    _sync(draft)
+    sync(draft)
     if path.exists():  # the same step, saved again after a resume
         retired = root / f".retired-{folder_name(step)}"
         shutil.rmtree(retired, ignore_errors=True)
         path.rename(retired)
     draft.rename(path)
-    _sync(root)
+    sync(root)
     for leftover in root.glob(".retired-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     return path, len(manifest) + sum(entry["size"] for entry in listed.values())
@@ -172,11 +174,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,9 +13,9 @@ from enum import Enum
 from typing import Any, NamedTuple, get_type_hints
 
 from train import compose
-from train.config import MODELS, SCHEMAS, Refused
+from train.config import DONE, MODELS, REFUSED, SCHEMAS, Refused
 
-REFUSED, INTERRUPTED = 2, 130
+INTERRUPTED = 130  # Ctrl-C before there was anything to save
 
 
 class Command(NamedTuple):
@@ -47,7 +47,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise Refused("torchrun", "run `colossus train devices=N` instead: it starts its ranks itself")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
-        return 0
+        return DONE
     name, flags = arguments[0], {argument for argument in arguments[1:] if argument.startswith("-")}
     overrides = [argument for argument in arguments[1:] if not argument.startswith("-")]
     if name not in COMMANDS:
@@ -56,10 +56,10 @@ def _dispatch(arguments: list[str]) -> int:
         raise Refused(flag, "no such flag: there are --help, --cfg and --multirun; the rest is key=value")
     if flags & {"-h", "--help"}:
         print(help_text(name))
-        return 0
+        return DONE
     if "--cfg" in flags:
         print(compose.text(name, overrides), end="")
-        return 0
+        return DONE
     module, function = COMMANDS[name].entry.split(":")
     run = getattr(importlib.import_module(module), function)
     if flags & {"-m", "--multirun"}:

@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from train.config import CONFIGS, Refused, register
+from train.config import CONFIGS, STOPPED, Refused, register
 
 TEXT = {"prompt", "sample", "table", "out", "from"}  # the last part of keys whose values are text, quoted whole
 PATHS = {"path", "run", "runs", "cache"}  # the same, where a list [a,b] may stand as well
@@ -89,9 +89,6 @@ def values(command: str) -> dict[str, Any]:
     """A command's keys and what they are if nobody says otherwise; required ones are missing."""
     composed = _compose(command, [])
     return {key: OmegaConf.select(composed, key, throw_on_missing=False) for key in _keys(composed)}
-
-
-STOPPED = 75  # the exit code of a run that stopped on request: saved, resumable
 
 
 def options(group: str) -> list[str]:

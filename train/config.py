@@ -26,6 +26,9 @@ _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"  # in a wheel; in a checkout
 
 
+DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit codes; 75: stopped on request, saved, resumable
+
+
 class Refused(Exception):
     """A user's mistake: `key` (or file, or rank) and one line that says what to do. Exit code 2."""
 

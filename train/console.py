@@ -31,7 +31,6 @@ class Console:
         self._label = ""
         self._spoke = 0.0
         self._speed = self._mfu = ""
-        self._first_loss: float | None = None
 
     def say(self, text: str) -> None:
         self._rich.print(Text(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,7 @@ from lightning.fabric import Fabric
 from train import checkpoint, events
 from train.channel import Channel
 from train.config import Refused, Train
-from train.data.prepare import Prepared
 from train.data.stream import Validation
-from train.data.tokenizer import Tokenizer
 from train.data.yardstick import yardsticks
 from train.evaluate import evaluate
 from train.group import Group
@@ -31,7 +30,7 @@ class Keeper:
     state: TrainState
     model: LanguageModel  # not compiled: a second graph for evaluation costs more than it saves
     fabric: Fabric
-    prepared: Prepared
+    validation: Callable[[int], Validation]  # so many tokens of it; 0: the whole set
     channel: Channel
     recorder: Recorder
     folder: Path
@@ -43,7 +42,7 @@ class Keeper:
         self.channel.phase("evaluation", step)
         self.recorder.flush()
         whole = step == self.config.steps
-        score = evaluate(self.model, self._validation(0 if whole else self.config.eval.tokens), self.fabric)
+        score = evaluate(self.model, self.validation(0 if whole else self.config.eval.tokens), self.fabric)
         if self.fabric.is_global_zero:
             event = events.Evaluated(
                 step=step,
@@ -81,16 +80,10 @@ class Keeper:
         digest = checkpoint.state_sha256(self.state.step, self.state.files())
         end = events.Finished(step=self.state.step, stopped=stopped, state_sha256=digest)
         if not stopped:
-            end.yardsticks = yardsticks(self._validation(0))
-            tokenizer = Tokenizer.load(self.prepared.tokenizer)
-            (end.sample,) = continue_text(self.model, tokenizer, self.config.sample, seed=self.config.seed)
+            whole = self.validation(0)
+            end.yardsticks = yardsticks(whole)
+            (end.sample,) = continue_text(self.model, whole.tokenizer, self.config.sample, seed=self.config.seed)
         self.channel.send(end)
-
-    def _validation(self, tokens: int) -> Validation:
-        config = self.config
-        return Validation(
-            self.prepared, context=config.model.context, tokens=tokens, micro_batch=config.eval.micro_batch
-        )
 
 
 def restore(state: TrainState, root: Path, group: Group, channel: Channel, resume: bool) -> None:

@@ -7,6 +7,7 @@ terminal reaches the supervisor only; it dies with its supervisor; and it says w
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from train import events, flops, hardware, optim, plan, reduce
 from train.channel import Channel
 from train.config import ReduceMode, Refused, Train, read_train
 from train.data.prepare import Prepared
-from train.data.stream import Stream
+from train.data.stream import Stream, Validation
 from train.fingerprint import fingerprint
 from train.flat import Flat
 from train.folder import identity
@@ -103,13 +104,19 @@ def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]
 
     peak, peak_source = _peak(config, fabric, group)
     numerics = fingerprint(config, fabric.device)
-    recorder = Recorder(config, fabric, channel.send, flops.flops_per_token(config.model, prepared.vocab), peak)
+    recorder = Recorder(config, fabric, channel.send, prepared.vocab, peak)
+
+    @functools.cache  # opening the set verifies it: once for the part, once for the whole
+    def validation(tokens: int) -> Validation:
+        context, rows = config.model.context, config.eval.micro_batch
+        return Validation(prepared, context=context, tokens=tokens, micro_batch=rows)
+
     keeper = Keeper(
         config=config,
         state=state,
         model=model,
         fabric=fabric,
-        prepared=prepared,
+        validation=validation,
         channel=channel,
         recorder=recorder,
         folder=folder,

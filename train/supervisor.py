@@ -24,13 +24,12 @@ from typing import Any
 
 from train import events, folder, hardware, nodes, plan
 from train.channel import STOP
-from train.config import Train, seconds
+from train.config import DONE, FAILED, REFUSED, STOPPED, Train, seconds
 from train.console import Console
 from train.data.prepare import prepare
 from train.data.writing import Preparer
 from train.summary import summarize
 
-DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
 MOURNING = 1.0  # seconds in which the others may say what a dead rank did to them, before it is named
 
 
@@ -110,9 +109,10 @@ class Supervisor:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self._node.index == 0 and code in (DONE, STOPPED):
-            summary = summarize(self._run.events())
+            records = list(self._run.events())
+            summary = summarize(records)
             folder.replace(self._run.path / "summary.json", json.dumps(summary, indent=1))
-            self._console.summary(self._config, self._run.path, summary, list(self._run.events()))
+            self._console.summary(self._config, self._run.path, summary, records)
         self._log.close()
         return code
 

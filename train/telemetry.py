@@ -23,7 +23,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from train import events
+from train import events, flops
 from train.config import Train
 
 LAG = 2  # steps between a number's making and its reading, on a GPU
@@ -46,9 +46,9 @@ class _Pending:
 class Recorder:
     """The numbers of a rank's steps, read when they have arrived."""
 
-    def __init__(self, config: Train, fabric: Fabric, send: Send, flops_per_token: float, peak: float | None) -> None:
+    def __init__(self, config: Train, fabric: Fabric, send: Send, vocab: int, peak: float | None) -> None:
         self._config, self._fabric, self._send = config, fabric, send
-        self._flops, self._peak = flops_per_token, peak
+        self._vocab, self._peak = vocab, peak
         self._on_gpu = fabric.device.type == "cuda"
         self._pending: deque[_Pending] = deque()
         self._speaks = fabric.is_global_zero
@@ -122,7 +122,7 @@ class Recorder:
     def _log(self, step: int, loss: float, norm: float, rate: float, now: float) -> None:
         assert self._log_step is not None
         per_second = (step - self._log_step) * self._config.tokens_per_step / (now - self._log_start)
-        mfu = per_second * self._flops / self._peak if self._peak else None
+        mfu = flops.mfu(self._config.model, self._vocab, per_second, self._peak)
         self._log_step, self._log_start = step, now
         self._send(events.Throughput(step=step, tokens_per_s=per_second, mfu=mfu, memory_bytes=self._memory()))
         numbers = {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "perf/tokens_per_second": per_second}
@@ -136,7 +136,7 @@ class Recorder:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """This device's matmul FLOP/s, measured: the best of a few products of 1024 x 1024 matrices."""
+    """This device's matmul FLOP/s, measured: the upper quartile of a few products of 1024 x 1024 matrices."""
     a = torch.randn(1024, 1024, device=device).to(dtype)
     rates = []
     for _ in range(12):

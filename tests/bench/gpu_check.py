@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from train import cli, hardware
+from train.config import REFUSED
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     gpus = hardware.gpus()
     if not options.cpu and not gpus:
         print("gpu_check: nvidia-smi shows no GPU here", file=sys.stderr)
-        return cli.REFUSED
+        return REFUSED
     workspace = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     started = time.monotonic()
     try:
