@@ -37,6 +37,18 @@ class Buffer:
     scalars: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of one of the state's tensors that this rank holds: what checkpoints are made of."""
+
+    file: str  # "model", "optimizer": the checkpoint file it belongs to
+    name: str  # of the parameter; of a moment: exp_avg.<parameter>
+    shape: torch.Size  # of the whole tensor
+    offset: int  # elements of the whole tensor, flattened, that lie before this stretch
+    data: Tensor  # 1-D, float32, contiguous: a view into the state, so that copying into it restores
+    replicated: bool  # every rank holds this stretch, and one of them writes it
+
+
 class Flat:
     """The flat layout of a model's parameters; the model's own tensors become views into `parameters`.
 

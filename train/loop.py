@@ -18,7 +18,7 @@ from train import optim
 from train.batch import micro_batch_seed
 from train.config import Train
 from train.data.stream import Stream
-from train.flat import LOSS, STOP, Buffer, Flat
+from train.flat import LOSS, STOP, Buffer, Flat, Piece
 from train.reduce import Reducer
 from train.telemetry import Recorder
 
@@ -36,6 +36,14 @@ class TrainState:
         moments = optim.flat_state(self.optimizer, self.flat)
         flattened = {f"{moment}.{name}": tensor for moment, named in moments.items() for name, tensor in named.items()}
         return {"model": self.flat.named(self.flat.parameters), "optimizer": flattened}
+
+    def pieces(self) -> list[Piece]:
+        """All of the state that this rank holds."""
+        return [
+            Piece(file, name, tensor.shape, 0, tensor.detach().view(-1), replicated=True)
+            for file, tensors in self.files().items()
+            for name, tensor in tensors.items()
+        ]
 
     def restored(self, step: int) -> None:
         self.step = step
