@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from train.batch import Node, buffers, children, fold, maximal, micro_batch_seed, missing, root, shares
+from train.batch import Node, buffers, children, fold, maximal, micro_batch_seed, missing, root, shares, spine
 
 
 def order(node: Node) -> str:
@@ -79,7 +79,31 @@ def test_shares_are_even_and_cover() -> None:
             continue
         hosted = shares(virtual_ranks, world)
         assert [v for share in hosted for v in share] == list(range(virtual_ranks))
-        assert max(map(len, hosted)) - min(map(len, hosted)) <= 1
+        assert min(map(len, hosted)) >= 1
+        assert max(map(len, hosted)) == -(-virtual_ranks // world)
+
+
+def test_shares_follow_the_speeds_and_snap_to_subtrees() -> None:
+    """The slowest rank is done as early as any cut allows, counted out; ties go to the cut with the fewest subtrees."""
+    assert [len(own) for own in shares(8, 2, [3, 1])] == [6, 2]
+    assert [len(own) for own in shares(8, 3, [1, 1, 2])] == [2, 2, 4]
+    assert [len(own) for own in shares(8, 2, [1000, 1])] == [7, 1], "each rank hosts one at least"
+    assert [len(own) for own in shares(6, 4)] == [1, 1, 2, 2], "a subtree each"
+    rng = random.Random(0)
+    for _ in range(40):
+        virtual_ranks, world = rng.randint(3, 9), 3
+        speeds = [rng.uniform(0.2, 5) for _ in range(world)]
+        cuts = itertools.combinations(range(1, virtual_ranks), 2)
+        every = [(max(a / speeds[0], (b - a) / speeds[1], (virtual_ranks - b) / speeds[2])) for a, b in cuts]
+        found = shares(virtual_ranks, world, speeds)
+        assert max(len(own) / speed for own, speed in zip(found, speeds, strict=True)) == min(every)
+
+
+def test_a_spine_ends_at_the_last_leaf() -> None:
+    for leaves in range(1, 40):
+        lefts, leaf = spine(Node(0, leaves))
+        assert leaf == Node(leaves - 1, leaves)
+        assert [v for left in lefts for v in range(*left)] == list(range(leaves - 1))
 
 
 def test_aligned_shares_need_a_buffer_a_level() -> None:

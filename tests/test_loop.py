@@ -139,5 +139,5 @@ def test_plan_counts_what_is_built(tiny: list[str], capsys: Any) -> None:
     config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=2"]))
     model = build(config.model, 300, seed=0, device=torch.device("meta"))
     assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert facts["bytes"]["gradients"] == facts["parameters"] * 4 * 4  # 3 for 4 leaves, and the total
+    assert facts["bytes"]["gradients"] == facts["parameters"] * 4 * 3  # log2(4) + 1 for 4 leaves
     assert facts["fits"] is True

@@ -10,7 +10,7 @@ from torch import nn
 
 from train import optim
 from train.config import Optimizer, OptimizerKind, Schedule, ScheduleKind
-from train.flat import Flat
+from train.flat import BLOCK, Flat
 
 
 def model() -> nn.Module:
@@ -39,7 +39,7 @@ def test_flat_adamw_equals_adamw_on_each_parameter() -> None:
         flat.attach(buffer)
         ours(x).square().mean().backward()
         optim.set_learning_rate(optimizer, 0.01)
-        flat.step(optimizer, buffer)
+        flat.step(optimizer, buffer.tensor, torch.ones(()), max_norm=0)
         reference.zero_grad()
         theirs(x).square().mean().backward()
         reference.step()
@@ -68,19 +68,52 @@ def test_the_result_does_not_depend_on_where_a_tensor_is_cut() -> None:
 def test_state_is_named_and_views_restore() -> None:
     flat = Flat(model())
     optimizer = optim.build(Optimizer(kind=OptimizerKind.adamw), flat)
-    buffer = flat.buffer()
-    buffer.tensor[: flat.size] = 1.0
-    flat.step(optimizer, buffer)
-    state = optim.flat_state(optimizer, flat)
-    assert set(state) == {"exp_avg", "exp_avg_sq"}
-    assert {name: tensor.shape for name, tensor in state["exp_avg"].items()} == {
-        name: parameter.shape for name, parameter in model().named_parameters()
+    flat.step(optimizer, torch.ones(flat.length), torch.ones((), dtype=torch.float64), max_norm=0)
+    state = {piece.name: piece for piece in optim.pieces(optimizer, flat)}
+    assert {name: piece.shape for name, piece in state.items()} == {
+        f"{moment}.{name}": parameter.shape
+        for name, parameter in model().named_parameters()
+        for moment in ("exp_avg", "exp_avg_sq")
     }
-    torch.testing.assert_close(state["exp_avg"]["1.weight"], torch.full((7,), 0.1))
-    state["exp_avg"]["0.weight"].fill_(7)
-    assert (optim.flat_state(optimizer, flat)["exp_avg"]["0.weight"] == 7).all()
+    assert all(piece.replicated and piece.data.numel() == piece.shape.numel() for piece in state.values())
+    torch.testing.assert_close(state["exp_avg.1.weight"].data, torch.full((7,), 0.1))
+    state["exp_avg.0.weight"].data.fill_(7)
+    again = {piece.name: piece for piece in optim.pieces(optimizer, flat)}
+    assert (again["exp_avg.0.weight"].data == 7).all()
     optim.set_step(optimizer, 12)
     assert all(entry["step"] == 12 for entry in optimizer.state.values())
+
+
+def test_ranks_that_own_parts_update_them_to_the_same_bits() -> None:
+    """Three ranks' ranges, cut at blocks across both sections, against the whole; and their pieces cover the state."""
+
+    def wide() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(61, 83), nn.LayerNorm(83), nn.Linear(83, 31))
+
+    whole = Flat(wide())
+    optimizer = optim.build(Optimizer(kind=OptimizerKind.adamw), whole)
+    gradients = [torch.randn(whole.length, generator=torch.Generator().manual_seed(s)) for s in range(5)]
+    norm = torch.tensor(3.0, dtype=torch.float64)
+    for gradient in gradients:
+        whole.step(optimizer, gradient.clone(), norm, max_norm=1.0)
+    expected = {(piece.name): piece.data for piece in optim.pieces(optimizer, whole)}
+    covered = {name: torch.zeros_like(data) for name, data in expected.items()}
+    assert whole.length == 9 * BLOCK
+    for ranges in ([(0, 3 * BLOCK)], [(3 * BLOCK, 4 * BLOCK), (8 * BLOCK, 9 * BLOCK)], [(4 * BLOCK, 8 * BLOCK)]):
+        flat = Flat(wide())
+        flat.own(ranges)
+        own = optim.build(Optimizer(kind=OptimizerKind.adamw), flat)
+        for gradient in gradients:
+            flat.step(own, gradient.clone(), norm, max_norm=1.0)
+        for a, b in ranges:
+            assert torch.equal(flat.parameters[a:b], whole.parameters[a:b])
+        for piece in optim.pieces(own, flat):
+            assert not piece.replicated
+            stretch = slice(piece.offset, piece.offset + piece.data.numel())
+            assert torch.equal(piece.data, expected[piece.name][stretch])
+            covered[piece.name][stretch] += 1
+    assert all((count == 1).all() for count in covered.values())
 
 
 @pytest.mark.parametrize("kind", list(ScheduleKind))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,16 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from tests import dist
-from train.flat import BLOCK, LOSS, Buffer, Flat
-from train.group import Group, Place
+from train.balance import Balance
+from train.evidence import Evidence
+from train.flat import BLOCK, Buffer, Flat, squares
+from train.group import Place, Ranks
 from train.reduce import ExactReducer, FastReducer
 
 
 def odd_model() -> nn.Module:
-    """Shapes that align with nothing: 7 x 13, 5, 301 x 17, 1."""
+    """Shapes that align with nothing: 7 x 13, 5, 301 x 17, 1; and a parameter that no gradient reaches."""
     torch.manual_seed(0)
     model = nn.Module()
-    for name, shape in {"a": (7, 13), "b": (5,), "c": (301, 17), "d": (1,)}.items():
+    for name, shape in {"a": (7, 13), "unused": (40, 60), "b": (5,), "c": (301, 17), "d": (1,)}.items():
         model.register_parameter(name, nn.Parameter(torch.randn(shape)))
     return model
 
@@ -30,99 +35,282 @@ def gradient(virtual_rank: int, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator) * 10 ** torch.randn(like.shape, generator=generator)
 
 
-def sums(place: Place, mode: str, virtual_ranks: int, bucket_bytes: int) -> dict[str, Any]:
-    from lightning.fabric.plugins import Precision
+def used(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if name != "unused"]
 
-    flat = Flat(odd_model())
-    group = Group(place, Precision())
-    reducer = (
-        ExactReducer(group, flat, virtual_ranks, bucket_bytes)
-        if mode == "exact"
-        else FastReducer(group, flat, virtual_ranks)
-    )
+
+def sums(place: Place, mode: str, **more: Any) -> dict[str, Any]:
+    """Two steps of real backward passes, two micro-batches a leaf; what came of them, as digests."""
+    flat = Flat(model := odd_model(), place.world)
+    options: dict[str, Any] = {"virtual_ranks": 8, "micro_batches": 2, **more}
+    options["dtype"] = getattr(torch, options.get("dtype", "float32"))
+    hosted = options.pop("hosted", None)
+    options["evidence"] = Evidence(flat, options.pop("by_parameter", False))
+    reducer = {"exact": ExactReducer, "fast": FastReducer}[mode](Ranks.default(), flat, **options)
+    if hosted:
+        reducer.assign([range(*own) for own in hosted])
+    early = 0
 
     def leaf(virtual_rank: int, buffer: Buffer) -> None:
-        for view in buffer.views:
-            view += gradient(virtual_rank, view)
-        buffer.scalars[LOSS] += virtual_rank
+        nonlocal early
+        flat.attach(buffer)
+        for scale in (0.25, 0.75):
+            torch.stack([(p * gradient(virtual_rank, p) * scale).sum() for p in used(model)]).sum().backward()  # type: ignore[no-untyped-call]
+        buffer.loss += 0.1 * virtual_rank
+        buffer.tokens = 1000 + virtual_rank
+        early = reducer._next
 
-    hashes = []
+    results = []
     for _ in range(2):  # the second step runs in buffers that the first one used
-        parts = reducer.accumulate(leaf)
-        before = [part.tensor.clone() for part in parts]
-        total = reducer.reduce(parts)
-        if mode == "exact" and place.world > 1:
-            kept = all(torch.equal(part.tensor, copy) for part, copy in zip(parts, before, strict=True))
-            assert kept, "a subtree sum was overwritten before commit"
-        hashes.append(hashlib.sha256(total.tensor[: flat.size].numpy().data).hexdigest())
-    return {"sha256": hashes, "loss": total.scalars[LOSS].item()}
+        reducer.accumulate(leaf)
+        kept = [b for b in reducer._taken if b is not reducer._last]
+        before = [buffer.tensor.clone() for buffer in kept]
+        total = reducer.finish(stop=place.rank == place.world - 1)
+        assert all(torch.equal(b.tensor, copy) for b, copy in zip(kept, before, strict=True)), "overwritten too early"
+        summed = torch.cat([total.gradient[a:b] for a, b in flat.ranges])
+        results.append(
+            {
+                "sha256": hashlib.sha256(summed[: flat.size].numpy().data).hexdigest(),
+                "loss": float(total.loss).hex(),
+                "norm": float(total.norm).hex(),
+                "stops": total.stops.item(),
+                "leaves": total.leaves.tolist(),
+                "state": total.state.tolist(),
+            }
+        )
+    assert results[0] == results[1]
+    flat.parameters.detach()[reducer._mine[0][0]] += 1.0  # each rank changes what it owns, as an optimizer does
+    reducer.spread()
+    parameters = hashlib.sha256(flat.parameters.detach().numpy().data).hexdigest()
+    return results[0] | {"early": early, "buckets": len(reducer._buckets), "parameters": parameters}
 
 
-@pytest.mark.parametrize(("virtual_ranks", "bucket_bytes"), [(8, 1 << 23), (8, 4096 * 5), (6, 4096 * 3)])
-def test_the_exact_sum_is_the_same_for_every_world_size(virtual_ranks: int, bucket_bytes: int) -> None:
-    """One bucket and many, V a power of two and not, W that divides V and not."""
+EQUAL = ("sha256", "loss", "norm", "leaves", "state")
+
+
+@pytest.mark.parametrize(
+    ("virtual_ranks", "bucket_bytes", "dtype", "by_parameter"),
+    [
+        (8, 1 << 23, "float32", False),
+        (8, 4096 * 5, "float32", True),
+        (6, 4096 * 3, "float32", False),
+        (8, 4096 * 5, "bfloat16", False),
+    ],
+)
+def test_the_exact_sum_is_the_same_for_every_world_size(
+    virtual_ranks: int, bucket_bytes: int, dtype: str, by_parameter: bool
+) -> None:
+    """Sum, loss, norm and checksums: one bucket and many, V a power of two and not, W that divides V and not."""
     seen = set()
     for world in (1, 2, 3, 5, virtual_ranks):
-        results = dist.run(
-            "tests.test_reduce:sums", world, mode="exact", virtual_ranks=virtual_ranks, bucket_bytes=bucket_bytes
-        )
-        assert all(result["loss"] == sum(range(virtual_ranks)) for result in results)
-        seen |= {digest for result in results for digest in result["sha256"]}
+        more = {"virtual_ranks": virtual_ranks, "bucket_bytes": bucket_bytes, "dtype": dtype}
+        results = dist.run("tests.test_reduce:sums", world, mode="exact", by_parameter=by_parameter, **more)
+        assert all(result["stops"] == 1 for result in results)
+        assert results[0]["leaves"][3][0] == 1003
+        seen |= {json.dumps({key: result[key] for key in EQUAL}) for result in results}
     assert len(seen) == 1
 
 
+def test_uneven_shares_have_the_same_sum() -> None:
+    expected = dist.run("tests.test_reduce:sums", 1, mode="exact")[0]
+    for hosted in ([(0, 6), (6, 8)], [(0, 1), (1, 2), (2, 8)], [(0, 3), (3, 5), (5, 8)]):
+        for result in dist.run("tests.test_reduce:sums", len(hosted), mode="exact", hosted=hosted, bucket_bytes=20_480):
+            assert all(result[key] == expected[key] for key in EQUAL), hosted
+
+
+def test_a_sharded_sum_is_the_same_sum_in_parts() -> None:
+    """Each rank holds its part only; the norm and the checksums are those of the whole; spreading brings all to all."""
+    whole = dist.run("tests.test_reduce:sums", 1, mode="exact")[0]
+    for world in (2, 3, 8):
+        results = dist.run("tests.test_reduce:sums", world, mode="exact", sharded=True, bucket_bytes=20_480)
+        assert all(result[key] == whole[key] for result in results for key in EQUAL if key != "sha256")
+        assert len({result["sha256"] for result in results}) > 1
+        assert len({result["parameters"] for result in results}) == 1
+
+
+def test_buckets_go_out_during_the_last_backward() -> None:
+    """All that have their gradients: those behind the parameter without one must wait for the end of the leaf."""
+    for result in dist.run("tests.test_reduce:sums", 4, mode="exact", bucket_bytes=4096 * 8):
+        assert 0 < result["early"] < result["buckets"]
+
+
 def test_the_exact_sum_is_the_sum_in_the_order_of_the_tree() -> None:
-    """Against a sum written out by hand: ((0+1)+(2+3))+((4+5)+(6+7))."""
+    """Against a sum written out by hand: ((0+1)+(2+3))+((4+5)+(6+7)), each leaf its two micro-batches."""
+    flat = Flat(model := odd_model())
+    buffer = flat.buffer()
+    names = dict(model.named_parameters())
+    for (name, view), parameter in zip(flat.named(buffer.tensor).items(), flat.items, strict=True):
+        assert names[name] is parameter
+        if name != "unused":
+            g = [gradient(v, view) * 0.25 + gradient(v, view) * 0.75 for v in range(8)]
+            view += ((g[0] + g[1]) + (g[2] + g[3])) + ((g[4] + g[5]) + (g[6] + g[7]))
+    expected = hashlib.sha256(buffer.tensor[: flat.size].numpy().data).hexdigest()
+    (result,) = dist.run("tests.test_reduce:sums", 1, mode="exact")
+    assert result["sha256"] == expected
+
+
+def test_a_reduced_precision_rounds_every_node() -> None:
+    """Against bfloat16 sums written out by hand; and it is another sum than float32's."""
     flat = Flat(odd_model())
     buffer = flat.buffer()
-    for view in buffer.views:
-        g = [gradient(v, view) for v in range(8)]
-        view += ((g[0] + g[1]) + (g[2] + g[3])) + ((g[4] + g[5]) + (g[6] + g[7]))
+    for name, view in flat.named(buffer.tensor).items():
+        if name != "unused":
+            g = [(gradient(v, view) * 0.25 + gradient(v, view) * 0.75).bfloat16() for v in range(8)]
+            view += ((g[0] + g[1]) + (g[2] + g[3])) + ((g[4] + g[5]) + (g[6] + g[7]))
     expected = hashlib.sha256(buffer.tensor[: flat.size].numpy().data).hexdigest()
-    (result,) = dist.run("tests.test_reduce:sums", 1, mode="exact", virtual_ranks=8, bucket_bytes=1 << 23)
-    assert result["sha256"] == [expected, expected]
+    (result,) = dist.run("tests.test_reduce:sums", 1, mode="exact", dtype="bfloat16")
+    assert result["sha256"] == expected
 
 
 def test_the_fast_sum_depends_on_the_world_size() -> None:
-    """What the tree is for. The sums agree to rounding: a relative 1e-5 of float32 values of mixed size."""
+    """What the tree is for. The same leaves, the same seven sums of them, other bits."""
     digests = []
     for world in (1, 3, 4):
-        results = dist.run("tests.test_reduce:sums", world, mode="fast", virtual_ranks=8, bucket_bytes=0)
-        assert {result["loss"] for result in results} == {28.0}
-        digests.append(results[0]["sha256"][0])
+        results = dist.run("tests.test_reduce:sums", world, mode="fast")
+        assert len({result["sha256"] for result in results}) == 1
+        assert float.fromhex(results[0]["loss"]) == pytest.approx(2.8)
+        digests.append(results[0]["sha256"])
     assert len(set(digests)) > 1
+
+
+def peak(place: Place, mode: str) -> int:
+    """Bytes of the tensors alive at most during a step, its gradient buffers included, after a first step."""
+    import gc
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    flat = Flat(model := nn.Linear(512, 2048), place.world)
+    kind = {"exact": ExactReducer, "fast": FastReducer}[mode]
+    reducer = kind(Ranks.default(), flat, virtual_ranks=place.world, bucket_bytes=BUCKET, evidence=Evidence(flat))
+    alive = most = 0
+
+    class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal alive, most
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, list | tuple) else [result]:
+                storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+                if storage is not None and storage._cdata not in seen and storage.nbytes() >= 1 << 16:
+                    seen.add(storage._cdata)
+                    alive += storage.nbytes()
+                    most = max(most, alive)
+                    weakref.finalize(tensor, gone, storage._cdata, storage.nbytes())
+            return result
+
+    seen: set[int] = set()
+
+    def gone(key: int, size: int) -> None:
+        nonlocal alive
+        alive -= size
+        seen.discard(key)
+
+    def leaf(virtual_rank: int, buffer: Buffer) -> None:
+        flat.attach(buffer)
+        model(torch.full((4, 512), float(virtual_rank))).sum().backward()
+
+    with Count():  # type: ignore[no-untyped-call]
+        reducer.accumulate(leaf)
+        reducer.finish()
+    gc.collect()
+    return most
+
+
+BUCKET = 1 << 20
+
+
+def test_exact_needs_no_copy_of_the_gradient_besides() -> None:
+    """At W = V, its peak is the fast reduction's to within one bucket: here 1 of 4 MiB."""
+    exact = dist.run("tests.test_reduce:peak", 4, mode="exact")
+    fast = dist.run("tests.test_reduce:peak", 4, mode="fast")
+    assert all(size > 4 << 20 for size in fast), "the gradient itself is counted"
+    assert max(exact) <= max(fast) + BUCKET, (exact, fast)
 
 
 def test_layout_aligns_and_round_trips() -> None:
     model = odd_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    flat = Flat(model)
+    flat = Flat(model, world=3)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    assert flat.matrices.numel() % BLOCK == 0
-    assert flat.size % BLOCK == 0
+    assert flat.cut % BLOCK == flat.size % BLOCK == flat.length % (3 * BLOCK) == 0
     assert all(begin % 64 == 0 for begin, _, _ in flat.slots.values())
-    flat.parameters.zero_()
+    flat.parameters.detach().zero_()
     assert all(parameter.abs().sum() == 0 for parameter in model.parameters())
 
 
 def test_clipping_agrees_with_torch() -> None:
-    """Against clip_grad_norm_; the norm is summed in another order, hence 1e-6 relative."""
-    model, reference = odd_model(), odd_model()
-    flat = Flat(model)
+    """Against clip_grad_norm_ and plain SGD; the norm is summed in another order, hence 1e-6 relative."""
+    flat, reference = Flat(odd_model()), odd_model()
     buffer = flat.buffer()
-    for view, parameter in zip(buffer.views, reversed_by_section(reference), strict=True):
-        g = gradient(1, view)
-        view += g
-        parameter.grad = g.clone()
-    buffer.scalars[LOSS] = 1e9  # rides along; is no gradient
-    norm = flat.clip(buffer, 1.0)
+    named = dict(reference.named_parameters())
+    for name, view in flat.named(buffer.tensor).items():
+        view += gradient(1, view)
+        named[name].grad = view.clone()
+    norm = squares(buffer.tensor).double().sum().sqrt()
     expected = nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
-    for view, parameter in zip(buffer.views, reversed_by_section(reference), strict=True):
-        torch.testing.assert_close(view, parameter.grad, rtol=1e-5, atol=0)
-    assert buffer.scalars[LOSS] == 1e9
+    torch.testing.assert_close(norm.float(), expected, rtol=1e-6, atol=0)
+    groups = [tensor for half in flat.owned for _, tensor in half]
+    flat.step(torch.optim.SGD(groups, lr=0.1), buffer.tensor, norm, max_norm=1.0)
+    torch.optim.SGD(reference.parameters(), lr=0.1).step()
+    for name, view in flat.named(flat.parameters.detach()).items():
+        torch.testing.assert_close(view, named[name].detach(), rtol=1e-5, atol=1e-7)
 
 
-def reversed_by_section(model: nn.Module) -> list[nn.Parameter]:
-    parameters = list(model.parameters())[::-1]
-    return [p for p in parameters if p.dim() >= 2] + [p for p in parameters if p.dim() < 2]
+def test_norms_do_not_depend_on_how_many_blocks_are_summed_at_once() -> None:
+    values = gradient(5, torch.empty(70 * BLOCK))
+    whole = squares(values)
+    for blocks in (1, 2, 3, 7, 64):
+        assert torch.equal(torch.cat([squares(part) for part in values.split(blocks * BLOCK)]), whole)  # type: ignore[no-untyped-call]
+
+
+def test_a_checksum_sees_every_bit_and_adds_up_over_any_cut() -> None:
+    flat = Flat(nn.Linear(130, 70))
+    values = gradient(2, torch.empty(flat.length))
+    whole = flat.checksum(values, 0).sum()
+    cut = 3 * BLOCK
+    assert flat.checksum(values[:cut], 0).sum() + flat.checksum(values[cut:], cut).sum() == whole
+    for place, bit in ((0, 0), (cut - 1, 31), (cut, 7), (flat.length - 1, 15)):
+        changed = values.clone()
+        changed.view(torch.int32)[place] ^= 1 << bit if bit < 31 else -(1 << 31)
+        assert flat.checksum(changed, 0).sum() != whole
+    swapped = values.clone()
+    swapped[:64], swapped[64:128] = values[64:128], values[:64]
+    assert flat.checksum(swapped, 0).sum() != whole
+
+
+class Recorded:
+    """In the place of a channel: what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def send(self, event: Any) -> None:
+        self.sent.append(event)
+
+
+def balanced(place: Place) -> list[Any]:
+    """Leaves that take rank 1 much longer, under batch.weights=auto; the shares after each step."""
+    flat = Flat(nn.Linear(3, 3), place.world)
+    reducer = ExactReducer(Ranks.default(), flat, virtual_ranks=8)
+    channel = Recorded()
+    batch = SimpleNamespace(virtual_ranks=8, weights="auto")
+    balance = Balance(SimpleNamespace(batch=batch), Ranks.default(), reducer, channel)  # type: ignore[arg-type]
+
+    def leaf(virtual_rank: int, buffer: Buffer) -> None:
+        time.sleep(0.03 if place.rank == 1 else 0.001)
+
+    shares = []
+    for step in range(12):
+        reducer.accumulate(leaf)
+        balance.observe(step, reducer.finish().seconds.tolist())
+        shares.append([len(own) for own in reducer.hosted])
+    return [shares, [(event.shares, event.why) for event in channel.sent]]
+
+
+def test_a_slow_rank_is_given_less() -> None:
+    first, second = dist.run("tests.test_reduce:balanced", 2)
+    assert first[0] == second[0], "the ranks decide alike"
+    assert first[0][0] == [4, 4]
+    assert first[0][-1] == [7, 1]
+    assert first[1] == [[[7, 1], "measured"]]
+    assert second[1] == []

@@ -24,9 +24,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+WINDOW = 8  # virtual ranks by which a cut between two shares may stray from the ideal one
 
 
 class Node(NamedTuple):
@@ -81,13 +84,55 @@ def missing(have: Collection[Node], node: Node) -> list[int]:
     return [node.first] if node.is_leaf else [v for child in children(node) for v in missing(have, child)]
 
 
-def shares(virtual_ranks: int, ranks: int) -> list[range]:
-    """Which virtual ranks each rank hosts: contiguous, as even as they go, the larger shares first."""
+def spine(node: Node) -> tuple[list[Node], Node]:
+    """The last leaf under `node` and the left siblings on the way down to it: sum = l0 + (l1 + (… + leaf))."""
+    lefts = []
+    while not node.is_leaf:
+        left, node = children(node)
+        lefts.append(left)
+    return lefts, node
+
+
+def shares(virtual_ranks: int, ranks: int, speeds: Sequence[float] = ()) -> list[range]:
+    """Which virtual ranks each rank hosts: contiguous, at least one, in proportion to `speeds` (empty: all alike).
+
+    Among all such cuts it takes the one whose slowest rank is done first, then the one with the fewest maximal
+    subtrees, which are what is sent between ranks and kept in buffers.
+    """
     if not 1 <= ranks <= virtual_ranks:
         raise ValueError(f"{ranks} ranks cannot host {virtual_ranks} virtual ranks")
-    small, larger = divmod(virtual_ranks, ranks)
-    starts = [rank * small + min(rank, larger) for rank in range(ranks + 1)]
-    return [range(starts[rank], starts[rank + 1]) for rank in range(ranks)]
+    speeds = speeds or [1.0] * ranks
+    total, whole = sum(speeds), root(virtual_ranks)
+    # where the last share ends -> time of the slowest, subtrees, cuts
+    best: dict[int, tuple[float, int, tuple[int, ...]]] = {0: (0.0, 0, (0,))}
+    for rank in range(ranks):
+        most = virtual_ranks - (ranks - 1 - rank)  # those behind need one each
+        ideal = round(virtual_ranks * sum(speeds[: rank + 1]) / total)
+        least = most if rank == ranks - 1 else min(most, max(rank + 1, ideal - WINDOW))
+        best = {
+            end: min(
+                (
+                    max(slowest, (end - first) / speeds[rank]),
+                    subtrees + _subtrees(first, end, whole),
+                    (*cuts, end),
+                )
+                for first, (slowest, subtrees, cuts) in best.items()
+                if first < end
+            )
+            for end in range(least, min(most, max(least, ideal + WINDOW)) + 1)
+            if min(best) < end
+        }
+    cuts = best[virtual_ranks][2]
+    return [range(first, end) for first, end in pairwise(cuts)]
+
+
+def _subtrees(first: int, end: int, node: Node) -> int:
+    """How many maximal subtrees of `node` the leaves first … end-1 make."""
+    if end <= node.first or node.end <= first:
+        return 0
+    if first <= node.first and node.end <= end:
+        return 1
+    return sum(_subtrees(first, end, child) for child in children(node))
 
 
 def buffers(virtual_ranks: int, hosted: Sequence[int]) -> int:
@@ -113,6 +158,11 @@ def buffers(virtual_ranks: int, hosted: Sequence[int]) -> int:
     for node in maximal(hosted, root(virtual_ranks)):
         fold(node, leaf, add)
     return most
+
+
+def checksum(content: bytes, before: int = 0) -> int:
+    """63 bits over some bytes and the checksum of what came before them: which tokens a virtual rank has seen."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=before.to_bytes(8, "big")).digest(), "big") >> 1
 
 
 def micro_batch_seed(seed: int, step: int, virtual_rank: int, micro_batch: int) -> int:

@@ -42,6 +42,11 @@ def _require(condition: bool, key: str, why: str) -> None:
         raise Refused(key, why)
 
 
+def _choice(value: Any, key: str, choices: tuple[Any, ...]) -> None:
+    shown = ", ".join(str(c).lower() for c in choices)
+    _require(value in choices, key, f"'{value}' is unknown: choose from {shown}")
+
+
 # --------------------------------------------------------------------------------------------------- model
 
 
@@ -178,8 +183,18 @@ class Batch:
     sequences: int = 64  # the whole global batch
     virtual_ranks: int = 8
     micro_batch: int | str = "auto"  # sequences per forward
+    weights: Any = "even"  # how fast each rank is, such as [3,1]; auto: measured at the start and while it runs
 
     def __post_init__(self) -> None:
+        if isinstance(self.weights, str):
+            _require(
+                self.weights in ("even", "auto"),
+                "batch.weights",
+                f"'{self.weights}' is neither even, auto nor a list of numbers",
+            )
+        else:
+            numbers = all(isinstance(w, int | float) and w > 0 for w in self.weights)
+            _require(numbers, "batch.weights", f"{list(self.weights)} are no weights: use numbers above 0")
         _require(self.virtual_ranks >= 1, "batch.virtual_ranks", f"{self.virtual_ranks} is too few: use 1 or more")
         _require(self.sequences >= 1, "batch.sequences", f"{self.sequences} is too few: use 1 or more")
         _require(
@@ -255,10 +270,25 @@ class ReduceMode(Enum):
 @dataclass(slots=True, kw_only=True)
 class Reduce:
     mode: ReduceMode = MISSING
-    bucket_mib: float = 8.0
+    dtype: str = "fp32"  # bf16: every node of the tree is rounded, and half the bytes travel
+    bucket_mib: float = 8.0  # of the gradient on its way at a time
 
     def __post_init__(self) -> None:
+        _choice(self.dtype, "reduce.dtype", ("fp32", "bf16"))
         _require(self.bucket_mib > 0, "reduce.bucket_mib", "must be above 0")
+
+
+class Sharding(Enum):
+    none = "none"  # every rank holds all of the state
+    optimizer = "optimizer"  # each rank updates its part of the parameters, and holds the moments of that part only
+
+
+@dataclass(slots=True, kw_only=True)
+class Evidence:
+    """Checksums in the run's record, by which `colossus diff` and `replay` find where two runs part."""
+
+    steps: bool = True  # of each step's tokens, gradients and parameters, a virtual rank at a time
+    parameters: bool = False  # of each parameter too
 
 
 @dataclass(slots=True, kw_only=True)
@@ -313,11 +343,6 @@ PRECISIONS = ("auto", "fp32", "bf16")
 COMPILES = ("auto", True, False)
 
 
-def _choice(value: Any, key: str, choices: tuple[Any, ...]) -> None:
-    shown = ", ".join(str(c).lower() for c in choices)
-    _require(value in choices, key, f"'{value}' is unknown: choose from {shown}")
-
-
 @dataclass(slots=True, kw_only=True)
 class Train:
     """A training run. `name` is its folder under `runs/`; the same name continues the run."""
@@ -340,6 +365,8 @@ class Train:
     optimizer: Optimizer = MISSING
     schedule: Schedule = MISSING
     reduce: Reduce = MISSING
+    sharding: Sharding = Sharding.none
+    evidence: Evidence = field(default_factory=Evidence)
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: Resume = MISSING
@@ -372,6 +399,14 @@ class Train:
             )
         else:
             _require(self.devices == "auto", "devices", f"'{self.devices}' is neither auto nor a number")
+        if isinstance(self.devices, int) and not isinstance(self.batch.weights, str):
+            given, ranks = len(self.batch.weights), self.devices * self.nodes
+            _require(given == ranks, "batch.weights", f"{given} weights for {ranks} ranks: give each rank one")
+        _require(
+            self.sharding is Sharding.none or self.reduce.mode is ReduceMode.exact,
+            "sharding",
+            f"{self.sharding.name} needs reduce=exact, whose ranks each sum up a part of the gradient",
+        )
         seconds(self.stop_after)
 
     @property

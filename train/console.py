@@ -88,6 +88,10 @@ class Console:
             self._bar.start()
             self._task = self._bar.add_task("train", total=record["steps"], completed=record["step"], numbers="")
 
+    def _on_ownership(self, record: dict[str, Any]) -> None:
+        shares = ", ".join(map(str, record["shares"]))
+        self.say(f"step {record['step']}: the ranks host {shares} virtual ranks ({record['why']})")
+
     def _on_throughput(self, record: dict[str, Any]) -> None:
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.0f} %"
         self._speed, self._mfu = f"{record['tokens_per_s']:,.0f} tokens/s", f"MFU {mfu}"

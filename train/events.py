@@ -66,6 +66,39 @@ class Step(Event):
 
 
 @dataclass(slots=True, kw_only=True)
+class Digests(Event):
+    """Checksums of a committed step, 16 hexadecimal digits each: evidence of what it was computed from."""
+
+    kind: ClassVar[str] = "digests"
+    step: int
+    tokens: list[str]  # by virtual rank
+    leaves: list[str]  # by virtual rank: of its gradient
+    parameters: list[str]  # before the step; one in all, or one a parameter in the flat layout's order
+    gradient: list[str]  # of the sum
+
+
+@dataclass(slots=True, kw_only=True)
+class Handshake(Event):
+    """All ranks computed one same micro-batch; `digests` by rank. Unequal: the law does not hold between them."""
+
+    kind: ClassVar[str] = "handshake"
+    step: int
+    equal: bool
+    digests: list[str]
+    seconds: list[float]  # by rank
+
+
+@dataclass(slots=True, kw_only=True)
+class Ownership(Event):
+    """From here on each rank hosts so many virtual ranks, in this order."""
+
+    kind: ClassVar[str] = "ownership"
+    step: int
+    shares: list[int]
+    why: str
+
+
+@dataclass(slots=True, kw_only=True)
 class Throughput(Event):
     """A logging step: what the steps since the last one achieved."""
 

@@ -1,9 +1,9 @@
 """All parameters in one flat tensor, and gradients laid out the same way.
 
-One layout serves the optimizer, the norm, the reduction and the checkpoint:
+One layout serves the optimizer, the norm, the reduction, the checkpoint and the checksums:
 
-    [ matrices … | vectors … | scalars ]
-      decayed      not decayed  loss and flags that ride along with the gradients
+    [ matrices … | vectors … | zeros ]
+      decayed      not decayed  up to a multiple of BLOCK·W, so that every bucket cuts into W equal chunks
 
 Parameters stand in reverse order of registration, which is about the order in which their gradients become ready.
 Each starts at a multiple of 64 elements and each section ends at a multiple of 1,024, so that vector instructions
@@ -13,6 +13,7 @@ differently), and so that norms can be summed in blocks of 1,024 whoever holds t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,21 +21,23 @@ from torch import Tensor, nn
 
 ALIGN = 64  # elements between which a parameter may start
 BLOCK = 1024  # elements in which norms are summed and sections end
+SLICE = 1024 * BLOCK  # elements worked on at a time where intermediate results should stay in the cache
 
-LOSS, STOP = 0, 1  # places among the scalars: the loss; how many ranks were asked to stop
+Range = tuple[int, int]  # first element, behind the last
 
 
 def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Buffer:
-    """One flat gradient: `tensor` whole, `views` in the parameters' shapes, and the scalars at its end."""
+    """A gradient on its way: the flat `tensor`, its `views` in the parameters' shapes, and what rides along."""
 
     tensor: Tensor
     views: list[Tensor]
-    scalars: Tensor
+    loss: Tensor  # (), float64: nats per token of the step
+    tokens: int = 0  # checksum of the tokens that it was computed from
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,64 +55,106 @@ class Piece:
 class Flat:
     """The flat layout of a model's parameters; the model's own tensors become views into `parameters`.
 
-    `matrices` and `vectors` are the two trainable tensors that an optimizer sees (float32, 1-D). `size` counts the
-    elements of both, padding included; a gradient buffer has BLOCK more, for the scalars.
+    `parameters` is float32, 1-D, `length` elements; those from `size` on are zeros. `owned` are the stretches that
+    this rank's optimizer updates, tensors of their own into the same memory: all of it unless `own` says otherwise.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, world: int = 1) -> None:
         named = list(model.named_parameters())[::-1]
         sections = [[item for item in named if item[1].dim() >= 2], [item for item in named if item[1].dim() < 2]]
-        self._parameters: list[nn.Parameter] = []
+        self.items: list[nn.Parameter] = []
         self.slots: dict[str, tuple[int, int, torch.Size]] = {}  # name -> start, elements, shape
         ends = []
         start = 0
         for section in sections:
             for name, parameter in section:
-                self._parameters.append(parameter)
+                self.items.append(parameter)
                 self.slots[name] = (start, parameter.numel(), parameter.shape)
                 start = _up(start + parameter.numel(), ALIGN)
             start = _up(start, BLOCK)
             ends.append(start)
-        self.size = start
+        self.cut, self.size = ends  # where the vectors begin, and where they end
+        self.length = _up(self.size, BLOCK * world)
         first = named[0][1]
-        self.parameters = torch.zeros(self.size, dtype=torch.float32, device=first.device)
-        for parameter, (begin, count, shape) in zip(self._parameters, self.slots.values(), strict=True):
+        self.parameters = torch.zeros(self.length, dtype=torch.float32, device=first.device)
+        for parameter, (begin, count, shape) in zip(self.items, self.slots.values(), strict=True):
             view = self.parameters[begin : begin + count].view(shape)
             view.copy_(parameter.data)
             parameter.data = view
-        self.matrices = self.parameters[: ends[0]].requires_grad_()
-        self.vectors = self.parameters[ends[0] :].requires_grad_()
+        # Checksums weigh every ALIGN elements with an odd number, so that no single change goes unseen.
+        self._weights = torch.arange(self.length // ALIGN, device=first.device) * 2 + 1
+        self.own([(0, self.length)])
 
-    def buffer(self, multiple: int = BLOCK) -> Buffer:
-        """A new gradient buffer: size + BLOCK elements, and zeros up to a multiple of `multiple`."""
-        length = _up(self.size + BLOCK, multiple)
-        tensor = torch.zeros(length, dtype=torch.float32, device=self.parameters.device)
-        return Buffer(tensor, list(self.named(tensor).values()), tensor[self.size : self.size + BLOCK])
+    def own(self, ranges: Iterable[Range]) -> None:
+        """Let the optimizer update these ranges only, all multiples of BLOCK. Call it before the optimizer is built."""
+        self.ranges = list(ranges)
+        halves = [[(a, min(b, self.cut)) for a, b in self.ranges], [(max(a, self.cut), b) for a, b in self.ranges]]
+        self.owned = [[(a, self.parameters[a:b].requires_grad_()) for a, b in half if a < b] for half in halves]
+
+    def buffer(self, dtype: torch.dtype = torch.float32) -> Buffer:
+        """A new gradient buffer of `length` elements, all zero; only a float32 one has views to accumulate into."""
+        device = self.parameters.device
+        tensor = torch.zeros(self.length, dtype=dtype, device=device)
+        views = list(self.named(tensor).values()) if dtype == torch.float32 else []
+        return Buffer(tensor, views, torch.zeros((), dtype=torch.float64, device=device))
 
     def attach(self, buffer: Buffer) -> None:
         """Let backward accumulate into `buffer`."""
-        for parameter, view in zip(self._parameters, buffer.views, strict=True):
+        for parameter, view in zip(self.items, buffer.views, strict=True):
             parameter.grad = view
 
     def named(self, tensor: Tensor) -> dict[str, Tensor]:
         """Views of a flat tensor by parameter name, in the parameters' shapes."""
         return {name: tensor[begin : begin + n].view(shape) for name, (begin, n, shape) in self.slots.items()}
 
-    def step(self, optimizer: torch.optim.Optimizer, gradient: Buffer) -> None:
-        """One optimizer step with a summed gradient."""
-        self.matrices.grad = gradient.tensor[: self.matrices.numel()]
-        self.vectors.grad = gradient.tensor[self.matrices.numel() : self.size]
+    def stretches(self, begin: int, end: int) -> list[tuple[str, torch.Size, int, int, int]]:
+        """What of the named tensors lies in [begin, end): name, shape, offset in it, and where it lies."""
+        return [
+            (name, shape, max(begin - start, 0), max(begin, start), min(end, start + n))
+            for name, (start, n, shape) in self.slots.items()
+            if start < end and begin < start + n
+        ]
+
+    def step(self, optimizer: torch.optim.Optimizer, gradient: Tensor, norm: Tensor, max_norm: float) -> None:
+        """One optimizer step on what this rank owns, the gradient scaled to at most `max_norm` (0: not) before."""
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float() if max_norm > 0 else None
+        for half in self.owned:
+            for start, tensor in half:
+                tensor.grad = gradient[start : start + tensor.numel()]
+                if scale is not None:
+                    tensor.grad.mul_(scale)
         optimizer.step()
 
-    def clip(self, gradient: Buffer, max_norm: float) -> Tensor:
-        """Scale the gradient to at most `max_norm` (0: do not) and return its L2 norm before that, a float32 scalar.
+    def checksum(self, tensor: Tensor, start: int) -> Tensor:
+        """Of `tensor`, float32, which lies from `start` on: int64 for every ALIGN elements; they are to be summed.
 
-        The norm is summed over blocks of BLOCK elements, then over the blocks: an order that does not depend on
-        which rank holds which block.
+        Integers modulo 2^64 add up to the same in any order: the sum does not depend on who holds which part. A
+        single changed bit always changes it.
         """
-        elements = gradient.tensor[: self.size]
-        blocks: Tensor = torch.linalg.vector_norm(elements.view(-1, BLOCK), dim=1)
-        norm: Tensor = torch.linalg.vector_norm(blocks)
-        if max_norm > 0:
-            elements.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        groups = tensor.view(torch.int64).view(-1, ALIGN // 2).sum(1)
+        return groups.mul_(self._weights[start // ALIGN :][: groups.numel()])
+
+    def by_parameter(self, checksums: Tensor, start: int, into: Tensor) -> None:
+        """Add checksums of a stretch from `start` on to `into`, (P,), by the parameter that they belong to."""
+        for index, (begin, n, _) in enumerate(self.slots.values()):
+            first, end = (begin - start) // ALIGN, _up(begin - start + n, ALIGN) // ALIGN
+            if first < checksums.numel() and end > 0:
+                into[index] += checksums[max(first, 0) : end].sum()
+
+
+def squares(tensor: Tensor) -> Tensor:
+    """The sums of squares of the blocks of a flat tensor, (n·BLOCK,) -> (n,) float32.
+
+    Halved elementwise, not with a reduction kernel: how that adds may depend on how many rows it is given, and so on
+    how many ranks share the work.
+    """
+    sums = []
+    for part in tensor.split(SLICE):  # type: ignore[no-untyped-call]
+        half = part.view(-1, BLOCK)
+        width = BLOCK // 2
+        half = half[:, :width].square().addcmul_(half[:, width:], half[:, width:])
+        while width > 1:
+            width //= 2
+            half = half[:, :width] + half[:, width:]
+        sums.append(half[:, 0])
+    return torch.cat(sums)

@@ -49,16 +49,40 @@ class Place:
     backend: str  # "gloo", "nccl"
 
 
-class Group(Strategy):
-    """The ranks of a run, as this rank sees them."""
+class Ranks:
+    """This rank among the others: what the sum of the gradients needs to know of them."""
+
+    def __init__(self, rank: int, world: int, wire: torch.device) -> None:
+        self.rank, self.world = rank, world
+        self.wire = wire  # where tensors must lie to travel: gloo's in the host's memory, nccl's in the device's own
+
+    @classmethod
+    def default(cls) -> Ranks:
+        """The ranks of torch.distributed's default group; a single one where there is no group."""
+        if not dist.is_initialized():
+            return cls(0, 1, torch.device("cpu"))
+        wire = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+        return cls(dist.get_rank(), dist.get_world_size(), torch.device(wire))
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """(…) on each rank -> (W, …) on all of them."""
+        if self.world == 1:
+            return tensor.unsqueeze(0)
+        sent = tensor.contiguous().to(self.wire)
+        gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
+        gather_flat(gathered.view(-1), sent.view(-1))
+        return gathered.to(tensor.device)
+
+
+class Group(Ranks, Strategy):
+    """The ranks of a run, as a strategy of Fabric's."""
 
     def __init__(self, place: Place, precision: Precision) -> None:
-        super().__init__(precision=precision)
-        self.rank, self.world = place.rank, place.world
-        self.global_rank, self.local_rank, self.world_size = place.rank, place.local_rank, place.world
+        Strategy.__init__(self, precision=precision)
         self._device = torch.device(place.device)
-        # gloo exchanges tensors in the host's memory; nccl in the device's own
-        self.wire = torch.device("cpu") if place.backend == "gloo" else self._device
+        wire = torch.device("cpu") if place.backend == "gloo" else self._device
+        Ranks.__init__(self, place.rank, place.world, wire)
+        self.global_rank, self.local_rank, self.world_size = place.rank, place.local_rank, place.world
 
     # What Fabric asks of a strategy.
 
@@ -72,15 +96,6 @@ class Group(Strategy):
 
     def module_to_device(self, module: nn.Module) -> None:
         module.to(self._device)
-
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """(…) on each rank -> (W, …) on all of them."""
-        if self.world == 1:
-            return tensor.unsqueeze(0)
-        sent = tensor.contiguous().to(self.wire)
-        gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
-        gather_flat(gathered.view(-1), sent.view(-1))
-        return gathered.to(tensor.device)
 
     def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = dist.ReduceOp.SUM) -> Tensor:
         """In place on the wire's device; the returned tensor holds the result on the tensor's own."""

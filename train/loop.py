@@ -15,11 +15,11 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from train import optim
-from train.batch import micro_batch_seed
+from train.batch import checksum, micro_batch_seed
+from train.buckets import Reducer, Total
 from train.config import Train
 from train.data.stream import Stream
-from train.flat import LOSS, STOP, Buffer, Flat, Piece
-from train.reduce import Reducer
+from train.flat import Buffer, Flat, Piece
 from train.telemetry import Recorder
 
 
@@ -31,19 +31,18 @@ class TrainState:
     flat: Flat  # parameters
     optimizer: torch.optim.Optimizer
 
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        """The state's tensors by the checkpoint file that holds them: views, so that loading into them restores."""
-        moments = optim.flat_state(self.optimizer, self.flat)
-        flattened = {f"{moment}.{name}": tensor for moment, named in moments.items() for name, tensor in named.items()}
-        return {"model": self.flat.named(self.flat.parameters), "optimizer": flattened}
-
     def pieces(self) -> list[Piece]:
-        """All of the state that this rank holds."""
-        return [
-            Piece(file, name, tensor.shape, 0, tensor.detach().view(-1), replicated=True)
-            for file, tensors in self.files().items()
-            for name, tensor in tensors.items()
-        ]
+        """All of the state that this rank holds: parameters, whole on every rank, and the moments that it owns."""
+        named = self.flat.named(self.flat.parameters.detach()).items()
+        whole = [Piece("model", name, view.shape, 0, view.view(-1), replicated=True) for name, view in named]
+        return whole + optim.pieces(self.optimizer, self.flat)
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """Where every rank holds all of it: the state's tensors by checkpoint file and name."""
+        files: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for piece in self.pieces():
+            files[piece.file][piece.name] = piece.data.view(piece.shape)
+        return files
 
     def restored(self, step: int) -> None:
         self.step = step
@@ -81,28 +80,33 @@ class Parts:
 
 def fit(state: TrainState, parts: Parts) -> bool:
     """Train from `state.step` to the last step. Returns whether it stopped before that, on request."""
-    config, flat, optimizer = parts.config, state.flat, state.optimizer
-    while state.step < config.steps:
-        parts.phase("forward/backward", state.step)
-        gradients = parts.reducer.accumulate(lambda v, buffer: virtual_rank(v, buffer, state, parts))
-        gradients[0].scalars[STOP] += float(parts.stop_requested())
-
-        parts.phase("reduce", state.step)
-        gradient = parts.reducer.reduce(gradients)
-
-        parts.phase("optimizer", state.step)
-        norm = flat.clip(gradient, config.optimizer.clip_norm)
-        rate = optim.learning_rate(config.optimizer, config.schedule, state.step, config.steps)
-        optim.set_learning_rate(optimizer, rate)
-        flat.step(optimizer, gradient)
-        state.step += 1
-
-        stop = parts.recorder.step(state.step, gradient.scalars[LOSS], norm, rate, gradient.scalars[STOP])
+    steps = parts.config.steps
+    while state.step < steps:
+        total, rate = step(state, parts)
+        stop = parts.recorder.step(state.step, total, rate)
         for due in parts.due:
-            due.run(state.step, config.steps, stop)
+            due.run(state.step, steps, stop)
         if stop:
             break
-    return state.step < config.steps
+    return state.step < steps
+
+
+def step(state: TrainState, parts: Parts) -> tuple[Total, float]:
+    """One step of training: what the virtual ranks added up to, and the learning rate that was used."""
+    config, reducer = parts.config, parts.reducer
+    parts.phase("forward/backward", state.step)
+    reducer.accumulate(lambda v, buffer: virtual_rank(v, buffer, state, parts))
+
+    parts.phase("reduce", state.step)
+    total = reducer.finish(parts.stop_requested())
+
+    parts.phase("optimizer", state.step)
+    rate = optim.learning_rate(config.optimizer, config.schedule, state.step, config.steps)
+    optim.set_learning_rate(state.optimizer, rate)
+    state.flat.step(state.optimizer, total.gradient, total.norm, config.optimizer.clip_norm)
+    reducer.spread()
+    state.step += 1
+    return total, rate
 
 
 def virtual_rank(v: int, buffer: Buffer, state: TrainState, parts: Parts) -> None:
@@ -110,13 +114,19 @@ def virtual_rank(v: int, buffer: Buffer, state: TrainState, parts: Parts) -> Non
 
     The loss of a step is the sum over its tokens divided by their number, which is known before the forward pass.
     """
-    config, device = parts.config, parts.fabric.device
     state.flat.attach(buffer)
-    for i in range(config.batch.micro_batches):
-        parts.generator.manual_seed(micro_batch_seed(config.seed, state.step, v, i))
-        tokens = torch.from_numpy(parts.stream.micro_batch(state.step, v, i)).to(device, non_blocking=True)
-        with parts.fabric.autocast():
-            nats = parts.model(tokens[:, :-1], tokens[:, 1:])
-        loss = nats / config.tokens_per_step
-        parts.fabric.backward(loss)
-        buffer.scalars[LOSS] += loss.detach()
+    for i in range(parts.config.batch.micro_batches):
+        micro_batch(v, i, buffer, state, parts)
+
+
+def micro_batch(v: int, i: int, buffer: Buffer, state: TrainState, parts: Parts) -> None:
+    config, device = parts.config, parts.fabric.device
+    parts.generator.manual_seed(micro_batch_seed(config.seed, state.step, v, i))
+    read = parts.stream.micro_batch(state.step, v, i)
+    tokens = torch.from_numpy(read).to(device, non_blocking=True)
+    with parts.fabric.autocast():
+        nats = parts.model(tokens[:, :-1], tokens[:, 1:])
+    loss = nats / config.tokens_per_step
+    parts.fabric.backward(loss)
+    buffer.loss += loss.detach()
+    buffer.tokens = checksum(read.tobytes(), buffer.tokens)

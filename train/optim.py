@@ -1,7 +1,8 @@
 """Optimizers over the flat layout, and the learning rate as a pure function of the step.
 
-AdamW (arXiv 1711.05101) runs fused over two flat tensors: matrices, with decoupled weight decay, and vectors (norms,
-biases), without. It is elementwise, so one long tensor gives the same bits as the many that it is made of.
+AdamW (arXiv 1711.05101) runs fused over what this rank owns of the flat tensor's two sections: matrices, with decoupled
+weight decay, and vectors (norms, biases), without. It is elementwise, and cuts lie at multiples of 1,024 elements, so
+one long tensor gives the same bits as the many that it is made of.
 """
 
 from __future__ import annotations
@@ -10,20 +11,17 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from train.config import Optimizer, OptimizerKind, Schedule, ScheduleKind
-from train.flat import Flat
+from train.flat import Flat, Piece
 
 
 def adamw(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [flat.matrices], "weight_decay": config.weight_decay},
-        {"params": [flat.vectors], "weight_decay": 0.0},
-    ]
+    matrices, vectors = ([tensor for _, tensor in half] for half in flat.owned)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    for group in optimizer.param_groups:  # the state exists from the start, so that saving and restoring need no cases
-        (tensor,) = group["params"]
+    for tensor in [*matrices, *vectors]:  # the state exists from the start, so that saving and restoring need no cases
         optimizer.state[tensor] = {
             "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
             "exp_avg": torch.zeros_like(tensor),
@@ -39,20 +37,17 @@ def build(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
     return BUILDERS[config.kind](config, flat)
 
 
-def flat_state(optimizer: torch.optim.Optimizer, flat: Flat) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's moments by their name and the parameter's: views, so that copying into them restores."""
-    matrices, vectors = optimizer.state[flat.matrices], optimizer.state[flat.vectors]
-    moments = [key for key in matrices if key != "step"]
-    cut = flat.matrices.numel()
-    return {
-        moment: {
-            name: (matrices[moment][begin : begin + n] if begin < cut else vectors[moment][begin - cut :][:n]).view(
-                shape
-            )
-            for name, (begin, n, shape) in flat.slots.items()
-        }
-        for moment in moments
-    }
+def pieces(optimizer: torch.optim.Optimizer, flat: Flat) -> list[Piece]:
+    """The optimizer's moments that this rank holds, by their name and the parameter's."""
+    replicated = flat.ranges == [(0, flat.length)]
+    return [
+        Piece("optimizer", f"{moment}.{name}", shape, offset, values[a - start : b - start], replicated)
+        for half in flat.owned
+        for start, tensor in half
+        for moment, values in optimizer.state[tensor].items()
+        if moment != "step"
+        for name, shape, offset, a, b in flat.stretches(start, start + tensor.numel())
+    ]
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:

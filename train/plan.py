@@ -75,8 +75,8 @@ def vocabulary(config: Train) -> int:
 
 
 def _gradient_buffers(virtual_ranks: int, world: int) -> int:
-    """Flat gradients alive at once on the rank with the most: its leaves, and the total where ranks exchange."""
-    return max(buffers(virtual_ranks, share) for share in shares(virtual_ranks, world)) + (world > 1)
+    """Flat gradients alive at once on the rank with the most. The sum itself is written over the last leaf."""
+    return max(buffers(virtual_ranks, share) for share in shares(virtual_ranks, world))
 
 
 def memory(config: Train, vocab: int) -> flops.Memory:

@@ -1,12 +1,17 @@
 """The sum of the V gradients, in the order of the canonical tree, wherever its leaves were computed.
 
-A rank adds the gradients of the virtual ranks it hosts as it goes (`accumulate`), which leaves it the sums of the few
-maximal subtrees of what it hosts. The rest of the tree is finished between ranks (`reduce`), bucket by bucket: a
-bucket is cut in W chunks; an all-to-all brings every subtree's chunk c to rank c; rank c finishes the tree for its
-chunk; an all-gather spreads the sums. With one subtree a rank, that is 2(W-1)/W of the gradient's bytes a rank,
-as many as a ring all-reduce sends.
+A rank adds the gradients of the virtual ranks it hosts as it goes, which leaves it the sums of the few maximal
+subtrees of what it hosts. The rest of the tree is finished between ranks, bucket by bucket, while the last leaf's
+backward is still under way: a bucket goes out as soon as its gradients are there; it is cut in W chunks; an
+all-to-all brings every subtree's chunk c to rank c; rank c finishes the tree for its chunk. Then an all-gather spreads
+the sums or, where the optimizer is sharded (`sharding=optimizer`), rank c updates its chunk of the parameters and they
+are spread instead. With one subtree a rank that is 2(W-1)/W of the gradient's bytes a rank, as many as a ring
+all-reduce sends.
 
-No buffer is overwritten before the step is committed: subtree sums stay as they are while the total is made.
+The sum is written over the last leaf, which has been sent by then; nothing else is overwritten before the step is
+committed, and there is no buffer besides. A rank that must begin the sum again computes one leaf anew.
+
+With `reduce.dtype=bf16` every node of the tree is rounded, leaves included, not every message: the law holds.
 
 `FastReducer` stands beside `ExactReducer`: the same interface over the backend's own all-reduce, whose order of
 addition depends on the world size.
@@ -17,159 +22,181 @@ gradients; TBIK (arXiv 2511.17826) orders the adds of tensor-parallel matrix pro
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.batch import Node, fold, maximal, root, shares
-from train.config import Reduce, ReduceMode
-from train.flat import BLOCK, Buffer, Flat
-from train.group import Group, gather_flat
-
-Leaf = Callable[[int, Buffer], None]  # adds a virtual rank's gradient to a buffer
-
-
-class _Pool:
-    """Gradient buffers, made when first needed and used again every step."""
-
-    def __init__(self, flat: Flat, multiple: int) -> None:
-        self._flat, self._multiple = flat, multiple
-        self._free: list[Buffer] = []
-        self._taken: list[Buffer] = []
-
-    def take(self) -> Buffer:
-        buffer = self._free.pop() if self._free else self._flat.buffer(self._multiple)
-        self._taken.append(buffer)
-        return buffer
-
-    def give(self, buffer: Buffer) -> None:
-        self._taken = [other for other in self._taken if other is not buffer]
-        self._free.append(buffer)
-
-    def reclaim(self) -> None:
-        self._free += self._taken
-        self._taken = []
-
-
-class Reducer(ABC):
-    """Turns the gradients of the hosted virtual ranks into the gradient of the step, equal on all ranks."""
-
-    @abstractmethod
-    def accumulate(self, leaf: Leaf) -> list[Buffer]:
-        """Run `leaf` for every hosted virtual rank; returns what this rank contributes to the sum."""
-
-    @abstractmethod
-    def reduce(self, parts: list[Buffer]) -> Buffer:
-        """The sum over all ranks. The scalars in it are summed along with the gradients."""
+from train.batch import Node, fold, maximal, root, spine
+from train.buckets import Leaf, Reducer, Started, Wait, gather
+from train.config import ReduceMode, Sharding, Train
+from train.evidence import Evidence
+from train.flat import Buffer, Flat
+from train.group import Ranks
 
 
 class ExactReducer(Reducer):
-    """Bitwise the same sum for every world size from 1 to V."""
+    """Bitwise the same sum for every world size from 1 to V, however the leaves are shared out."""
 
-    def __init__(self, group: Group, flat: Flat, virtual_ranks: int, bucket_bytes: int) -> None:
-        self._group = group
-        self._root = root(virtual_ranks)
-        self._subtrees = [maximal(hosted, self._root) for hosted in shares(virtual_ranks, group.world)]
-        unit = BLOCK * group.world  # a bucket is cut in W chunks, each of whole blocks
-        self._pool = _Pool(flat, unit)
-        self._bucket = max(1, bucket_bytes // (4 * unit)) * unit
+    def assign(self, hosted: list[range]) -> None:
+        super().assign(hosted)
+        self._root = root(self.virtual_ranks)
+        self._subtrees = [maximal(own, self._root) for own in hosted]
+        self._most_losses = max(map(len, self._subtrees))
+        *self._before, last = self._subtrees[self.ranks.rank]
+        self._path, leaf = spine(last)
+        self._final = leaf.first
 
-    def accumulate(self, leaf: Leaf) -> list[Buffer]:
-        self._pool.reclaim()
-
+    def _accumulate(self, leaf: Leaf) -> None:
         def at_hand(node: Node) -> Buffer | None:
-            if not node.is_leaf:
-                return None
-            buffer = self._pool.take()
-            buffer.tensor.zero_()
-            leaf(node.first, buffer)
-            return buffer
+            return self._computed(node.first, leaf) if node.is_leaf else None
 
-        return [fold(node, at_hand, self._add) for node in self._subtrees[self._group.rank]]
+        self._parts = [fold(node, at_hand, self._add) for node in self._before]
+        self._lefts = [fold(node, at_hand, self._add) for node in self._path]
+        self._last = self._take(torch.float32)
+        self._run_last(self._final, leaf)
+
+    def _computed(self, virtual_rank: int, leaf: Leaf) -> Buffer:
+        buffer = self._take(torch.float32)
+        self._run(virtual_rank, leaf, buffer)
+        self._evidence.of_leaf(virtual_rank, buffer.tensor, 0)
+        if self.dtype == torch.float32:
+            return buffer
+        rounded = self._take(self.dtype)
+        rounded.tensor.copy_(buffer.tensor)
+        rounded.loss.copy_(buffer.loss)
+        self._give(buffer)
+        return rounded
 
     def _add(self, left: Buffer, right: Buffer) -> Buffer:
         left.tensor.add_(right.tensor)
-        self._pool.give(right)
+        left.loss.add_(right.loss)
+        self._give(right)
         return left
 
-    def reduce(self, parts: list[Buffer]) -> Buffer:
-        if self._group.world == 1:
-            return parts[0]
-        total = self._pool.take()
-        exchanges: deque[_Exchange] = deque()
-        gathers = []
-        for start in range(0, total.tensor.numel(), self._bucket):
-            bucket = slice(start, start + self._bucket)
-            sent = [part.tensor[bucket] for part in parts]
-            exchanges.append(_Exchange(self._group, self._subtrees, sent, total.tensor[bucket]))
-            if len(exchanges) == 2:  # one bucket is under way while the one before it is added up
-                gathers.append(exchanges.popleft().finish(self._root))
-        gathers += [exchange.finish(self._root) for exchange in exchanges]
-        for gathered in gathers:
-            gathered()
+    def _exchange(self, bucket: tuple[int, int]) -> Started:
+        a, b = bucket
+        value = self._last.tensor[a:b].to(self.dtype)
+        for left in reversed(self._lefts):
+            value.add_(left.tensor[a:b])  # left + value: two numbers have the same sum either way round
+        if self.ranks.world == 1:
+            self._finish_chunk(value, a)
+            return lambda: lambda: None
+        sent = [part.tensor[a:b] for part in self._parts] + [value]
+        exchange = _Exchange(self.ranks, self._subtrees, sent)
+        c, _ = self._chunk(bucket, self.ranks.rank)
+
+        def go_on() -> Wait:
+            chunk = exchange.sum(self._root).to(self.flat.parameters.device)
+            self._finish_chunk(chunk, c)
+            return (lambda: None) if self._sharded else gather(self.ranks, self._last.tensor[a:b], chunk)
+
+        return go_on
+
+    def _finish_chunk(self, chunk: Tensor, start: int) -> None:
+        total = chunk.float()
+        self._summed(total, start)
+        own = self._last.tensor[start : start + total.numel()]
+        if (self._sharded or self.ranks.world == 1) and own.data_ptr() != total.data_ptr():
+            own.copy_(total)
+
+    def _losses(self) -> list[Tensor]:
+        last = self._last.loss
+        for left in reversed(self._lefts):
+            last = left.loss + last
+        return [part.loss for part in self._parts] + [last]
+
+    def _loss(self, losses: Tensor) -> Tensor:
+        sums = {node: losses[r, i] for r, nodes in enumerate(self._subtrees) for i, node in enumerate(nodes)}
+        total: Tensor = fold(self._root, sums.get, torch.add)
         return total
 
 
 class _Exchange:
-    """One bucket on its way: every subtree's chunk c to rank c, then the finished chunks to everybody."""
+    """Every subtree's chunk c of a bucket on its way to rank c."""
 
-    def __init__(self, group: Group, subtrees: list[list[Node]], sent: list[Tensor], total: Tensor) -> None:
-        """`sent`: this rank's subtree sums, each (W·chunk,); `total`, (W·chunk,), receives the sum over the tree."""
-        self._total, self._wire = total, group.wire
-        chunk = total.numel() // group.world
+    def __init__(self, ranks: Ranks, subtrees: list[list[Node]], sent: list[Tensor]) -> None:
+        """`sent`: this rank's subtree sums, (W·chunk,) each, not to be written to before `sum`."""
+        chunk = sent[0].numel() // ranks.world
         self._nodes = [node for of_rank in subtrees for node in of_rank]
         # To rank c go the c-th chunks of all our subtrees. One subtree lies in memory that way already.
         packed = sent[0] if len(sent) == 1 else torch.stack([s.view(-1, chunk) for s in sent], dim=1).view(-1)
-        self._received = torch.empty(len(self._nodes), chunk, dtype=total.dtype, device=group.wire)
+        self._sent = packed.to(ranks.wire)
+        self._received = torch.empty(len(self._nodes), chunk, dtype=self._sent.dtype, device=ranks.wire)
         self._work = dist.all_to_all_single(
             self._received.view(-1),
-            packed.to(group.wire),
+            self._sent,
             output_split_sizes=[len(of_rank) * chunk for of_rank in subtrees],
-            input_split_sizes=[len(sent) * chunk] * group.world,
+            input_split_sizes=[len(sent) * chunk] * ranks.world,
             async_op=True,
         )
 
-    def finish(self, root: Node) -> Callable[[], object]:
-        """Add up this rank's chunk and start to spread it; the returned call waits for the whole bucket."""
+    def sum(self, root: Node) -> Tensor:
+        """Wait, and add up this rank's chunk along the tree."""
         self._work.wait()
         sums = dict(zip(self._nodes, self._received, strict=True))
-        chunk = fold(root, sums.get, Tensor.add_)
-        gathered = self._total if self._total.device == self._wire else torch.empty_like(self._total, device=self._wire)
-        work = gather_flat(gathered, chunk, async_op=True)
-
-        def wait() -> None:
-            work.wait()
-            self._total.copy_(gathered)  # nothing to do where they are the same tensor
-
-        return wait
+        chunk: Tensor = fold(root, sums.get, Tensor.add_)
+        return chunk
 
 
 class FastReducer(Reducer):
     """The backend's own all-reduce. Its order of addition, and so the result, depends on the world size."""
 
-    def __init__(self, group: Group, flat: Flat, virtual_ranks: int) -> None:
-        self._group = group
-        self._hosted = shares(virtual_ranks, group.world)[group.rank]
-        self._buffer = flat.buffer(BLOCK)
+    _most_losses = 1
 
-    def accumulate(self, leaf: Leaf) -> list[Buffer]:
-        self._buffer.tensor.zero_()
-        for virtual_rank in self._hosted:
-            leaf(virtual_rank, self._buffer)
-        return [self._buffer]
+    def assign(self, hosted: list[range]) -> None:
+        super().assign(hosted)
+        self._final = hosted[self.ranks.rank][-1]
 
-    def reduce(self, parts: list[Buffer]) -> Buffer:
-        if self._group.world > 1:
-            dist.all_reduce(parts[0].tensor)
-        return parts[0]
+    def _accumulate(self, leaf: Leaf) -> None:
+        self._last = self._take(torch.float32)
+        self._last.tensor.zero_()
+        self._last.loss.zero_()
+        *before, last = self.hosted[self.ranks.rank]
+        for virtual_rank in before:
+            self._run(virtual_rank, leaf, self._last)
+        self._run_last(last, leaf)
+
+    def _run(self, virtual_rank: int, leaf: Leaf, buffer: Buffer) -> None:
+        buffer.tokens = 0
+        leaf(virtual_rank, buffer)
+        self._tokens[virtual_rank] = buffer.tokens
+
+    def _exchange(self, bucket: tuple[int, int]) -> Started:
+        a, b = bucket
+        c, d = self._chunk(bucket, self.ranks.rank)
+        whole = self._last.tensor[a:b]
+        if self.ranks.world == 1:
+            self._summed(whole, a)
+            return lambda: lambda: None
+        on_wire = whole.to(self.ranks.wire, self.dtype)
+        work = dist.all_reduce(on_wire, async_op=True)
+
+        def go_on() -> Wait:
+            work.wait()
+            whole.copy_(on_wire)  # nothing to do where they are the same tensor
+            self._summed(self._last.tensor[c:d], c)
+            return lambda: None
+
+        return go_on
+
+    def _losses(self) -> list[Tensor]:
+        return [self._last.loss]
+
+    def _loss(self, losses: Tensor) -> Tensor:
+        total: Tensor = losses.sum()
+        return total
 
 
-def build(config: Reduce, group: Group, flat: Flat, virtual_ranks: int) -> Reducer:
-    """The reducer that `reduce=…` names."""
-    if config.mode is ReduceMode.fast:
-        return FastReducer(group, flat, virtual_ranks)
-    return ExactReducer(group, flat, virtual_ranks, int(config.bucket_mib * 2**20))
+def build(config: Train, ranks: Ranks, flat: Flat) -> Reducer:
+    """The reducer that a run's configuration asks for."""
+    kind = FastReducer if config.reduce.mode is ReduceMode.fast else ExactReducer
+    return kind(
+        ranks,
+        flat,
+        config.batch.virtual_ranks,
+        config.batch.micro_batches,
+        bucket_bytes=int(config.reduce.bucket_mib * 2**20),
+        dtype=torch.bfloat16 if config.reduce.dtype == "bf16" else torch.float32,
+        sharded=config.sharding is Sharding.optimizer,
+        evidence=Evidence(flat, config.evidence.parameters) if config.evidence.steps else None,
+    )

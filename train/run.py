@@ -29,6 +29,7 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 from train import events, flops, hardware, optim, plan, reduce
+from train.balance import Balance
 from train.channel import Channel
 from train.config import ReduceMode, Refused, Train, read_train
 from train.data.prepare import Prepared
@@ -98,13 +99,15 @@ def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]
     fabric = Fabric(accelerator=config.accelerator, devices=1, strategy=group, loggers=loggers)
 
     model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
-    flat = Flat(model)
+    flat = Flat(model, group.world)
+    reducer = reduce.build(config, group, flat)
     state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
     restore(state, folder / "checkpoints", group, channel, order.resume)
 
     peak, peak_source = _peak(config, fabric, group)
     numerics = fingerprint(config, fabric.device)
-    recorder = Recorder(config, fabric, channel.send, prepared.vocab, peak)
+    balance = Balance(config, group, reducer, channel)
+    recorder = Recorder(config, fabric, channel.send, prepared.vocab, peak, on_seconds=balance.observe)
 
     @functools.cache  # opening the set verifies it: once for the part, once for the whole
     def validation(tokens: int) -> Validation:
@@ -135,7 +138,7 @@ def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]
             micro_batch=int(config.batch.micro_batch),
         ),
         generator=_generator(fabric.device),
-        reducer=reduce.build(config.reduce, group, flat, config.batch.virtual_ranks),
+        reducer=reducer,
         recorder=recorder,
         phase=channel.phase,
         stop_requested=channel.stop_requested,
@@ -146,6 +149,8 @@ def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]
     )
     if fabric.is_global_zero:
         channel.send(_start(config, prepared, state, place, numerics, peak, peak_source))
+    balance.handshake(state, parts)
+    recorder.resume_clock()
     return state, parts, keeper
 
 

@@ -24,6 +24,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from train import events, flops
+from train.buckets import Total
 from train.config import Train
 
 LAG = 2  # steps between a number's making and its reading, on a GPU
@@ -39,15 +40,24 @@ class NotFinite(Exception):
 class _Pending:
     step: int
     rate: float
-    numbers: Tensor  # (3,) loss, norm, stop – in pinned memory where they come from a GPU
+    numbers: Tensor  # (3 + W + 2V + 2P,) int64 – in pinned memory where they come from a GPU
     ready: torch.cuda.Event | None
 
 
 class Recorder:
     """The numbers of a rank's steps, read when they have arrived."""
 
-    def __init__(self, config: Train, fabric: Fabric, send: Send, vocab: int, peak: float | None) -> None:
-        self._config, self._fabric, self._send = config, fabric, send
+    def __init__(
+        self,
+        config: Train,
+        fabric: Fabric,
+        send: Send,
+        vocab: int,
+        peak: float | None,
+        on_seconds: Callable[[int, list[float]], None] = lambda step, seconds: None,
+    ) -> None:
+        """`on_seconds` is told, on every rank at the same step, how long each rank took for a leaf."""
+        self._config, self._fabric, self._send, self._on_seconds = config, fabric, send, on_seconds
         self._vocab, self._peak = vocab, peak
         self._on_gpu = fabric.device.type == "cuda"
         self._pending: deque[_Pending] = deque()
@@ -63,15 +73,16 @@ class Recorder:
         self._log_start += now - self._step_end
         self._step_end = now
 
-    def step(self, step: int, loss: Tensor, norm: Tensor, rate: float, stop: Tensor) -> bool:
+    def step(self, step: int, total: Total, rate: float) -> bool:
         """Take the numbers of a committed step; returns whether the ranks have agreed to stop.
 
         They agree because all of them heed a step's flag the same number of steps later, whenever they read it.
         """
-        numbers = torch.stack([loss, norm, stop])
+        floats = torch.cat([torch.stack([total.loss, total.norm, total.stops]), total.seconds])
+        numbers = torch.cat([floats.view(torch.int64), total.leaves.view(-1), total.state.view(-1)])
         ready = None
         if self._on_gpu:
-            pinned = torch.empty(3, pin_memory=True)
+            pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             pinned.copy_(numbers, non_blocking=True)
             numbers, ready = pinned, torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
@@ -88,12 +99,16 @@ class Recorder:
             pending = self._pending.popleft()
             if pending.ready is not None:
                 pending.ready.synchronize()
-            loss, norm, stops = pending.numbers.tolist()
+            floats = 3 + self._fabric.world_size
+            loss, norm, stops, *seconds = pending.numbers[:floats].view(torch.float64).tolist()
             if stops > 0 and self._stop_step is None:
                 self._stop_step = pending.step
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFinite(f"loss {loss}, gradient norm {norm} in step {pending.step}: try a lower optimizer.lr")
+            self._on_seconds(pending.step, seconds)
             self._record(pending, loss, norm)
+            if self._config.evidence.steps and self._speaks:
+                self._send(_digests(pending.step, pending.numbers[floats:], self._config.batch.virtual_ranks))
 
     def _record(self, pending: _Pending, loss: float, norm: float) -> None:
         if not self._speaks:
@@ -133,6 +148,16 @@ class Recorder:
             return torch.cuda.max_memory_allocated(self._fabric.device)
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _digests(step: int, checksums: Tensor, virtual_ranks: int) -> events.Digests:
+    """The checksums of a step, (2V + 2P,) int64, as hexadecimal digits."""
+    words = [f"{number & (2**64 - 1):016x}" for number in checksums.tolist()]
+    leaves, state = words[: 2 * virtual_ranks], words[2 * virtual_ranks :]
+    half = len(state) // 2
+    return events.Digests(
+        step=step, tokens=leaves[::2], leaves=leaves[1::2], parameters=state[:half], gradient=state[half:]
+    )
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

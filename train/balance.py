@@ -1,0 +1,102 @@
+"""Who hosts how much: the handshake at the start, and shares that follow the ranks' speeds.
+
+None of it has a say in the bits, as long as the ranks compute the same ones. That is what the handshake is for: all
+ranks compute one same micro-batch, and compare. Where they differ it is said loudly and recorded, and ownership stays
+as it is: moving a virtual rank would then change the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+
+import torch
+
+from train import events
+from train.batch import shares
+from train.buckets import Reducer
+from train.channel import Channel
+from train.config import Train
+from train.group import Group
+from train.loop import Parts, TrainState, micro_batch
+
+WINDOW = 10  # steps of which the median counts
+GAIN = 0.1  # what the slowest rank must win for the shares to change: less is noise
+TRIALS = 3  # of the handshake's micro-batch; the first pays for warming up
+
+
+class Balance:
+    """The shares of a run, equal on every rank at every step because all decide from the same gathered numbers."""
+
+    def __init__(self, config: Train, group: Group, reducer: Reducer, channel: Channel) -> None:
+        self._config, self._group, self._reducer, self._channel = config, group, reducer, channel
+        self._follows = config.batch.weights == "auto" and group.world > 1
+        self._seconds: list[list[float]] = []
+
+    def handshake(self, state: TrainState, parts: Parts) -> None:
+        """Compute the same micro-batch on all ranks: compare the bits, and take the first measure of their speeds."""
+        if self._group.world == 1:
+            return
+        digest, seconds = _same_micro_batch(state, parts, TRIALS if self._follows else 1)
+        mine = torch.tensor([digest, int(seconds * 1e9)], dtype=torch.int64)
+        rows = self._group.all_gather(mine)
+        digests, times = rows[:, 0].tolist(), [nanoseconds / 1e9 for nanoseconds in rows[:, 1].tolist()]
+        equal = len(set(digests)) == 1
+        self._follows = self._follows and equal
+        if self._group.rank == 0:
+            words = [f"{number & (2**64 - 1):016x}" for number in digests]
+            self._channel.send(events.Handshake(step=state.step, equal=equal, digests=words, seconds=times))
+            if not equal:
+                others = [rank for rank, number in enumerate(digests) if number != digests[0]]
+                text = (
+                    f"ranks {', '.join(map(str, others))} compute other bits than rank 0 on the same micro-batch: the "
+                    "result depends on the number of ranks and on who hosts what, which is therefore left as it is"
+                )
+                self._channel.send(events.Warned(rank=0, text=text))
+        if isinstance(self._config.batch.weights, str):
+            if self._follows:
+                self._follow(state.step, times, "measured at the start")
+        else:
+            self._assign(state.step, [float(weight) for weight in self._config.batch.weights], "batch.weights")
+
+    def observe(self, step: int, seconds: list[float]) -> None:
+        """Take what each rank needed for a leaf in a step; change the shares where the slowest wins enough by it."""
+        if not self._follows or 0.0 in seconds:
+            return
+        self._seconds.append(seconds)
+        if len(self._seconds) == WINDOW:
+            medians = [statistics.median(of_rank) for of_rank in zip(*self._seconds, strict=True)]
+            self._seconds = []
+            self._follow(step, medians, "measured")
+
+    def _follow(self, step: int, seconds: list[float], why: str) -> None:
+        now = self._reducer.hosted
+        better = shares(self._config.batch.virtual_ranks, self._group.world, [1 / s for s in seconds])
+        slowest = [max(len(own) * s for own, s in zip(cut, seconds, strict=True)) for cut in (now, better)]
+        if slowest[1] < (1 - GAIN) * slowest[0]:
+            self._assign(step, [1 / s for s in seconds], why)
+
+    def _assign(self, step: int, speeds: list[float], why: str) -> None:
+        hosted = shares(self._config.batch.virtual_ranks, self._group.world, speeds)
+        self._reducer.assign(hosted)
+        if self._group.rank == 0:
+            self._channel.send(events.Ownership(step=step, shares=[len(own) for own in hosted], why=why))
+
+
+def _same_micro_batch(state: TrainState, parts: Parts, trials: int) -> tuple[int, float]:
+    """Loss and gradient of virtual rank 0's first micro-batch, as 63 bits; and the seconds of the fastest trial."""
+    buffer = state.flat.buffer()
+    state.flat.attach(buffer)
+    times = []
+    for _ in range(trials):
+        buffer.tensor.zero_()
+        buffer.loss.zero_()
+        started = time.perf_counter()
+        micro_batch(0, 0, buffer, state, parts)
+        loss = float(buffer.loss)  # waits for the device
+        times.append(time.perf_counter() - started)
+    content = hashlib.blake2b(
+        buffer.tensor[: state.flat.size].cpu().numpy().data, key=loss.hex().encode(), digest_size=8
+    )
+    return int.from_bytes(content.digest(), "big") >> 1, min(times)

@@ -1,0 +1,267 @@
+"""What every sum of gradients between ranks has in common: leaves, buckets on their way, and the numbers beside them.
+
+Gradients travel in buckets, and a bucket goes out as soon as its gradients are there, while the last leaf's backward
+is still under way. Every rank sends the buckets in the same order, whenever they become ready.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.batch import shares
+from train.clock import Clock
+from train.evidence import GRADIENT, PARAMETERS, Evidence, NoEvidence
+from train.flat import BLOCK, SLICE, Buffer, Flat, squares
+from train.group import Ranks, gather_flat
+
+Leaf = Callable[[int, Buffer], None]  # adds a virtual rank's gradient to a buffer
+Wait = Callable[[], object]
+Started = Callable[[], Wait]  # an exchange under way: the call goes on with it, what that returns waits for its end
+
+IN_FLIGHT = 2  # pieces of a bucket: one is under way while the one before it is added up
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """What the virtual ranks of a step add up to: equal on all ranks, on the device, not waited for."""
+
+    gradient: Tensor  # (length,) float32; where the optimizer is sharded, only what this rank owns
+    loss: Tensor  # () float64
+    norm: Tensor  # () float64, L2, of the gradient
+    stops: Tensor  # () float64: how many ranks were asked to stop
+    seconds: Tensor  # (W,) float64: what each rank took for a leaf
+    leaves: Tensor  # (V, 2) int64: checksums of the tokens and of the gradient of each virtual rank
+    state: Tensor  # (2, 1) or (2, P) int64: checksums of the parameters before the step, and of the gradient
+
+
+class Reducer(ABC):
+    """Turns the gradients of the hosted virtual ranks into the gradient of the step."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        flat: Flat,
+        virtual_ranks: int,
+        micro_batches: int = 1,
+        *,
+        bucket_bytes: int = 8 << 20,
+        dtype: torch.dtype = torch.float32,
+        sharded: bool = False,
+        evidence: Evidence | None = None,
+    ) -> None:
+        """`flat` must have been laid out for `ranks.world`. Leaves are backward passes over `micro_batches` each.
+
+        `sharded`: each rank's optimizer owns its chunks only. `evidence`: what takes checksums; None takes none.
+        """
+        self.ranks, self.flat, self.dtype, self.virtual_ranks = ranks, flat, dtype, virtual_ranks
+        self._micro_batches, self._sharded = micro_batches, sharded
+        self._evidence = evidence or NoEvidence(flat)
+        self._free: list[Buffer] = []
+        self._taken: list[Buffer] = []
+        unit = BLOCK * ranks.world  # a bucket is cut in W chunks, each of whole blocks
+        size = max(1, bucket_bytes // (4 * unit * IN_FLIGHT)) * unit if ranks.world > 1 else SLICE
+        self._buckets = [(a, min(a + size, flat.length)) for a in range(0, flat.length, size)]
+        chunks = [[self._chunk(bucket, rank) for bucket in self._buckets] for rank in range(ranks.world)]
+        self._mine = chunks[ranks.rank]
+        if sharded:
+            flat.own(self._mine)
+        order = [block for own in chunks for a, b in own for block in range(a // BLOCK, b // BLOCK)]
+        self._where = torch.tensor(order, device=flat.parameters.device).argsort()[: flat.size // BLOCK]
+        self._clock = Clock(flat.parameters.device)
+        self._last: Buffer
+        self._final: int
+        self._most_losses: int
+        self._watch_parameters()
+        self.assign(shares(virtual_ranks, ranks.world))
+
+    def assign(self, hosted: list[range]) -> None:
+        """Let each rank host these virtual ranks, from the next step on. It has no say in the bits."""
+        self.hosted = hosted
+
+    # ------------------------------------------------------------------------------------ a step, in order
+
+    def accumulate(self, leaf: Leaf) -> None:
+        """Run `leaf` for every hosted virtual rank; what is ready goes out during the last one's backward."""
+        self._clock.start()
+        self._free += self._taken
+        self._taken = []
+        self._tokens: dict[int, int] = {}
+        self._squares: list[Tensor] = []
+        self._evidence.begin()
+        for a, b in self._mine:
+            self._evidence.of_state(PARAMETERS, self.flat.parameters[a:b], a)
+        self._finishing: deque[Started] = deque()
+        self._gathering: list[Wait] = []
+        self._next = 0
+        self._accumulate(leaf)
+
+    def finish(self, stop: bool = False) -> Total:
+        """The sum over all ranks; `stop` says that this one was asked to."""
+        self._clock.stop()
+        while self._next < len(self._buckets):
+            self._send()
+        while self._finishing:
+            self._gathering.append(self._finishing.popleft()())
+        for gathered in self._gathering:
+            gathered()
+        return self._exchange_numbers(stop)
+
+    def spread(self) -> None:
+        """After the optimizer's step: bring every rank's part of the parameters to all of them, if it is sharded."""
+        if self._sharded and self.ranks.world > 1:
+            parameters = self.flat.parameters.detach()
+            gathers = [
+                gather(self.ranks, parameters[a:b], parameters[c:d].clone())
+                for (a, b), (c, d) in zip(self._buckets, self._mine, strict=True)
+            ]
+            for wait in gathers:
+                wait()
+
+    @abstractmethod
+    def _accumulate(self, leaf: Leaf) -> None:
+        """Compute the hosted leaves, the last of them into `self._last`."""
+
+    @abstractmethod
+    def _exchange(self, bucket: tuple[int, int]) -> Started:
+        """Start to sum up a bucket."""
+
+    @abstractmethod
+    def _losses(self) -> list[Tensor]:
+        """The losses of what this rank contributes."""
+
+    @abstractmethod
+    def _loss(self, losses: Tensor) -> Tensor:
+        """(W, most) -> (): their sum over all ranks."""
+
+    # ---------------------------------------------------------------------------------------------- buckets
+
+    def _chunk(self, bucket: tuple[int, int], rank: int) -> tuple[int, int]:
+        size = (bucket[1] - bucket[0]) // self.ranks.world
+        return bucket[0] + rank * size, bucket[0] + (rank + 1) * size
+
+    def _watch_parameters(self) -> None:
+        """Have every parameter say when its gradient is there: once a micro-batch."""
+        self._unready: list[int] = []
+        self._passes = [0] * len(self._buckets)
+        if self.ranks.world == 1:
+            return
+        for parameter, (start, n, _) in zip(self.flat.items, self.flat.slots.values(), strict=True):
+            inside = [i for i, (a, b) in enumerate(self._buckets) if a < start + n and start < b]
+            for bucket in inside:
+                self._passes[bucket] += self._micro_batches
+            parameter.register_post_accumulate_grad_hook(lambda _, inside=inside: self._ready(inside))  # type: ignore[no-untyped-call]
+
+    def _run_last(self, virtual_rank: int, leaf: Leaf) -> None:
+        self._unready = list(self._passes)
+        self._run(virtual_rank, leaf, self._last)
+        self._unready = []  # what is left (parameters without a gradient) goes out in `finish`
+
+    def _ready(self, buckets: list[int]) -> None:
+        """A parameter's gradient is there: send the buckets that are complete, in their order on every rank."""
+        if self._unready:
+            for bucket in buckets:
+                self._unready[bucket] -= 1
+            while self._next < len(self._buckets) and self._unready[self._next] == 0:
+                self._send()
+
+    def _send(self) -> None:
+        a, b = self._buckets[self._next]
+        self._evidence.of_leaf(self._final, self._last.tensor[a:b], a)
+        self._finishing.append(self._exchange((a, b)))
+        self._next += 1
+        if len(self._finishing) == IN_FLIGHT:
+            with self._clock.paused():  # waiting for others
+                self._gathering.append(self._finishing.popleft()())
+
+    def _summed(self, chunk: Tensor, start: int) -> None:
+        """This rank's chunk of a bucket is complete, float32: note what is to be known of it."""
+        self._squares.append(squares(chunk))
+        self._evidence.of_state(GRADIENT, chunk, start)
+
+    # ----------------------------------------------------------------------------------- leaves and buffers
+
+    def _run(self, virtual_rank: int, leaf: Leaf, buffer: Buffer) -> None:
+        buffer.tensor.zero_()
+        buffer.loss.zero_()
+        buffer.tokens = 0
+        leaf(virtual_rank, buffer)
+        self._tokens[virtual_rank] = buffer.tokens
+
+    def _take(self, dtype: torch.dtype) -> Buffer:
+        """A buffer that is free, or a new one. They are kept for the next step."""
+        for i, buffer in enumerate(self._free):
+            if buffer.tensor.dtype == dtype:
+                self._taken.append(self._free.pop(i))
+                return buffer
+        self._taken.append(self.flat.buffer(dtype))
+        return self._taken[-1]
+
+    def _give(self, buffer: Buffer) -> None:
+        self._taken = [other for other in self._taken if other is not buffer]
+        self._free.append(buffer)
+
+    # ---------------------------------------------------------------------------------------------- numbers
+
+    def _exchange_numbers(self, stop: bool) -> Total:
+        """The few numbers of a step that are not gradients, in one small all-gather: a row of int64 a rank."""
+        device, world = self.flat.parameters.device, self.ranks.world
+        losses = self._losses()
+        most = self._most_losses
+        floats = [*losses, *[torch.zeros_like(losses[0])] * (most - len(losses))]
+        hosted = self.hosted[self.ranks.rank]
+        said = torch.tensor([float(stop), self._clock.seconds / len(hosted)], dtype=torch.float64).to(
+            device, non_blocking=True
+        )
+        widest = max(map(len, self.hosted))
+        padding = widest - len(hosted)
+        tokens = [self._tokens[v] for v in hosted] + [0] * padding
+        gradients = [self._evidence.leaf(v) for v in [*hosted, *[-1] * padding]]
+        blocks = torch.cat(self._squares)
+        row = torch.cat(
+            [
+                torch.stack(floats).view(torch.int64),
+                said.view(torch.int64),
+                torch.tensor(tokens, dtype=torch.int64).to(device, non_blocking=True),
+                torch.stack(gradients),
+                self._evidence.state.view(-1),
+                blocks.double().view(torch.int64),
+            ]
+        )
+        sizes = [most, 2, widest, widest, self._evidence.state.numel(), blocks.numel()]
+        rows = self.ranks.all_gather(row)
+        loss, said, tokens_of, gradients_of, sums, squares_of = rows.split(sizes, dim=1)  # type: ignore[no-untyped-call]
+        order = [(rank, i) for rank, own in enumerate(self.hosted) for i in range(len(own))]
+        at = torch.tensor([rank * widest + i for rank, i in order], device=device)
+        by_rank = torch.stack([tokens_of.reshape(-1)[at], gradients_of.reshape(-1)[at]], dim=1)
+        said = said.contiguous().view(torch.float64)
+        total = squares_of.contiguous().view(torch.float64).view(-1)[self._where].sum()
+        return Total(
+            gradient=self._last.tensor,
+            loss=self._loss(loss.contiguous().view(torch.float64)),
+            norm=total.sqrt(),
+            stops=said[:, 0].sum(),
+            seconds=said[:, 1],
+            leaves=by_rank,
+            state=sums.view(world, 2, -1).sum(0),
+        )
+
+
+def gather(ranks: Ranks, target: Tensor, chunk: Tensor) -> Wait:
+    """Start to bring every rank's chunk into `target`, (W·chunk,); the returned call waits for it."""
+    direct = target.device == ranks.wire and target.dtype == chunk.dtype
+    gathered = target if direct else torch.empty(target.shape, dtype=chunk.dtype, device=ranks.wire)
+    chunk = chunk.to(ranks.wire)
+    work = gather_flat(gathered, chunk, async_op=True)
+
+    def wait(sent: Tensor = chunk) -> None:  # which must live until it has been sent
+        work.wait()
+        if not direct:
+            target.copy_(gathered)
+
+    return wait
