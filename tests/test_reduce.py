@@ -53,7 +53,6 @@ def sums(place: Place, mode: str, **more: Any) -> dict[str, Any]:
 
     def leaf(virtual_rank: int, buffer: Buffer) -> None:
         nonlocal early
-        flat.attach(buffer)
         for scale in (0.25, 0.75):
             torch.stack([(p * gradient(virtual_rank, p) * scale).sum() for p in used(model)]).sum().backward()  # type: ignore[no-untyped-call]
         buffer.loss += 0.1 * virtual_rank
@@ -62,7 +61,8 @@ def sums(place: Place, mode: str, **more: Any) -> dict[str, Any]:
 
     results = []
     for _ in range(2):  # the second step runs in buffers that the first one used
-        reducer.accumulate(leaf)
+        for v, buffer in reducer.leaves():
+            leaf(v, buffer)
         kept = [b for b in reducer._taken if b is not reducer._last]
         before = [buffer.tensor.clone() for buffer in kept]
         total = reducer.finish(stop=place.rank == place.world - 1)
@@ -206,11 +206,11 @@ def peak(place: Place, mode: str) -> int:
         seen.discard(key)
 
     def leaf(virtual_rank: int, buffer: Buffer) -> None:
-        flat.attach(buffer)
         model(torch.full((4, 512), float(virtual_rank))).sum().backward()
 
     with Count():  # type: ignore[no-untyped-call]
-        reducer.accumulate(leaf)
+        for v, buffer in reducer.leaves():
+            leaf(v, buffer)
         reducer.finish()
     gc.collect()
     return most
@@ -301,7 +301,8 @@ def balanced(place: Place) -> list[Any]:
 
     shares = []
     for step in range(12):
-        reducer.accumulate(leaf)
+        for v, buffer in reducer.leaves():
+            leaf(v, buffer)
         balance.observe(step, reducer.finish().seconds.tolist())
         shares.append([len(own) for own in reducer.hosted])
     return [shares, [(event.shares, event.why) for event in channel.sent]]

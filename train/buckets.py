@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,6 @@ from train.evidence import GRADIENT, PARAMETERS, Evidence, NoEvidence
 from train.flat import BLOCK, SLICE, Buffer, Flat, squares
 from train.group import Ranks, gather_flat
 
-Leaf = Callable[[int, Buffer], None]  # adds a virtual rank's gradient to a buffer
 Wait = Callable[[], object]
 Started = Callable[[], Wait]  # an exchange under way: the call goes on with it, what that returns waits for its end
 
@@ -86,8 +85,12 @@ class Reducer(ABC):
 
     # ------------------------------------------------------------------------------------ a step, in order
 
-    def accumulate(self, leaf: Leaf) -> None:
-        """Run `leaf` for every hosted virtual rank; what is ready goes out during the last one's backward."""
+    def leaves(self) -> Iterator[tuple[int, Buffer]]:
+        """The hosted virtual ranks, one after the other: whoever asks runs their backward passes in between.
+
+        Parameters' gradients are attached to the buffer that comes along. During the last one's backward what is
+        ready goes out. After `finish` they hold the sum.
+        """
         self._clock.start()
         self._free += self._taken
         self._taken = []
@@ -99,7 +102,7 @@ class Reducer(ABC):
         self._finishing: deque[Started] = deque()
         self._gathering: list[Wait] = []
         self._next = 0
-        self._accumulate(leaf)
+        yield from self._leaves()
 
     def finish(self, stop: bool = False) -> Total:
         """The sum over all ranks; `stop` says that this one was asked to."""
@@ -124,8 +127,8 @@ class Reducer(ABC):
                 wait()
 
     @abstractmethod
-    def _accumulate(self, leaf: Leaf) -> None:
-        """Compute the hosted leaves, the last of them into `self._last`."""
+    def _leaves(self) -> Iterator[tuple[int, Buffer]]:
+        """Have the hosted leaves computed, the last of them, `self._final`, into `self._last`."""
 
     @abstractmethod
     def _exchange(self, bucket: tuple[int, int]) -> Started:
@@ -157,9 +160,10 @@ class Reducer(ABC):
                 self._passes[bucket] += self._micro_batches
             parameter.register_post_accumulate_grad_hook(lambda _, inside=inside: self._ready(inside))  # type: ignore[no-untyped-call]
 
-    def _run_last(self, virtual_rank: int, leaf: Leaf) -> None:
+    def _last_leaf(self) -> Iterator[tuple[int, Buffer]]:
+        """The last hosted leaf, whose gradients are sent as they become ready."""
         self._unready = list(self._passes)
-        self._run(virtual_rank, leaf, self._last)
+        yield from self._leaf(self._final, self._last)
         self._unready = []  # what is left (parameters without a gradient) goes out in `finish`
 
     def _ready(self, buckets: list[int]) -> None:
@@ -186,21 +190,24 @@ class Reducer(ABC):
 
     # ----------------------------------------------------------------------------------- leaves and buffers
 
-    def _run(self, virtual_rank: int, leaf: Leaf, buffer: Buffer) -> None:
-        buffer.tensor.zero_()
-        buffer.loss.zero_()
+    def _leaf(self, virtual_rank: int, buffer: Buffer) -> Iterator[tuple[int, Buffer]]:
+        """Have a leaf's gradient added to what is in `buffer`."""
+        self.flat.attach(buffer)
         buffer.tokens = 0
-        leaf(virtual_rank, buffer)
+        yield virtual_rank, buffer
         self._tokens[virtual_rank] = buffer.tokens
 
     def _take(self, dtype: torch.dtype) -> Buffer:
         """A buffer that is free, or a new one. They are kept for the next step."""
-        for i, buffer in enumerate(self._free):
-            if buffer.tensor.dtype == dtype:
-                self._taken.append(self._free.pop(i))
-                return buffer
-        self._taken.append(self.flat.buffer(dtype))
+        free = next((i for i, buffer in enumerate(self._free) if buffer.tensor.dtype == dtype), None)
+        self._taken.append(self.flat.buffer(dtype) if free is None else self._free.pop(free))
         return self._taken[-1]
+
+    def _zeros(self) -> Buffer:
+        buffer = self._take(torch.float32)
+        buffer.tensor.zero_()
+        buffer.loss.zero_()
+        return buffer
 
     def _give(self, buffer: Buffer) -> None:
         self._taken = [other for other in self._taken if other is not buffer]

@@ -95,7 +95,8 @@ def step(state: TrainState, parts: Parts) -> tuple[Total, float]:
     """One step of training: what the virtual ranks added up to, and the learning rate that was used."""
     config, reducer = parts.config, parts.reducer
     parts.phase("forward/backward", state.step)
-    reducer.accumulate(lambda v, buffer: virtual_rank(v, buffer, state, parts))
+    for v, buffer in reducer.leaves():
+        virtual_rank(v, buffer, state, parts)
 
     parts.phase("reduce", state.step)
     total = reducer.finish(parts.stop_requested())
@@ -114,7 +115,6 @@ def virtual_rank(v: int, buffer: Buffer, state: TrainState, parts: Parts) -> Non
 
     The loss of a step is the sum over its tokens divided by their number, which is known before the forward pass.
     """
-    state.flat.attach(buffer)
     for i in range(parts.config.batch.micro_batches):
         micro_batch(v, i, buffer, state, parts)
 

@@ -22,12 +22,14 @@ gradients; TBIK (arXiv 2511.17826) orders the adds of tensor-parallel matrix pro
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.batch import Node, fold, maximal, root, spine
-from train.buckets import Leaf, Reducer, Started, Wait, gather
+from train.batch import Node, children, fold, maximal, root, spine
+from train.buckets import Reducer, Started, Wait, gather
 from train.config import ReduceMode, Sharding, Train
 from train.evidence import Evidence
 from train.flat import Buffer, Flat
@@ -46,19 +48,25 @@ class ExactReducer(Reducer):
         self._path, leaf = spine(last)
         self._final = leaf.first
 
-    def _accumulate(self, leaf: Leaf) -> None:
-        def at_hand(node: Node) -> Buffer | None:
-            return self._computed(node.first, leaf) if node.is_leaf else None
+    def _leaves(self) -> Iterator[tuple[int, Buffer]]:
+        self._parts: list[Buffer] = []
+        self._lefts: list[Buffer] = []
+        for node in self._before:
+            self._parts.append((yield from self._subtree(node)))
+        for node in self._path:
+            self._lefts.append((yield from self._subtree(node)))
+        self._last = self._zeros()
+        yield from self._last_leaf()
 
-        self._parts = [fold(node, at_hand, self._add) for node in self._before]
-        self._lefts = [fold(node, at_hand, self._add) for node in self._path]
-        self._last = self._take(torch.float32)
-        self._run_last(self._final, leaf)
-
-    def _computed(self, virtual_rank: int, leaf: Leaf) -> Buffer:
-        buffer = self._take(torch.float32)
-        self._run(virtual_rank, leaf, buffer)
-        self._evidence.of_leaf(virtual_rank, buffer.tensor, 0)
+    def _subtree(self, node: Node) -> Generator[tuple[int, Buffer], None, Buffer]:
+        """`fold`, with the leaves computed by whoever iterates. log2(n) + 1 buffers are alive at most."""
+        if not node.is_leaf:
+            left, right = children(node)
+            left_sum = yield from self._subtree(left)
+            return self._add(left_sum, (yield from self._subtree(right)))
+        buffer = self._zeros()
+        yield from self._leaf(node.first, buffer)
+        self._evidence.of_leaf(node.first, buffer.tensor, 0)
         if self.dtype == torch.float32:
             return buffer
         rounded = self._take(self.dtype)
@@ -147,19 +155,11 @@ class FastReducer(Reducer):
         super().assign(hosted)
         self._final = hosted[self.ranks.rank][-1]
 
-    def _accumulate(self, leaf: Leaf) -> None:
-        self._last = self._take(torch.float32)
-        self._last.tensor.zero_()
-        self._last.loss.zero_()
-        *before, last = self.hosted[self.ranks.rank]
-        for virtual_rank in before:
-            self._run(virtual_rank, leaf, self._last)
-        self._run_last(last, leaf)
-
-    def _run(self, virtual_rank: int, leaf: Leaf, buffer: Buffer) -> None:
-        buffer.tokens = 0
-        leaf(virtual_rank, buffer)
-        self._tokens[virtual_rank] = buffer.tokens
+    def _leaves(self) -> Iterator[tuple[int, Buffer]]:
+        self._last = self._zeros()
+        for virtual_rank in self.hosted[self.ranks.rank][:-1]:
+            yield from self._leaf(virtual_rank, self._last)
+        yield from self._last_leaf()
 
     def _exchange(self, bucket: tuple[int, int]) -> Started:
         a, b = bucket
