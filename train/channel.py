@@ -1,15 +1,29 @@
 """A rank's end of the pipe to its supervisor: events go up, a request to stop comes down.
 
 Lines of JSON, not pickles: what arrives from another process is data.
+
+A rank may be asked by a signal as well as by its supervisor, and it makes no difference: both set the flag that the
+ranks add up in the next step's sum, so that all of them stop after the same step, whoever was asked. Signals are taken
+by a thread that waits for them, and are blocked everywhere else. They interrupt nothing, and wait while there is no
+thread yet.
 """
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+import time
 from multiprocessing.connection import Connection
 
 from train import events
 
 STOP = b"stop"  # what the supervisor sends to a rank that shall save and stop
+MARK = b"mark"  # a rank's question whether all that it sent is in the run's record
+RECORDED = b"recorded"  # the answer
+
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # each asks to save and stop
+ECHO = 0.1  # seconds in which a request may arrive twice: `timeout` signals its child, then the child's whole group
 
 
 class Channel:
@@ -17,6 +31,7 @@ class Channel:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._sending = threading.Lock()
         self._stop = False
         self.where: tuple[str, int | None] = ("start", None)  # phase, steps committed
 
@@ -24,9 +39,46 @@ class Channel:
         self.where = (name, step)
 
     def send(self, event: events.Event) -> None:
-        self._connection.send_bytes(events.line(event.record()).encode())
+        self._send(events.line(event.record()).encode())
+
+    def settle(self) -> None:
+        """Return when the supervisor has recorded, on the disk, all that was sent.
+
+        What is saved after that is never ahead of the record: a run that goes on from it has no step without its
+        event. Raises OSError or EOFError where there is no supervisor any more, and nothing may be saved.
+        """
+        self._send(MARK)
+        while (word := self._connection.recv_bytes()) != RECORDED:
+            self._take(word)
 
     def stop_requested(self) -> bool:
         while not self._stop and self._connection.poll():
-            self._stop = self._connection.recv_bytes() == STOP
+            self._take(self._connection.recv_bytes())
         return self._stop
+
+    def heed_signals(self, rank: int) -> None:
+        """From now on the first of `REQUESTS` asks this rank to stop, and the next one ends it. In the main thread."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)  # here and in every thread that is started from here
+        for number in REQUESTS:
+            signal.signal(number, signal.SIG_DFL)
+        threading.Thread(target=self._heed, args=(rank,), daemon=True, name="signals").start()
+
+    def _heed(self, rank: int) -> None:
+        number = signal.sigwait(REQUESTS)
+        self._stop = True
+        with contextlib.suppress(OSError):  # the supervisor has gone
+            self.send(events.Asked(rank=rank, by=signal.Signals(number).name))
+        time.sleep(ECHO)
+        while signal.sigpending() & set(REQUESTS):
+            signal.sigwait(REQUESTS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)  # the kernel ends the process, whatever it is stuck in
+        while True:
+            signal.pause()
+
+    def _take(self, word: bytes) -> None:
+        if word == STOP:
+            self._stop = True
+
+    def _send(self, message: bytes) -> None:
+        with self._sending:
+            self._connection.send_bytes(message)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -13,9 +14,10 @@ from enum import Enum
 from typing import Any, NamedTuple, get_type_hints
 
 from train import compose
+from train.channel import REQUESTS
 from train.config import DONE, MODELS, REFUSED, SCHEMAS, Refused
 
-INTERRUPTED = 130  # Ctrl-C before there was anything to save
+INTERRUPTED = 130  # Ctrl-C, or another request to stop, in a command that saves nothing or has not begun
 
 
 class Command(NamedTuple):
@@ -39,7 +41,12 @@ GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "experim
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done; 2 refused, nothing started; 75 stopped on request, saved; else a failure with its cause."""
-    return _guarded(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments))
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in REQUESTS}
+    try:
+        return _guarded(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -31,6 +31,7 @@ class Console:
         self._label = ""
         self._spoke = 0.0
         self._speed = self._mfu = ""
+        self._asked = False
 
     def say(self, text: str) -> None:
         self._rich.print(Text(text))
@@ -110,6 +111,14 @@ class Console:
         if record["bpb"] is not None:
             score = f"{record['bpb']:.4f} bits per byte, {score}"
         self.say(f"step {record['step']}: {part} {score}")
+
+    def _on_asked(self, record: dict[str, Any]) -> None:
+        """Who was asked to stop, and by what. Of several ranks the first says it for all."""
+        if record["rank"] is None:
+            self.say(f"asked to stop ({record['by']}): finishing the step, saving … (again: at once)")
+        elif not self._asked:
+            self.say(f"rank {record['rank']} was asked to stop ({record['by']}): finishing the step, saving …")
+        self._asked = True
 
     def _on_warning(self, record: dict[str, Any]) -> None:
         self.say(f"warning (rank {record['rank']}): {record['text']}")

@@ -157,6 +157,15 @@ class Warned(Event):
 
 
 @dataclass(slots=True, kw_only=True)
+class Asked(Event):
+    """Somebody wants the run to save and stop."""
+
+    kind: ClassVar[str] = "asked"
+    rank: int | None  # the one that was told; None: the supervisor
+    by: str  # the signal's name, or stop_after=…
+
+
+@dataclass(slots=True, kw_only=True)
 class Finished(Event):
     """What rank 0 says at the end of a run, or of a part of it; the summary is made from it."""
 
@@ -215,6 +224,9 @@ class EventLog:
 
     def append(self, record: dict[str, Any]) -> None:
         os.write(self._file, line(record).encode() + b"\n")
+
+    def sync(self) -> None:
+        os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)

@@ -63,6 +63,7 @@ class Keeper:
         self.channel.phase("checkpoint", step)
         self.recorder.flush()
         if self.fabric.is_global_zero:
+            self.channel.settle()
             root = self.folder / "checkpoints"
             path, size = checkpoint.save(root, step, self.state.files(), self.about)
             checkpoint.retain(root, self.config.checkpoint.keep)

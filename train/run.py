@@ -67,7 +67,7 @@ def worker(order_json: str, connection: Connection, listener: socket.socket | No
     """The life of a rank. Exits with 0, or with 1 after a `fault` event that says why."""
     order, channel = Order.from_json(order_json), Channel(connection)
     os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel.heed_signals(order.place.rank)
     _die_with_parent()
     _log_to(Path(order.folder) / "logs" / f"rank-{order.place.rank}.log")
     try:

@@ -1,9 +1,9 @@
 """The parent of the ranks: starts them, watches them, records what they report, and passes on what the user wants.
 
 It never imports torch. While the data is prepared, a forkserver imports torch and lightning once; ranks are forked from
-it. This process is the only writer of `events.jsonl` and the only one that interprets signals: the first SIGINT or
-SIGTERM, or `stop_after`, asks the ranks to agree on a step, save and stop; the second ends them at once. A rank that
-dies ends the run, with its cause in one line; nothing is left behind.
+it. This process is the only writer of `events.jsonl`. The first SIGINT, SIGTERM or SIGUSR1, here or at any rank, or
+`stop_after`, makes the ranks agree on a step, save and stop; the second one here ends them at once. A rank that dies
+ends the run, with its cause in one line; nothing is left behind.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
+import multiprocessing.resource_tracker
 import signal
 import socket
 import time
@@ -20,10 +21,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ensure_running
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from train import events, folder, hardware, nodes, plan
-from train.channel import STOP
+from train.channel import ECHO, MARK, RECORDED, REQUESTS, STOP
 from train.config import DONE, FAILED, REFUSED, STOPPED, Train, seconds
 from train.console import Console
 from train.data.prepare import prepare
@@ -33,13 +34,53 @@ from train.summary import summarize
 MOURNING = 1.0  # seconds in which the others may say what a dead rank did to them, before it is named
 
 
+class Requests:
+    """What was asked of this process by signals, while it is entered: the first asks to stop, the next, at once.
+
+    Until `hold` is called there are no ranks that could save anything, and a signal raises KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._held = False
+        self._last = -ECHO
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._on_signal) for number in REQUESTS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def hold(self) -> None:
+        """From now on signals are only noted."""
+        self._held = True
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._last < ECHO:
+            return
+        self._last = now
+        self.names.append(signal.Signals(number).name)
+        if not self._held:
+            raise KeyboardInterrupt
+
+
 def train(config: Train) -> int:
     """`colossus train`. Returns the exit code; raises Refused before anything has started."""
-    with folder.RunFolder(config.folder, nodes.here(config.nodes).index) as run:
-        return _train(config, run, Console())
+    console = Console()
+    with Requests() as requests:
+        try:
+            with folder.RunFolder(config.folder, nodes.here(config.nodes).index) as run:
+                return _train(config, run, console, requests)
+        except KeyboardInterrupt:
+            console.close()
+            console.say(f"asked to stop ({requests.names[0]}) before the first step: the same command starts again")
+            return STOPPED
 
 
-def _train(config: Train, run: folder.RunFolder, console: Console) -> int:
+def _train(config: Train, run: folder.RunFolder, console: Console, requests: Requests) -> int:
     config = plan.resolve(run.pinned(config))
     resume = run.admit(config)
     finished = run.finished(config)
@@ -50,17 +91,27 @@ def _train(config: Train, run: folder.RunFolder, console: Console) -> int:
     prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
     try:
         run.write(config, json.loads(prepared.to_json()))
-        return Supervisor(config, run, console, context, preparer).run(resume)
+        requests.hold()
+        return Supervisor(config, run, console, context, preparer, requests).run(resume)
     finally:
         if preparer is not None:
             preparer.stop()
 
 
 def _forkserver() -> ForkServerContext:
-    """Start the process that ranks are forked from; its imports go on while this one prepares the data."""
+    """Start the process that ranks are forked from; its imports go on while this one prepares the data.
+
+    It has the requests' signals blocked for life, so that one that goes to all processes of a job does not end it, and
+    the ranks with it. A rank begins like that too, and unblocks nothing until there is somebody to heed them.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.run", "train.supervisor"])
-    ensure_running()
+    multiprocessing.resource_tracker.ensure_running()  # here, because it leaves these signals unblocked
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+    try:
+        ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return context
 
 
@@ -85,29 +136,26 @@ class Supervisor:
         console: Console,
         context: ForkServerContext,
         preparer: Preparer | None,
+        requests: Requests,
     ) -> None:
         self._config, self._run, self._console = config, run, console
-        self._context, self._preparer = context, preparer
+        self._context, self._preparer, self._requests = context, preparer, requests
         self._node = nodes.here(config.nodes)
         self._ranks: list[Rank] = []
         self._log = events.EventLog(run.events_path)
         self._faults: list[dict[str, Any]] = []
-        self._signals = 0
         self._asked = self._stopped = False
         limit = seconds(config.stop_after)
         self._deadline = None if limit is None else time.monotonic() + limit
 
     def run(self, resume: bool) -> int:
         """Start the ranks, watch them to their end, write the summary."""
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._start(resume)
             code = self._watch()
         finally:
             self._kill()
             self._console.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         if self._node.index == 0 and code in (DONE, STOPPED):
             records = list(self._run.events())
             summary = summarize(records)
@@ -165,8 +213,8 @@ class Supervisor:
                 timeout=0.2,
             )
             self._hear()
-            if self._signals > 1:
-                self._console.say("stopped at once; the last checkpoint stands")
+            if len(self._requests.names) > 1:
+                self._console.say(f"stopped at once ({self._requests.names[1]}); the last checkpoint stands")
                 return FAILED
             self._ask_to_stop()
             failure = self._failure()
@@ -181,12 +229,17 @@ class Supervisor:
         for rank in self._ranks:
             try:
                 while not rank.connection.closed and rank.connection.poll():
-                    self._record(rank, json.loads(rank.connection.recv_bytes()))
+                    message = rank.connection.recv_bytes()
+                    if message == MARK:
+                        self._log.sync()
+                        rank.connection.send_bytes(RECORDED)
+                    else:
+                        self._record(json.loads(message), rank)
             except (EOFError, ConnectionError):
                 rank.connection.close()
 
-    def _record(self, rank: Rank, record: dict[str, Any]) -> None:
-        if record["kind"] == "left":
+    def _record(self, record: dict[str, Any], rank: Rank | None = None) -> None:
+        if rank is not None and record["kind"] == "left":
             rank.left = True
             self._stopped = self._stopped or record["stopped"]
         if record["kind"] == "fault":
@@ -196,11 +249,11 @@ class Supervisor:
 
     def _ask_to_stop(self) -> None:
         late = self._deadline is not None and time.monotonic() > self._deadline
-        if self._asked or not (self._signals or late):
+        if self._asked or not (self._requests.names or late):
             return
         self._asked = True
-        reason = f"stop_after={self._config.stop_after} is over" if late else "asked to stop"
-        self._console.say(f"{reason}: finishing the step, saving …" + ("" if late else " (again: at once)"))
+        by = self._requests.names[0] if self._requests.names else f"stop_after={self._config.stop_after}"
+        self._record(events.Asked(rank=None, by=by).record())
         for rank in self._ranks:
             with contextlib.suppress(OSError):  # it has ended by itself
                 rank.connection.send_bytes(STOP)
@@ -258,6 +311,3 @@ class Supervisor:
         for rank in self._ranks:
             rank.process.join()
             rank.connection.close()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
