@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from train.config import CONFIGS, STOPPED, Refused, register
+from train.config import CONFIGS, STOPPED, Refused, Train, register
 
 TEXT = {"prompt", "sample", "table", "out", "from"}  # the last part of keys whose values are text, quoted whole
 PATHS = {"path", "run", "runs", "cache"}  # the same, where a list [a,b] may stand as well
@@ -104,11 +104,17 @@ def _build(command: str, arguments: list[str]) -> Any:
 
 def _checked(composed: DictConfig) -> Any:
     try:
-        return OmegaConf.to_object(composed)
+        checked = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         raise Refused(error.full_key or "", f"is required: add {error.full_key}=…") from error
     except OmegaConfBaseException as error:
         raise Refused(error.full_key or "", _first_line(error)) from error
+    if isinstance(checked, Train):
+        keys = list(_keys(composed))
+        for key in checked.resume.allowed():
+            if key not in keys:
+                raise Refused("resume.allow", f"there is no key {key}{did_you_mean(key, keys)}")
+    return checked
 
 
 def _compose(command: str, arguments: list[str]) -> DictConfig:

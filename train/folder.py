@@ -10,19 +10,30 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from enum import Enum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
 from train import events
 from train.config import Refused, ResumeMode, Train, read_train, to_yaml
 
+# What may differ between the nodes of a run: each one's own affair. The rest steers what the ranks do together.
+LOCAL = (
+    *("name", "runs", "devices", "backend", "stop_after", "logger", "log", "sample", "resume", "resume_from"),
+    *(
+        "data.cache",
+        "data.path",
+        "data.parts.*.path",
+        "data.tokenizer.path",
+    ),  # data.json has the digest of what is there
+)
 # What may change when a run is continued: nothing here has a say in the bits.
 FREE = (
-    *("devices", "nodes", "backend", "stop_after", "runs", "logger", "sample", "log", "eval", "checkpoint", "resume"),
-    *("reduce.bucket_mib", "data.cache"),
+    *LOCAL,
+    *("nodes", "eval", "checkpoint", "evidence", "sharding", "batch.weights", "reduce.bucket_mib"),
 )
 PINNED = ("precision", "compile", "accelerator", "batch.micro_batch")  # `auto` means: as this run has it
 
@@ -35,10 +46,14 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", item.name if isinstance(item, Enum) else item
 
 
-def identity(config: Train) -> dict[str, Any]:
+def identity(config: Train, free: Iterable[str] = FREE) -> dict[str, Any]:
     """The keys that make the result what it is, flattened: two runs that agree in them train the same model."""
-    free = [*FREE, "name"]
-    return {k: v for k, v in _flat(asdict(config)) if not any(k == f or k.startswith(f + ".") for f in free)}
+    return {key: value for key, value in _flat(asdict(config)) if not _among(key, free)}
+
+
+def _among(key: str, names: Iterable[str]) -> bool:
+    """Whether a key, or a group that it belongs to, is named."""
+    return any(fnmatchcase(key, name) or key.startswith(name + ".") for name in names)
 
 
 class RunFolder:
@@ -99,7 +114,7 @@ class RunFolder:
         """Check that this configuration may go on here; returns whether there is something to resume.
 
         Raises Refused: `resume=never` on a run, `resume=required` without a checkpoint, or other settings than the
-        run's own, with the override that allows them.
+        run's own: all that differ, with the override that allows them.
         """
         begun = (self.path / "config.yaml").exists()
         mode = config.resume.mode
@@ -115,13 +130,13 @@ class RunFolder:
     def _compare(self, config: Train) -> None:
         old, new = identity(read_train(self.path / "config.yaml")), identity(config)
         allowed = config.resume.allowed()
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key) and key not in allowed:
-                raise Refused(
-                    key,
-                    f"this run has {old.get(key)}, you ask for {new.get(key)}: choose another name=…, "
-                    f"or allow it with resume.allow={key}",
-                )
+        different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        refused = [key for key in different if not _among(key, allowed)]
+        if refused:
+            changes = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in refused)
+            names = [*allowed, *refused]
+            allow = names[0] if len(names) == 1 else f"[{','.join(names)}]"
+            raise Refused("", f"{changes}: choose another name=… or allow it with resume.allow={allow}")
 
     def write(self, config: Train, data: dict[str, Any]) -> None:
         """Write what the ranks read; raises Refused where a run that has begun had other data."""

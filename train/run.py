@@ -36,7 +36,7 @@ from train.data.prepare import Prepared
 from train.data.stream import Stream, Validation
 from train.fingerprint import fingerprint
 from train.flat import Flat
-from train.folder import identity
+from train.folder import LOCAL, identity
 from train.group import Group, Place, join, leave
 from train.keeper import Keeper, restore
 from train.loop import Due, Parts, TrainState, fit
@@ -123,7 +123,7 @@ def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]
         channel=channel,
         recorder=recorder,
         folder=folder,
-        about={"fingerprint": numerics, "config": _digest(config), "writer_epoch": order.writer_epoch},
+        about={"fingerprint": numerics, "config": _digest(identity(config)), "writer_epoch": order.writer_epoch},
     )
     parts = Parts(
         config=config,
@@ -183,14 +183,17 @@ def _start(
     )
 
 
-def _digest(config: Train, *more: str) -> str:
-    """sha256 of what makes a run's result what it is."""
-    return hashlib.sha256(json.dumps([identity(config), more], default=str, sort_keys=True).encode()).hexdigest()
+def _digest(keys: dict[str, Any], *more: str) -> str:
+    """sha256 of configuration keys."""
+    return hashlib.sha256(json.dumps([keys, more], default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _agree(config: Train, prepared: Prepared, group: Group) -> None:
-    """Refuse to train where another rank, perhaps on another node, has another configuration or corpus than rank 0."""
-    mine = torch.tensor(list(bytes.fromhex(_digest(config, prepared.digest))))
+    """Refuse to train where another rank, perhaps on another node, has another configuration or corpus than rank 0.
+
+    Keys without a say in the result count too, such as eval.every: ranks that differ there would wait for each other.
+    """
+    mine = torch.tensor(list(bytes.fromhex(_digest(identity(config, LOCAL), prepared.digest))))
     if not torch.equal(group.broadcast(mine.clone()), mine):
         raise Refused("nodes", f"rank {group.rank} has another configuration or corpus than rank 0: make them equal")
 
