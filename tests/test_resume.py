@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -14,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests import dist
 from tests.test_train import Running, at_step, descendants, gone, sha256, steps, summary, train
 from train import checkpoint, cli, compose, events, plan, supervisor
 from train.channel import MARK, RECORDED, STOP, Channel
 from train.config import Refused
+from train.data.prepare import Counts, Prepared
 from train.folder import FREE, LOCAL, RunFolder, identity
+from train.group import Group, Place
+from train.trained import precision
 
 Records = list[dict[str, Any]]
 ENDLESS = ("steps=100000", "schedule=constant", "eval.every=0", "checkpoint.every=0")  # a constant rate: no end to know
@@ -82,8 +89,11 @@ def test_a_request_to_anybody_stops_all_after_the_same_step(
     """Exit code 75, the state of the very step saved, nothing lost: to the bit what so many steps give undisturbed."""
 
     def ask(pids: list[int]) -> None:
+        os.kill(pids[0], signal.SIGSTOP)  # the others get into a collective, and stay there for longer than an echo
         for who, number in sent:
             os.kill(os.getpid() if who == ME else pids[who], number)
+        time.sleep(0.3)
+        os.kill(pids[0], signal.SIGCONT)
 
     code, folder = train_and(ask, at_step(4), tiny, *ENDLESS, "name=a", "devices=3")
     assert code == 75
@@ -186,6 +196,7 @@ def test_nothing_is_saved_ahead_of_the_record_and_no_request_is_lost_on_the_way(
     thread.start()
     assert ours.recv_bytes() == MARK
     ours.send_bytes(STOP)
+    ours.send_bytes(b"a word that this version does not know")
     thread.join(0.1)
     assert thread.is_alive()
     ours.send_bytes(RECORDED)
@@ -254,6 +265,25 @@ def test_nodes_must_agree_on_all_that_the_ranks_do_together(tiny: list[str]) -> 
     config = compose.config("train", [*tiny, "name=a"])
     assert {"eval.every", "checkpoint.every", "reduce.bucket_mib"} <= set(identity(config, LOCAL))
     assert not {"runs", "data.cache", "data.path", "name"} & set(identity(config, LOCAL))
+
+
+def disagreeing(place: Place, tiny: list[str]) -> str:
+    config = compose.config("train", [*tiny, "name=a", f"runs=of-rank-{place.rank}", f"eval.every={1 + place.rank}"])
+    nothing = Counts(tokens=0, documents=0, bytes=0)
+    fields = dict.fromkeys((field.name for field in dataclasses.fields(Prepared)), "")
+    prepared = Prepared(**{**fields, "train": nothing, "validation": nothing})  # type: ignore[arg-type]
+    run = importlib.import_module("train.run")
+    try:
+        run._agree(config, prepared, Group(place, precision("fp32", torch.device("cpu"))))
+    except Refused as refusal:
+        return str(refusal)
+    return ""
+
+
+def test_a_rank_with_another_eval_every_is_refused_instead_of_waited_for(tiny: list[str]) -> None:
+    first, second = dist.run("tests.test_resume:disagreeing", world=2, tiny=tiny)
+    assert first == ""
+    assert "rank 1 has another configuration" in second
 
 
 def test_a_key_to_allow_that_does_not_exist_is_refused_with_the_nearest(
