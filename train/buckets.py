@@ -17,13 +17,18 @@ from torch import Tensor
 from train.batch import shares
 from train.clock import Clock
 from train.evidence import GRADIENT, PARAMETERS, Evidence, NoEvidence
-from train.flat import BLOCK, SLICE, Buffer, Flat, squares
-from train.group import Ranks, gather_flat
+from train.flat import BLOCK, SLICE, Buffer, Flat, chunk, squares
+from train.group import Ranks, Wait, gather
 
-Wait = Callable[[], object]
 Started = Callable[[], Wait]  # an exchange under way: the call goes on with it, what that returns waits for its end
 
+NOBODY = -1  # the virtual rank of a leaf that nobody counts
 IN_FLIGHT = 2  # pieces of a bucket: one is under way while the one before it is added up
+
+
+def bucket_elements(size: int, world: int) -> int:
+    """The elements of a piece on its way, where `size` bytes may be on their way at a time: a multiple of BLOCK·W."""
+    return max(1, size // (4 * BLOCK * world * IN_FLIGHT)) * BLOCK * world if world > 1 else SLICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +68,16 @@ class Reducer(ABC):
         self._evidence = evidence or NoEvidence(flat)
         self._free: list[Buffer] = []
         self._taken: list[Buffer] = []
-        unit = BLOCK * ranks.world  # a bucket is cut in W chunks, each of whole blocks
-        size = max(1, bucket_bytes // (4 * unit * IN_FLIGHT)) * unit if ranks.world > 1 else SLICE
-        self._buckets = [(a, min(a + size, flat.length)) for a in range(0, flat.length, size)]
-        chunks = [[self._chunk(bucket, rank) for bucket in self._buckets] for rank in range(ranks.world)]
+        self._buckets = flat.buckets(bucket_elements(bucket_bytes, ranks.world))
+        chunks = [[chunk(bucket, rank, ranks.world) for bucket in self._buckets] for rank in range(ranks.world)]
         self._mine = chunks[ranks.rank]
         if sharded:
             flat.own(self._mine)
-        order = [block for own in chunks for a, b in own for block in range(a // BLOCK, b // BLOCK)]
-        self._where = torch.tensor(order, device=flat.parameters.device).argsort()[: flat.size // BLOCK]
-        self._clock = Clock(flat.parameters.device)
+        blocks = [[block for a, b in own for block in range(a // BLOCK, b // BLOCK)] for own in chunks]
+        self._most_blocks = max(map(len, blocks))
+        at = {block: rank * self._most_blocks + i for rank, own in enumerate(blocks) for i, block in enumerate(own)}
+        self._where = torch.tensor([at[block] for block in range(flat.size // BLOCK)], device=flat.device)
+        self._clock = Clock(flat.device)
         self._last: Buffer
         self._final: int
         self._most_losses: int
@@ -95,10 +100,11 @@ class Reducer(ABC):
         self._free += self._taken
         self._taken = []
         self._tokens: dict[int, int] = {}
-        self._squares: list[Tensor] = []
+        self._squares = [torch.zeros(0, device=self.flat.device)]
         self._evidence.begin()
         for a, b in self._mine:
-            self._evidence.of_state(PARAMETERS, self.flat.parameters[a:b], a)
+            if a < b:
+                self._evidence.of_state(PARAMETERS, self.flat.stretch(a, b), a)
         self._finishing: deque[Started] = deque()
         self._gathering: list[Wait] = []
         self._next = 0
@@ -107,24 +113,20 @@ class Reducer(ABC):
     def finish(self, stop: bool = False) -> Total:
         """The sum over all ranks; `stop` says that this one was asked to."""
         self._clock.stop()
-        while self._next < len(self._buckets):
-            self._send()
-        while self._finishing:
-            self._gathering.append(self._finishing.popleft()())
-        for gathered in self._gathering:
-            gathered()
+        self._drain()
         return self._exchange_numbers(stop)
 
     def spread(self) -> None:
         """After the optimizer's step: bring every rank's part of the parameters to all of them, if it is sharded."""
         if self._sharded and self.ranks.world > 1:
-            parameters = self.flat.parameters.detach()
+            stretch = self.flat.stretch
             gathers = [
-                gather(self.ranks, parameters[a:b], parameters[c:d].clone())
+                gather(self.ranks, stretch(a, b), stretch(c, d).clone())
                 for (a, b), (c, d) in zip(self._buckets, self._mine, strict=True)
             ]
             for wait in gathers:
                 wait()
+        self.flat.release()
 
     @abstractmethod
     def _leaves(self) -> Iterator[tuple[int, Buffer]]:
@@ -143,10 +145,6 @@ class Reducer(ABC):
         """(W, most) -> (): their sum over all ranks."""
 
     # ---------------------------------------------------------------------------------------------- buckets
-
-    def _chunk(self, bucket: tuple[int, int], rank: int) -> tuple[int, int]:
-        size = (bucket[1] - bucket[0]) // self.ranks.world
-        return bucket[0] + rank * size, bucket[0] + (rank + 1) * size
 
     def _watch_parameters(self) -> None:
         """Have every parameter say when its gradient is there: once a micro-batch."""
@@ -183,10 +181,22 @@ class Reducer(ABC):
             with self._clock.paused():  # waiting for others
                 self._gathering.append(self._finishing.popleft()())
 
-    def _summed(self, chunk: Tensor, start: int) -> None:
+    def _drain(self) -> None:
+        """Send what has not been sent, and wait until all has arrived."""
+        while self._next < len(self._buckets):
+            self._send()
+        while self._finishing:
+            self._gathering.append(self._finishing.popleft()())
+        for gathered in self._gathering:
+            gathered()
+        self._gathering = []
+
+    def _summed(self, own: Tensor, start: int) -> None:
         """This rank's chunk of a bucket is complete, float32: note what is to be known of it."""
-        self._squares.append(squares(chunk))
-        self._evidence.of_state(GRADIENT, chunk, start)
+        if not own.numel():
+            return
+        self._squares.append(squares(own))
+        self._evidence.of_state(GRADIENT, own, start)
 
     # ----------------------------------------------------------------------------------- leaves and buffers
 
@@ -217,7 +227,7 @@ class Reducer(ABC):
 
     def _exchange_numbers(self, stop: bool) -> Total:
         """The few numbers of a step that are not gradients, in one small all-gather: a row of int64 a rank."""
-        device, world = self.flat.parameters.device, self.ranks.world
+        device, world = self.flat.device, self.ranks.world
         losses = self._losses()
         most = self._most_losses
         floats = [*losses, *[torch.zeros_like(losses[0])] * (most - len(losses))]
@@ -229,7 +239,9 @@ class Reducer(ABC):
         padding = widest - len(hosted)
         tokens = [self._tokens[v] for v in hosted] + [0] * padding
         gradients = [self._evidence.leaf(v) for v in [*hosted, *[-1] * padding]]
-        blocks = torch.cat(self._squares)
+        blocks = torch.zeros(self._most_blocks, dtype=torch.float64, device=device)
+        mine = torch.cat(self._squares)
+        blocks[: mine.numel()] = mine
         row = torch.cat(
             [
                 torch.stack(floats).view(torch.int64),
@@ -237,14 +249,14 @@ class Reducer(ABC):
                 torch.tensor(tokens, dtype=torch.int64).to(device, non_blocking=True),
                 torch.stack(gradients),
                 self._evidence.state.view(-1),
-                blocks.double().view(torch.int64),
+                blocks.view(torch.int64),
             ]
         )
         sizes = [most, 2, widest, widest, self._evidence.state.numel(), blocks.numel()]
         rows = self.ranks.all_gather(row)
         loss, said, tokens_of, gradients_of, sums, squares_of = rows.split(sizes, dim=1)  # type: ignore[no-untyped-call]
-        order = [(rank, i) for rank, own in enumerate(self.hosted) for i in range(len(own))]
-        at = torch.tensor([rank * widest + i for rank, i in order], device=device)
+        order = sorted((v, rank * widest + i) for rank, own in enumerate(self.hosted) for i, v in enumerate(own))
+        at = torch.tensor([place for _, place in order], device=device)
         by_rank = torch.stack([tokens_of.reshape(-1)[at], gradients_of.reshape(-1)[at]], dim=1)
         said = said.contiguous().view(torch.float64)
         total = squares_of.contiguous().view(torch.float64).view(-1)[self._where].sum()
@@ -257,18 +269,3 @@ class Reducer(ABC):
             leaves=by_rank,
             state=sums.view(world, 2, -1).sum(0),
         )
-
-
-def gather(ranks: Ranks, target: Tensor, chunk: Tensor) -> Wait:
-    """Start to bring every rank's chunk into `target`, (W·chunk,); the returned call waits for it."""
-    direct = target.device == ranks.wire and target.dtype == chunk.dtype
-    gathered = target if direct else torch.empty(target.shape, dtype=chunk.dtype, device=ranks.wire)
-    chunk = chunk.to(ranks.wire)
-    work = gather_flat(gathered, chunk, async_op=True)
-
-    def wait(sent: Tensor = chunk) -> None:  # which must live until it has been sent
-        work.wait()
-        if not direct:
-            target.copy_(gathered)
-
-    return wait

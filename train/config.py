@@ -281,6 +281,7 @@ class Reduce:
 class Sharding(Enum):
     none = "none"  # every rank holds all of the state
     optimizer = "optimizer"  # each rank updates its part of the parameters, and holds the moments of that part only
+    full = "full"  # and of the parameters too: a layer is gathered when it is computed
 
 
 @dataclass(slots=True, kw_only=True)
@@ -406,6 +407,13 @@ class Train:
             self.sharding is Sharding.none or self.reduce.mode is ReduceMode.exact,
             "sharding",
             f"{self.sharding.name} needs reduce=exact, whose ranks each sum up a part of the gradient",
+        )
+        full = self.sharding is Sharding.full
+        _require(not (full and self.compile is True), "compile", "true does not go with sharding=full: use false")
+        _require(
+            not full or self.batch.weights == "even",
+            "batch.weights",
+            "sharding=full gives every rank as many virtual ranks as it can: use even",
         )
         seconds(self.stop_after)
 

@@ -43,10 +43,15 @@ def evaluate(model: nn.Module, validation: Validation, fabric: Fabric) -> Score:
     was_training = model.training
     model.eval()
     sums = torch.zeros(validation.micro_batches, dtype=torch.float64, device=fabric.device)
-    for i in range(fabric.global_rank, validation.micro_batches, fabric.world_size):
-        inputs, targets = (torch.from_numpy(array).to(fabric.device) for array in validation.micro_batch(i))
+    last = validation.micro_batches - 1
+    for first in range(0, last + 1, fabric.world_size):
+        # As many on every rank, since they may need each other to gather parameters: what is too much is not counted.
+        i = first + fabric.global_rank
+        inputs, targets = (torch.from_numpy(array).to(fabric.device) for array in validation.micro_batch(min(i, last)))
         with fabric.autocast():
-            sums[i] = model(inputs, targets)
+            nats = model(inputs, targets)
+        if i <= last:
+            sums[i] = nats
     sums = fabric.strategy.all_reduce(sums)
     model.train(was_training)
     return Score(math.fsum(sums.tolist()), validation.tokens, validation.bytes)

@@ -20,9 +20,9 @@ class Evidence:
     def __init__(self, flat: Flat, by_parameter: bool = False) -> None:
         self._flat, self._by_parameter = flat, by_parameter
         size = len(flat.slots) if by_parameter else 1
-        self.state = torch.zeros(2, size, dtype=torch.int64, device=flat.parameters.device)
+        self.state = torch.zeros(2, size, dtype=torch.int64, device=flat.device)
         self._leaves: dict[int, Tensor] = {}
-        self._none = torch.zeros((), dtype=torch.int64, device=flat.parameters.device)
+        self._none = torch.zeros((), dtype=torch.int64, device=flat.device)
 
     def begin(self) -> None:
         self.state.zero_()

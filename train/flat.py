@@ -2,8 +2,8 @@
 
 One layout serves the optimizer, the norm, the reduction, the checkpoint and the checksums:
 
-    [ matrices … | vectors … | zeros ]
-      decayed      not decayed  up to a multiple of BLOCK·W, so that every bucket cuts into W equal chunks
+    [ matrices, layer by layer | vectors … | zeros ]
+      decayed                    not decayed  up to a multiple of BLOCK·W: every bucket cuts into W equal chunks
 
 Parameters stand in reverse order of registration, which is about the order in which their gradients become ready.
 Each starts at a multiple of 64 elements and each section ends at a multiple of 1,024, so that vector instructions
@@ -13,8 +13,11 @@ differently), and so that norms can be summed in blocks of 1,024 whoever holds t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +29,15 @@ SLICE = 1024 * BLOCK  # elements worked on at a time where intermediate results 
 Range = tuple[int, int]  # first element, behind the last
 
 
-def _up(size: int, unit: int) -> int:
+def up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
+
+
+def chunk(bucket: Range, rank: int, world: int) -> Range:
+    """A rank's part of a bucket: whole blocks, as even as they go, the last parts smaller or empty."""
+    a, b = bucket
+    size = up(b - a, BLOCK * world) // world
+    return min(a + rank * size, b), min(a + (rank + 1) * size, b)
 
 
 @dataclass(slots=True)
@@ -52,6 +62,12 @@ class Piece:
     replicated: bool  # every rank holds this stretch, and one of them writes it
 
 
+def _layer(name: str) -> str:
+    """`blocks.3.ffn.up.weight` -> `blocks.3`: the module that is computed as one. Empty for what is in none."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match[1] if match else ""
+
+
 class Flat:
     """The flat layout of a model's parameters; the model's own tensors become views into `parameters`.
 
@@ -61,42 +77,44 @@ class Flat:
 
     def __init__(self, model: nn.Module, world: int = 1) -> None:
         named = list(model.named_parameters())[::-1]
-        sections = [[item for item in named if item[1].dim() >= 2], [item for item in named if item[1].dim() < 2]]
+        matrices = [item for item in named if item[1].dim() >= 2]
+        vectors = [item for item in named if item[1].dim() < 2]
+        layers = [(layer, list(items)) for layer, items in groupby(matrices, key=lambda item: _layer(item[0]))]
         self.items: list[nn.Parameter] = []
         self.slots: dict[str, tuple[int, int, torch.Size]] = {}  # name -> start, elements, shape
-        ends = []
-        start = 0
-        for section in sections:
-            for name, parameter in section:
+        self.sections: list[tuple[str, int, int]] = []  # the layer ("": of the whole model), start, end
+        start = self.cut = 0  # `cut`: where the vectors begin
+        for layer, items in [*layers, ("", vectors)]:
+            first, self.cut = start, start
+            for name, parameter in items:
                 self.items.append(parameter)
                 self.slots[name] = (start, parameter.numel(), parameter.shape)
-                start = _up(start + parameter.numel(), ALIGN)
-            start = _up(start, BLOCK)
-            ends.append(start)
-        self.cut, self.size = ends  # where the vectors begin, and where they end
-        self.length = _up(self.size, BLOCK * world)
-        first = named[0][1]
-        self.parameters = torch.zeros(self.length, dtype=torch.float32, device=first.device)
+                start = up(start + parameter.numel(), ALIGN)
+            start = up(start, BLOCK)
+            self.sections.append((layer, first, start))
+        self.size = start
+        self.length = up(self.size, BLOCK * world)
+        self.device = named[0][1].device
+        self.parameters = torch.zeros(self.length, dtype=torch.float32, device=self.device)
         for parameter, (begin, count, shape) in zip(self.items, self.slots.values(), strict=True):
             view = self.parameters[begin : begin + count].view(shape)
             view.copy_(parameter.data)
             parameter.data = view
         # Checksums weigh every ALIGN elements with an odd number, so that no single change goes unseen.
-        self._weights = torch.arange(self.length // ALIGN, device=first.device) * 2 + 1
+        self._weights = torch.arange(self.length // ALIGN, device=self.device) * 2 + 1
         self.own([(0, self.length)])
 
     def own(self, ranges: Iterable[Range]) -> None:
         """Let the optimizer update these ranges only, all multiples of BLOCK. Call it before the optimizer is built."""
         self.ranges = list(ranges)
         halves = [[(a, min(b, self.cut)) for a, b in self.ranges], [(max(a, self.cut), b) for a, b in self.ranges]]
-        self.owned = [[(a, self.parameters[a:b].requires_grad_()) for a, b in half if a < b] for half in halves]
+        self.owned = [[(a, self.stretch(a, b).requires_grad_()) for a, b in half if a < b] for half in halves]
 
     def buffer(self, dtype: torch.dtype = torch.float32) -> Buffer:
         """A new gradient buffer of `length` elements, all zero; only a float32 one has views to accumulate into."""
-        device = self.parameters.device
-        tensor = torch.zeros(self.length, dtype=dtype, device=device)
+        tensor = torch.zeros(self.length, dtype=dtype, device=self.device)
         views = list(self.named(tensor).values()) if dtype == torch.float32 else []
-        return Buffer(tensor, views, torch.zeros((), dtype=torch.float64, device=device))
+        return Buffer(tensor, views, torch.zeros((), dtype=torch.float64, device=self.device))
 
     def attach(self, buffer: Buffer) -> None:
         """Let backward accumulate into `buffer`."""
@@ -106,6 +124,26 @@ class Flat:
     def named(self, tensor: Tensor) -> dict[str, Tensor]:
         """Views of a flat tensor by parameter name, in the parameters' shapes."""
         return {name: tensor[begin : begin + n].view(shape) for name, (begin, n, shape) in self.slots.items()}
+
+    def stretch(self, begin: int, end: int) -> Tensor:
+        """The parameters in [begin, end), of what this rank holds: a view."""
+        return self.parameters.detach()[begin:end]
+
+    def buckets(self, elements: int) -> list[Range]:
+        """The layout cut into pieces of at most `elements`, a multiple of BLOCK·W."""
+        return [(a, min(a + elements, self.length)) for a in range(0, self.length, elements)]
+
+    def pieces(self) -> list[Piece]:
+        """The parameters that this rank holds: here, all of them whole."""
+        named = self.named(self.parameters.detach()).items()
+        return [Piece("model", name, view.shape, 0, view.view(-1), replicated=True) for name, view in named]
+
+    def release(self) -> None:
+        """Forget copies of what other ranks hold: they have changed it. Here there are none."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Hold all parameters whole, for whoever calls the model otherwise than by its forward pass."""
+        return nullcontext()
 
     def stretches(self, begin: int, end: int) -> list[tuple[str, torch.Size, int, int, int]]:
         """What of the named tensors lies in [begin, end): name, shape, offset in it, and where it lies."""
@@ -137,7 +175,7 @@ class Flat:
     def by_parameter(self, checksums: Tensor, start: int, into: Tensor) -> None:
         """Add checksums of a stretch from `start` on to `into`, (P,), by the parameter that they belong to."""
         for index, (begin, n, _) in enumerate(self.slots.values()):
-            first, end = (begin - start) // ALIGN, _up(begin - start + n, ALIGN) // ALIGN
+            first, end = (begin - start) // ALIGN, up(begin - start + n, ALIGN) // ALIGN
             if first < checksums.numel() and end > 0:
                 into[index] += checksums[max(first, 0) : end].sum()
 

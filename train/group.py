@@ -16,6 +16,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +32,7 @@ from torch._C._distributed_c10d import TCPStore
 from train.config import Refused
 
 gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+Wait = Callable[[], object]
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 TIMEOUT = timedelta(minutes=30)  # a collective that takes longer has lost a rank; the supervisor sees that first
 
@@ -72,6 +74,21 @@ class Ranks:
         gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
         gather_flat(gathered.view(-1), sent.view(-1))
         return gathered.to(tensor.device)
+
+
+def gather(ranks: Ranks, target: Tensor, chunk: Tensor) -> Wait:
+    """Start to bring every rank's chunk into `target`, (W·chunk,); the returned call waits for it."""
+    direct = target.device == ranks.wire and target.dtype == chunk.dtype
+    gathered = target if direct else torch.empty(target.shape, dtype=chunk.dtype, device=ranks.wire)
+    chunk = chunk.to(ranks.wire)
+    work = gather_flat(gathered, chunk, async_op=True)
+
+    def wait(sent: Tensor = chunk) -> None:  # which must live until it has been sent
+        work.wait()
+        if not direct:
+            target.copy_(gathered)
+
+    return wait
 
 
 class Group(Ranks, Strategy):

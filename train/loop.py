@@ -32,10 +32,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
 
     def pieces(self) -> list[Piece]:
-        """All of the state that this rank holds: parameters, whole on every rank, and the moments that it owns."""
-        named = self.flat.named(self.flat.parameters.detach()).items()
-        whole = [Piece("model", name, view.shape, 0, view.view(-1), replicated=True) for name, view in named]
-        return whole + optim.pieces(self.optimizer, self.flat)
+        """All of the state that this rank holds: parameters, and the moments of those that it updates."""
+        return self.flat.pieces() + optim.pieces(self.optimizer, self.flat)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """Where every rank holds all of it: the state's tensors by checkpoint file and name."""
@@ -47,6 +45,7 @@ class TrainState:
     def restored(self, step: int) -> None:
         self.step = step
         optim.set_step(self.optimizer, step)
+        self.flat.release()
 
 
 @dataclass(frozen=True, slots=True)

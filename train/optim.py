@@ -19,7 +19,6 @@ from train.flat import Flat, Piece
 def adamw(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
     matrices, vectors = ([tensor for _, tensor in half] for half in flat.owned)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     for tensor in [*matrices, *vectors]:  # the state exists from the start, so that saving and restoring need no cases
         optimizer.state[tensor] = {

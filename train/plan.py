@@ -15,7 +15,7 @@ from rich.table import Table
 
 from train import flops, hardware
 from train.batch import buffers, shares
-from train.config import Plan, Refused, TokenizerKind, Train
+from train.config import Plan, Refused, Sharding, TokenizerKind, Train
 
 MAX_RANKS = 8  # that `devices=auto` starts on one node
 
@@ -42,7 +42,9 @@ def resolve(config: Train) -> Train:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if accelerator == "cuda" or hardware.processor()[1] else "fp32"
-    compiled = accelerator == "cuda" if config.compile == "auto" else config.compile
+    compiled = config.compile
+    if compiled == "auto":
+        compiled = accelerator == "cuda" and config.sharding is not Sharding.full
     batch = config.batch
     if batch.micro_batch == "auto":
         # `devices` has no say in it: a run on 1 rank and on 4 must cut the same micro-batches. Hence the memory of

@@ -26,14 +26,15 @@ from collections.abc import Generator, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.batch import Node, children, fold, maximal, root, spine
-from train.buckets import Reducer, Started, Wait, gather
+from train.buckets import NOBODY, Reducer, Started, bucket_elements
 from train.config import ReduceMode, Sharding, Train
 from train.evidence import Evidence
-from train.flat import Buffer, Flat
-from train.group import Ranks
+from train.flat import Buffer, Flat, Range, chunk
+from train.group import Ranks, Wait, gather
+from train.shard import ShardedFlat
 
 
 class ExactReducer(Reducer):
@@ -90,21 +91,21 @@ class ExactReducer(Reducer):
             self._finish_chunk(value, a)
             return lambda: lambda: None
         sent = [part.tensor[a:b] for part in self._parts] + [value]
-        exchange = _Exchange(self.ranks, self._subtrees, sent)
-        c, _ = self._chunk(bucket, self.ranks.rank)
+        exchange = _Exchange(self.ranks, self._subtrees, sent, bucket, self.dtype)
+        c, _ = chunk(bucket, self.ranks.rank, self.ranks.world)
 
         def go_on() -> Wait:
-            chunk = exchange.sum(self._root).to(self.flat.parameters.device)
-            self._finish_chunk(chunk, c)
-            return (lambda: None) if self._sharded else gather(self.ranks, self._last.tensor[a:b], chunk)
+            own = fold(self._root, exchange.sums().get, Tensor.add_).to(self.flat.device)
+            self._finish_chunk(own, c)
+            return (lambda: None) if self._sharded else gather(self.ranks, self._last.tensor[a:b], own)
 
         return go_on
 
-    def _finish_chunk(self, chunk: Tensor, start: int) -> None:
-        total = chunk.float()
+    def _finish_chunk(self, sum: Tensor, start: int) -> None:
+        total = sum.float()
         self._summed(total, start)
         own = self._last.tensor[start : start + total.numel()]
-        if (self._sharded or self.ranks.world == 1) and own.data_ptr() != total.data_ptr():
+        if own.data_ptr() != total.data_ptr():
             own.copy_(total)
 
     def _losses(self) -> list[Tensor]:
@@ -122,28 +123,97 @@ class ExactReducer(Reducer):
 class _Exchange:
     """Every subtree's chunk c of a bucket on its way to rank c."""
 
-    def __init__(self, ranks: Ranks, subtrees: list[list[Node]], sent: list[Tensor]) -> None:
-        """`sent`: this rank's subtree sums, (W·chunk,) each, not to be written to before `sum`."""
-        chunk = sent[0].numel() // ranks.world
-        self._nodes = [node for of_rank in subtrees for node in of_rank]
+    def __init__(
+        self, ranks: Ranks, subtrees: list[list[Node]], sent: list[Tensor], bucket: Range, dtype: torch.dtype
+    ) -> None:
+        """`sent`: this rank's subtree sums of the bucket, not to be written to before `sums`."""
+        cuts = [chunk(bucket, rank, ranks.world) for rank in range(ranks.world)]
+        sizes = [end - first for first, end in cuts]
+        own = sizes[ranks.rank]
         # To rank c go the c-th chunks of all our subtrees. One subtree lies in memory that way already.
-        packed = sent[0] if len(sent) == 1 else torch.stack([s.view(-1, chunk) for s in sent], dim=1).view(-1)
+        parts = sent if len(sent) == 1 else [s[a - bucket[0] : b - bucket[0]] for a, b in cuts for s in sent]
+        packed = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
         self._sent = packed.to(ranks.wire)
-        self._received = torch.empty(len(self._nodes), chunk, dtype=self._sent.dtype, device=ranks.wire)
+        self._nodes = [node for of_rank in subtrees for node in of_rank]
+        self._received = torch.empty(len(self._nodes), own, dtype=dtype, device=ranks.wire)
         self._work = dist.all_to_all_single(
             self._received.view(-1),
             self._sent,
-            output_split_sizes=[len(of_rank) * chunk for of_rank in subtrees],
-            input_split_sizes=[len(sent) * chunk] * ranks.world,
+            output_split_sizes=[len(of_rank) * own for of_rank in subtrees],
+            input_split_sizes=[len(sent) * size for size in sizes],
             async_op=True,
         )
 
-    def sum(self, root: Node) -> Tensor:
-        """Wait, and add up this rank's chunk along the tree."""
+    def sums(self) -> dict[Node, Tensor]:
+        """Wait; this rank's chunk of every subtree's sum."""
         self._work.wait()
-        sums = dict(zip(self._nodes, self._received, strict=True))
-        chunk: Tensor = fold(root, sums.get, Tensor.add_)
-        return chunk
+        return dict(zip(self._nodes, self._received, strict=True))
+
+
+class RoundReducer(ExactReducer):
+    """The exact sum for `sharding=full`: only shards of it are kept.
+
+    In round j rank r takes virtual rank j·W + r, whatever the speeds, and what is sent is added to the tree at once:
+    besides a leaf there are log2(V) + 1 chunks. Where V leaves the last round short, the ranks without a leaf
+    compute one all the same, since the others need them to gather the parameters; nobody counts it.
+    """
+
+    def assign(self, hosted: list[range]) -> None:
+        world, leaves = self.ranks.world, self.virtual_ranks
+        self._root = root(leaves)
+        self._rounds = [range(first, min(first + world, leaves)) for first in range(0, leaves, world)]
+        self.hosted = [range(rank, leaves, world) for rank in range(world)]
+        self._most_losses = len(self._rounds)
+
+    def _leaves(self) -> Iterator[tuple[int, Buffer]]:
+        self._at_hand: list[dict[Node, Tensor]] = [{} for _ in self._buckets]
+        self._computed: list[Tensor] = []
+        self._last = self._zeros()
+        for own in self._rounds:
+            if self._computed:
+                self._drain()
+                self._last.tensor.zero_()
+                self._last.loss.zero_()
+                self._next = 0
+            self._round = own
+            self._final = own[self.ranks.rank] if self.ranks.rank < len(own) else NOBODY
+            yield from self._last_leaf()
+            self._computed.append(self._last.loss.clone())
+
+    def _leaf(self, virtual_rank: int, buffer: Buffer) -> Iterator[tuple[int, Buffer]]:
+        if virtual_rank != NOBODY:
+            yield from super()._leaf(virtual_rank, buffer)
+        else:
+            self.flat.attach(buffer)
+            yield 0, buffer
+
+    def _exchange(self, bucket: Range) -> Started:
+        a, b = bucket
+        index, own = self._next, self._round
+        first, _ = chunk(bucket, self.ranks.rank, self.ranks.world)
+        nodes = [[Node(own[r], own[r] + 1)] if r < len(own) else [] for r in range(self.ranks.world)]
+        sent = [self._last.tensor[a:b].to(self.dtype)] if nodes[self.ranks.rank] else []
+        exchange = _Exchange(self.ranks, nodes, sent, bucket, self.dtype)
+
+        def go_on() -> Wait:
+            sums = self._at_hand[index]
+            sums.update(exchange.sums())
+            done = range(own[-1] + 1)
+            sums = {node: fold(node, sums.get, torch.add) for node in maximal(done, self._root)}
+            self._at_hand[index] = sums
+            if self._root in sums:
+                self._finish_chunk(sums[self._root].to(self.flat.device), first)
+            return lambda: None
+
+        return go_on
+
+    def _losses(self) -> list[Tensor]:
+        return self._computed[: len(self.hosted[self.ranks.rank])]
+
+    def _loss(self, losses: Tensor) -> Tensor:
+        sums = {Node(v, v + 1): losses[rank, j] for rank, own in enumerate(self.hosted) for j, v in enumerate(own)}
+        total: Tensor = fold(self._root, sums.get, torch.add)
+        return total
 
 
 class FastReducer(Reducer):
@@ -163,7 +233,7 @@ class FastReducer(Reducer):
 
     def _exchange(self, bucket: tuple[int, int]) -> Started:
         a, b = bucket
-        c, d = self._chunk(bucket, self.ranks.rank)
+        c, d = chunk(bucket, self.ranks.rank, self.ranks.world)
         whole = self._last.tensor[a:b]
         if self.ranks.world == 1:
             self._summed(whole, a)
@@ -187,16 +257,23 @@ class FastReducer(Reducer):
         return total
 
 
-def build(config: Train, ranks: Ranks, flat: Flat) -> Reducer:
-    """The reducer that a run's configuration asks for."""
-    kind = FastReducer if config.reduce.mode is ReduceMode.fast else ExactReducer
-    return kind(
+def build(config: Train, ranks: Ranks, model: nn.Module) -> tuple[Flat, Reducer]:
+    """The parameters' layout and the reducer that a run's configuration asks for."""
+    size = int(config.reduce.bucket_mib * 2**20)
+    flat: Flat
+    kind: type[Reducer] = FastReducer if config.reduce.mode is ReduceMode.fast else ExactReducer
+    if config.sharding is Sharding.full and ranks.world > 1:
+        flat, kind = ShardedFlat(model, ranks, bucket_elements(size, ranks.world)), RoundReducer
+    else:
+        flat = Flat(model, ranks.world)
+    reducer = kind(
         ranks,
         flat,
         config.batch.virtual_ranks,
         config.batch.micro_batches,
-        bucket_bytes=int(config.reduce.bucket_mib * 2**20),
+        bucket_bytes=size,
         dtype=torch.bfloat16 if config.reduce.dtype == "bf16" else torch.float32,
         sharded=config.sharding is Sharding.optimizer,
         evidence=Evidence(flat, config.evidence.parameters) if config.evidence.steps else None,
     )
+    return flat, reducer

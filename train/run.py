@@ -35,7 +35,6 @@ from train.config import ReduceMode, Refused, Train, read_train
 from train.data.prepare import Prepared
 from train.data.stream import Stream, Validation
 from train.fingerprint import fingerprint
-from train.flat import Flat
 from train.folder import LOCAL, identity
 from train.group import Group, Place, join, leave
 from train.keeper import Keeper, restore
@@ -99,8 +98,7 @@ def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]
     fabric = Fabric(accelerator=config.accelerator, devices=1, strategy=group, loggers=loggers)
 
     model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
-    flat = Flat(model, group.world)
-    reducer = reduce.build(config, group, flat)
+    flat, reducer = reduce.build(config, group, model)
     state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
     restore(state, folder / "checkpoints", group, channel, order.resume)
 

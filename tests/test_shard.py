@@ -1,0 +1,93 @@
+"""sharding=full: parameters in parts, gathered when they are used; the bits of a rank that holds everything."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+
+from tests import dist
+from train import optim, reduce
+from train.config import Batch, Llama, Optimizer, OptimizerKind, Reduce, ReduceMode, Sharding
+from train.group import Place, Ranks
+from train.models.build import build
+from train.shard import ShardedFlat
+
+VOCAB = 97
+
+
+def train(place: Place, sharding: str, virtual_ranks: int = 8, micro_batches: int = 2, **more: Any) -> dict[str, Any]:
+    """Four steps of a two-layer model with dropout; losses, norms, checksums and the parameters' digest."""
+    config = more_like_train(sharding, virtual_ranks, micro_batches, **more)
+    model = build(config.model, VOCAB, seed=1, device=torch.device("cpu"))
+    flat, reducer = reduce.build(config, Ranks.default(), model)
+    optimizer = optim.build(config.optimizer, flat)
+    record, resident = [], []
+    for step in range(4):
+        for v, buffer in reducer.leaves():
+            for i in range(micro_batches):
+                generator = torch.Generator().manual_seed(1000 * step + 10 * v + i)
+                tokens = torch.randint(VOCAB, (2, 17), generator=generator)
+                torch.manual_seed(1000 * step + 10 * v + i)
+                loss = model(tokens[:, :-1], tokens[:, 1:]) / 512
+                loss.backward()
+                buffer.loss += loss.detach()
+            if isinstance(flat, ShardedFlat):
+                resident += [
+                    unit.resident for unit, (layer, _, _) in zip(flat._units, flat.sections, strict=True) if layer
+                ]
+        total = reducer.finish()
+        flat.step(optimizer, total.gradient, total.norm, 1.0)
+        reducer.spread()
+        record.append([float(total.loss).hex(), float(total.norm).hex(), total.leaves.tolist(), total.state.tolist()])
+    held = sum(piece.data.numel() for piece in [*flat.pieces(), *optim.pieces(optimizer, flat)])
+    with flat.gathered():
+        named = sorted(
+            (name, parameter.detach().clone().numpy().tobytes()) for name, parameter in model.named_parameters()
+        )
+        digest = hashlib.sha256(repr(named).encode()).hexdigest()
+    return {"record": record, "digest": digest, "held": held, "resident": any(resident)}
+
+
+class Config:
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__ |= fields
+
+
+def more_like_train(sharding: str, virtual_ranks: int, micro_batches: int, dtype: str = "fp32") -> Any:
+    """The part of a run's configuration that matters here."""
+    from train.config import Evidence
+
+    return Config(
+        model=Llama(layers=2, width=24, heads=2, kv_heads=1, ffn=40, context=16, dropout=0.1, tied=False),
+        optimizer=Optimizer(kind=OptimizerKind.adamw, lr=0.01),
+        reduce=Reduce(mode=ReduceMode.exact, dtype=dtype, bucket_mib=0.02),
+        sharding=Sharding[sharding],
+        evidence=Evidence(),
+        batch=Batch(sequences=2 * virtual_ranks * micro_batches, virtual_ranks=virtual_ranks, micro_batch=2),
+    )
+
+
+@pytest.mark.parametrize(("virtual_ranks", "dtype"), [(8, "fp32"), (6, "bf16")])
+def test_no_way_of_sharding_has_a_say_in_the_bits(virtual_ranks: int, dtype: str) -> None:
+    """W that divides V and not, one leaf a rank and many, two micro-batches a leaf; evidence included."""
+    more = {"virtual_ranks": virtual_ranks, "dtype": dtype}
+    (whole,) = dist.run("tests.test_shard:train", 1, sharding="none", **more)
+    for world in (2, 3, 4, virtual_ranks):
+        for sharding in ("optimizer", "full"):
+            for result in dist.run("tests.test_shard:train", world, sharding=sharding, **more):
+                assert result["record"] == whole["record"], (world, sharding)
+                assert result["digest"] == whole["digest"], (world, sharding)
+                assert not result["resident"], "a layer was not released"
+
+
+def test_a_rank_holds_its_part_only() -> None:
+    """Parameters and moments together: three thirds of everything with full, one and two thirds with optimizer."""
+    held = {
+        sharding: sum(result["held"] for result in dist.run("tests.test_shard:train", 3, sharding=sharding))
+        for sharding in ("none", "optimizer", "full")
+    }
+    assert held["full"] * 3 == held["none"]
+    assert held["optimizer"] * 9 == held["none"] * 5

@@ -1,0 +1,133 @@
+"""Parameters that no rank holds whole: `sharding=full`.
+
+Each rank keeps its chunks of every bucket, the same ones whose gradients it sums up and whose moments it owns. A layer
+is gathered before its forward pass and before its backward pass, and released after each; what belongs to no layer
+(embeddings, norms) is gathered for the length of a step.
+
+FSDP2 was the other choice. It cuts each parameter by rows, so that the blocks in which norms are summed and the
+vectors in which a fused AdamW rounds would depend on the number of ranks; here every mode of sharding cuts the one
+flat layout at the same multiples of BLOCK, and the bits are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from train.flat import BLOCK, Flat, Piece, Range, chunk, up
+from train.group import Ranks, gather
+
+
+class Unit:
+    """A stretch of the flat parameters that is gathered and released as one."""
+
+    def __init__(self, ranks: Ranks, parameters: Tensor, start: int, buckets: list[Range]) -> None:
+        """`parameters`: the stretch, whole; `buckets`: how it is cut, each in as many chunks as there are ranks."""
+        self._ranks, self.start, self.resident = ranks, start, True
+        self.whole = torch.zeros(up(parameters.numel(), BLOCK * ranks.world), device=parameters.device)
+        self.whole[: parameters.numel()] = parameters
+        self._bytes = self.whole.untyped_storage().nbytes()
+        self.mine: dict[int, Tensor] = {}  # by where it begins: this rank's chunk of a bucket, padded to the largest
+        self._buckets: list[tuple[Tensor, Tensor]] = []
+        for bucket in buckets:
+            first, end = chunk(bucket, 0, ranks.world)
+            begin = bucket[0] - start
+            target = self.whole[begin : begin + (end - first) * ranks.world]
+            own = target[ranks.rank * (end - first) :][: end - first].clone()
+            mine = chunk(bucket, ranks.rank, ranks.world)
+            if mine[0] < mine[1]:
+                self.mine[mine[0]] = own
+            self._buckets.append((target, own))
+
+    def gather(self) -> None:
+        if not self.resident:
+            self.whole.untyped_storage().resize_(self._bytes)
+            for wait in [gather(self._ranks, target, own) for target, own in self._buckets]:
+                wait()
+            self.resident = True
+
+    def release(self) -> None:
+        """The tensors that lie in it stay, without memory, until it is gathered again."""
+        self.whole.untyped_storage().resize_(0)
+        self.resident = False
+
+
+class ShardedFlat(Flat):
+    """The flat layout of a model whose parameters are gathered when they are used."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks, bucket_elements: int) -> None:
+        self._units: list[Unit] = []
+        super().__init__(model)
+        self._buckets = [
+            (first, min(first + bucket_elements, end))
+            for _, start, end in self.sections
+            for first in range(start, end, bucket_elements)
+        ]
+        whole = self.parameters.detach()
+        for layer, start, end in self.sections:
+            inside = [bucket for bucket in self._buckets if start <= bucket[0] < end]
+            unit = Unit(ranks, whole[start:end], start, inside)
+            self._units.append(unit)
+            slots = zip(self.items, self.slots.values(), strict=True)
+            members = [(parameter, at - start, n, shape) for parameter, (at, n, shape) in slots if start <= at < end]
+            for parameter, at, n, shape in members:
+                parameter.data = unit.whole[at : at + n].view(shape)
+            self._use(model, layer, unit, [parameter for parameter, *_ in members])
+        mine = [chunk(bucket, ranks.rank, ranks.world) for bucket in self._buckets]
+        self.own((a, b) for a, b in mine if a < b)
+        del self.parameters
+        self.release()
+
+    def _use(self, model: nn.Module, layer: str, unit: Unit, members: list[nn.Parameter]) -> None:
+        """Have a unit gathered whenever the module that it belongs to needs it."""
+        module = model.get_submodule(layer)
+        module.register_forward_pre_hook(lambda *_: unit.gather())
+        if not layer:
+            return  # of the whole model: it stays for the step
+        waiting: list[int] = []
+
+        def backward(*_: object) -> None:
+            unit.gather()
+            waiting.append(len(members))
+
+        def ready(_: Tensor) -> None:
+            waiting[-1] -= 1
+            if waiting[-1] == 0:
+                waiting.clear()
+                unit.release()
+
+        module.register_forward_hook(lambda *_: unit.release())
+        module.register_full_backward_pre_hook(backward)
+        for parameter in members:
+            parameter.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]
+
+    def stretch(self, begin: int, end: int) -> Tensor:
+        """One of this rank's chunks, by where it begins."""
+        if not self._units:  # not cut yet
+            return super().stretch(begin, end)
+        (own,) = [unit.mine[begin] for unit in self._units if begin in unit.mine]
+        return own[: end - begin]
+
+    def buckets(self, elements: int) -> list[Range]:
+        return self._buckets
+
+    def pieces(self) -> list[Piece]:
+        return [
+            Piece("model", name, shape, offset, self.stretch(begin, end)[a - begin : b - begin], replicated=False)
+            for begin, end in self.ranges
+            for name, shape, offset, a, b in self.stretches(begin, end)
+        ]
+
+    def release(self) -> None:
+        for unit in self._units:
+            unit.release()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        for unit in self._units:
+            unit.gather()
+        yield
+        self.release()
