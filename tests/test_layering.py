@@ -13,20 +13,10 @@ PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
     ("config", "events", "batch", "flops", "hardware"),
-    ("data", "models", "optim", "flat", "nodes", "folder", "summary", "fingerprint", "channel"),
-    (
-        "group",
-        "clock",
-        "evidence",
-        "shard",
-        "buckets",
-        "reduce",
-        "checkpoint",
-        "telemetry",
-        "generate",
-        "plan",
-        *("console", "trained", "sample", "evaluate"),
-    ),
+    ("data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest"),
+    ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console"),
+    ("shard", "buckets"),
+    ("reduce", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify"),
     ("loop",),
     ("keeper", "balance"),
     ("run",),
@@ -35,7 +25,17 @@ LAYERS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 WITHOUT_TORCH = ["config", "events", "batch", "flops", "hardware", "plan", "folder", "summary", "compose", "cli"]
-WITHOUT_TORCH += ["console", "supervisor", "runs", "nodes", "data.prepare", "data.stream"]
+WITHOUT_TORCH += [
+    "console",
+    "supervisor",
+    "runs",
+    "nodes",
+    "manifest",
+    "mirror",
+    "verify",
+    "data.prepare",
+    "data.stream",
+]
 
 
 def imports(path: Path) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from train import checkpoint, cli, events, nodes
+from train import cli, events, manifest, nodes
 
 
 def train(overrides: list[str], *more: str) -> tuple[int, Path]:
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_passed_over(tiny: list[str]) -> None:
     assert code == 0
     expected = summary(folder)["state_sha256"]
     (folder / "summary.json").unlink()
-    os.truncate(folder / "checkpoints/step-00000006/model.safetensors", 100)
+    os.truncate(folder / "checkpoints/step-00000006/model-00000.safetensors", 100)
     assert train(tiny, "name=a", "devices=1")[0] == 0
     assert summary(folder)["state_sha256"] == expected
     (restored,) = [r for r in events.read(folder / "events.jsonl") if r["kind"] == "restore"]
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_is_passed_over(tiny: list[str]) -> None:
 def test_if_no_checkpoint_is_whole_nothing_is_trained(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = train(tiny, "name=a", "devices=1")
     (folder / "summary.json").unlink()
-    for path in checkpoint.candidates(folder / "checkpoints"):
+    for path in manifest.candidates(folder / "checkpoints"):
         os.truncate(path / "manifest.json", 10)
     capsys.readouterr()
     assert train(tiny, "name=a", "devices=1")[0] == 2
@@ -285,8 +285,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(tiny: list[s
     stopped = summary(running.folder)
     assert stopped["stopped"]
     assert 5 <= stopped["steps"] < 150
-    (saved,) = checkpoint.candidates(running.folder / "checkpoints")
-    assert saved.name == checkpoint.folder_name(stopped["steps"])
+    (saved,) = manifest.candidates(running.folder / "checkpoints")
+    assert saved.name == manifest.folder_name(stopped["steps"])
 
     assert train([*tiny, *more], "devices=3")[0] == 0
     assert summary(running.folder)["state_sha256"] == sha256(tiny, *more, "name=b", "devices=1")

@@ -27,11 +27,11 @@ ECHO = 0.1  # seconds in which a request may arrive twice: `timeout` signals its
 
 
 class Channel:
-    """Also knows where the rank is, so that a failure can say in which phase of which step it happened."""
+    """Used by all threads of a rank. Knows where it is: a failure can say in which phase of which step it was."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._sending = threading.Lock()
+        self._sending = threading.Lock()  # a line goes up whole, whichever thread it is from
         self._stop = False
         self.where: tuple[str, int | None] = ("start", None)  # phase, steps committed
 

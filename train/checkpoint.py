@@ -1,176 +1,214 @@
-"""Checkpoints that are whole or not there.
+"""The tensor side of a checkpoint: what each rank writes of the state, and how it comes back onto any number of ranks.
 
-A checkpoint is a folder: safetensors files and one manifest with the size and sha256 of each. It is written under
-another name, synced to the disk and renamed, so a crash leaves the old one, the new one, or both, never a mix. The
-manifest's own sha256 stands beside it. Nothing is loaded before all of it is verified: safetensors, like every tensor
-format, loads a flipped bit without a word.
+The state is a set of pieces (`train.flat.Piece`), whichever way it is cut. Each writing rank writes one file per kind:
+the pieces that only it has, and its share of those that all have. Reading knows nothing of who wrote: a tensor is put
+together from its parts on rank 0, sent to all, and each rank takes what overlaps its own pieces, one tensor at a time.
 
     step-00000100/
-      model.safetensors          parameters by name, float32
-      optimizer.safetensors      moments by name: exp_avg.<parameter>, exp_avg_sq.<parameter>
-      manifest.json              step, files, fingerprint, digests
-      manifest.json.sha256       of the manifest's bytes
+      model-00000.safetensors …      parameters by name, float32; a part of one as name@offset
+      optimizer-00000.safetensors …  moments by name: exp_avg.<parameter>, exp_avg_sq.<parameter>
+      manifest.json                  step, files, shapes, fingerprint, identity, digests (train.manifest)
+      manifest.json.sha256           of the manifest's bytes
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
-import re
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from train.data.store import sync
-
-FORMAT = 1
-MANIFEST, SEAL = "manifest.json", "manifest.json.sha256"
-NAME = re.compile(r"step-(\d{8,})")
-CHUNK = 1 << 20  # bytes read at a time while hashing
+from train.flat import Piece
+from train.group import Group
+from train.manifest import CHUNK, MANIFEST, SEAL, Damaged, Verified, encode, folder_name, index, publish
+from train.manifest import write as write_small
 
 
-class Damaged(Exception):
-    """A checkpoint that must not be used: which file, and what is wrong with it."""
+def deal(pieces: Iterable[Piece], rank: int, writers: Sequence[int]) -> list[Piece]:
+    """The pieces that `rank` writes: those that only it has, and of the others its share by size.
+
+    A pure function of what all ranks know, so that they agree without a word.
+    """
+    pieces = sorted(pieces, key=lambda piece: (-piece.data.numel(), piece.file, piece.name, piece.offset))
+    load = dict.fromkeys(writers, 0)
+    mine = []
+    for piece in pieces:
+        writer = rank
+        if piece.replicated:
+            writer = min(writers, key=load.__getitem__)
+            load[writer] += piece.data.numel()
+        if writer == rank:
+            mine.append(piece)
+    return sorted(mine, key=lambda piece: (piece.file, piece.name, piece.offset))
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """A checkpoint all of whose bytes are those that were written."""
+class Snapshot:
+    """Copies of pieces in the host's memory, in one buffer that is used again for every save."""
 
-    path: Path
-    step: int
-    manifest: dict[str, Any]
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        pinned = any(piece.data.is_cuda for piece in pieces)
+        self._buffer = torch.empty(sum(piece.data.numel() for piece in pieces), pin_memory=pinned)
+        self._buffer.zero_()  # its pages exist from here on: the first save need not wait for them
+
+    def take(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """The same pieces with their data in the buffer; returns when the copy is done."""
+        sizes = [piece.data.numel() for piece in pieces]
+        copies = [
+            replace(piece, data=view) for piece, view in zip(pieces, torch.split(self._buffer, sizes), strict=True)
+        ]
+        for piece, copied in zip(pieces, copies, strict=True):
+            copied.data.copy_(piece.data, non_blocking=True)
+        if self._buffer.is_pinned():
+            torch.cuda.current_stream().synchronize()
+        return copies
 
 
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
+def write(draft: Path, rank: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Write one rank's files (pieces in the host's memory) into a draft; returns what `commit` must know of them."""
+    draft.mkdir(exist_ok=True)
+    files: dict[str, Any] = {}
+    tensors: dict[str, dict[str, list[int]]] = {}
+    for kind in sorted({piece.file for piece in pieces}):
+        mine = [piece for piece in pieces if piece.file == kind]
+        name = f"{kind}-{rank:05d}.safetensors"
+        files[name] = _write_file(draft / name, mine)
+        tensors[kind] = {piece.name: list(piece.shape) for piece in mine}
+    return {"files": files, "tensors": tensors}
 
 
-def save(root: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], about: dict[str, Any]) -> tuple[Path, int]:
-    """Write `files` (file name without ending -> tensors by name) as the checkpoint of `step`; returns path, bytes.
+def _write_file(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """A safetensors file, hashed while it is written: neither holds the interpreter lock, and nothing is read back."""
+    header, end = {}, 0
+    for piece in pieces:
+        begin, end = end, end + 4 * piece.data.numel()
+        whole = piece.data.numel() == piece.shape.numel()
+        key, shape = (piece.name, piece.shape) if whole else (f"{piece.name}@{piece.offset}", piece.data.shape)
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for content in (memoryview(struct.pack("<Q", len(head)) + head), *(_raw(piece.data) for piece in pieces)):
+            for start in range(0, len(content), CHUNK):
+                chunk = content[start : start + CHUNK]
+                digest.update(chunk)
+                size += len(chunk)
+                while chunk:
+                    chunk = chunk[os.write(descriptor, chunk) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _raw(data: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in the host's memory."""
+    return memoryview(data.numpy().view("uint8").data)
+
+
+def commit(
+    root: Path, draft: Path, step: int, reports: Iterable[Mapping[str, Any]], about: Mapping[str, Any]
+) -> tuple[Path, int]:
+    """Make a checkpoint of a draft to which all writers have written; returns its path and bytes.
 
     `about` goes into the manifest as it is. A checkpoint of the same step is replaced.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    path, draft = root / folder_name(step), root / f".draft-{folder_name(step)}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    listed: dict[str, dict[str, Any]] = {}
-    for name, tensors in files.items():
-        file = draft / f"{name}.safetensors"
-        save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, file)
-        listed[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
-        sync(file)
-    manifest = json.dumps({"format": FORMAT, "step": step, "files": listed, **about}, indent=1).encode()
-    _write(draft / MANIFEST, manifest)
-    _write(draft / SEAL, hashlib.sha256(manifest).hexdigest().encode())
-    sync(draft)
-    if path.exists():  # the same step, saved again after a resume
-        retired = root / f".retired-{folder_name(step)}"
-        shutil.rmtree(retired, ignore_errors=True)
-        path.rename(retired)
-    draft.rename(path)
-    sync(root)
-    for leftover in root.glob(".retired-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    return path, len(manifest) + sum(entry["size"] for entry in listed.values())
+    files: dict[str, Any] = {}
+    tensors: dict[str, dict[str, list[int]]] = {}
+    for report in reports:
+        files |= report["files"]
+        for kind, named in report["tensors"].items():
+            tensors.setdefault(kind, {}).update(named)
+    manifest = {"step": step, "files": files, "tensors": tensors, **about}
+    index(draft, manifest)  # headers only: no checkpoint is better than one with a hole
+    raw, seal = encode(manifest)
+    write_small(draft / MANIFEST, raw)
+    write_small(draft / SEAL, seal)
+    path = root / folder_name(step)
+    publish(draft, path)
+    return path, len(raw) + sum(entry["size"] for entry in files.values())
 
 
-def retain(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and drafts that a crash left behind."""
-    for path in candidates(root)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
-    for draft in root.glob(".draft-*"):
-        shutil.rmtree(draft, ignore_errors=True)
+@torch.no_grad()
+def load(found: Verified | None, pieces: Sequence[Piece], group: Group | None = None) -> None:
+    """Bring a verified checkpoint (on rank 0; None elsewhere) into the pieces of all ranks.
+
+    Of the checkpoint's kinds those are read that rank 0 has pieces of. Raises `Damaged` where it is another model's.
+    """
+    plan: dict[str, Any] = {}
+    if found is not None:
+        kinds = {piece.file for piece in pieces}
+        plan = {kind: named for kind, named in found.manifest["tensors"].items() if kind in kinds}
+    plan = json.loads(_broadcast(json.dumps(plan).encode(), group))
+    own = 0
+    for piece in pieces:
+        shape = plan.get(piece.file, {}).get(piece.name)
+        if shape != list(piece.shape):
+            there = "is not in it" if shape is None else f"is {tuple(shape)} instead of {tuple(piece.shape)}"
+            raise Damaged(f"the checkpoint belongs to another model ({piece.file} {piece.name} {there})")
+        own += piece.data.numel() if found is not None or not piece.replicated else 0
+    count = torch.tensor(own)
+    if group is not None:
+        count = group.all_reduce(count)
+    if count.item() != sum(math.prod(shape) for named in plan.values() for shape in named.values()):
+        raise Damaged("the checkpoint belongs to another model (it holds more than this one has)")
+    with contextlib.ExitStack() as stack:
+        names = found.manifest["files"] if found is not None else ()
+        files = {name: stack.enter_context(safe_open(found.path / name, framework="pt")) for name in names}  # type: ignore[union-attr]
+        for kind, named in sorted(plan.items()):
+            for name, shape in sorted(named.items()):
+                whole = torch.empty(math.prod(shape), device="cpu" if group is None else group.wire)
+                for part in found.parts[kind, name] if found is not None else ():
+                    whole[part.offset : part.offset + part.count] = files[part.file].get_tensor(part.key).view(-1)
+                if group is not None:
+                    group.broadcast(whole)
+                for piece in pieces:
+                    if (piece.file, piece.name) == (kind, name):
+                        piece.data.copy_(whole[piece.offset : piece.offset + piece.data.numel()])
 
 
-def candidates(root: Path) -> list[Path]:
-    """Checkpoint folders, the newest step first; none of them verified."""
-    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+def state_sha256(step: int, pieces: Sequence[Piece], group: Group) -> str:
+    """One digest of weights, optimizer state and step: names, shapes and bytes, sorted by name.
 
-
-def verify(path: Path) -> Verified:
-    """Read every byte and compare; raises `Damaged` with the file's name."""
-    try:
-        manifest_bytes, seal = (path / MANIFEST).read_bytes(), (path / SEAL).read_bytes()
-    except OSError as error:
-        raise Damaged(f"{path}: {Path(str(error.filename)).name} cannot be read ({error.strerror})") from error
-    if hashlib.sha256(manifest_bytes).hexdigest().encode() != seal:
-        raise Damaged(f"{path}: {MANIFEST} does not match its sha256")
-    manifest = json.loads(manifest_bytes)
-    if manifest["format"] != FORMAT:
-        raise Damaged(f"{path}: format {manifest['format']} is not {FORMAT}, which this version reads")
-    unlisted = {file.name for file in path.iterdir()} - set(manifest["files"]) - {MANIFEST, SEAL}
-    if unlisted:
-        raise Damaged(f"{path}: {sorted(unlisted)[0]} is not in the manifest")
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise Damaged(f"{path}: {name} is missing")
-        if file.stat().st_size != entry["size"]:
-            raise Damaged(f"{path}: {name} has {file.stat().st_size} bytes instead of {entry['size']}")
-        if sha256(file) != entry["sha256"]:
-            raise Damaged(f"{path}: {name} does not match its sha256")
-    return Verified(path, manifest["step"], manifest)
-
-
-def newest(root: Path) -> tuple[Verified | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with the newer ones that were passed over."""
-    refused: list[str] = []
-    for path in candidates(root):
-        try:
-            return verify(path), refused
-        except Damaged as damage:
-            refused.append(str(damage))
-    return None, refused
-
-
-def load(checkpoint: Verified, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copy a verified checkpoint into the tensors of `files`, which must name exactly what it holds."""
-    for name, tensors in files.items():
-        try:
-            with safe_open(checkpoint.path / f"{name}.safetensors", framework="pt") as stored:
-                different = set(stored.keys()) ^ set(tensors)
-                if different:
-                    raise Damaged(f"{checkpoint.path}: {name} belongs to another model ({sorted(different)[0]})")
-                for key, tensor in tensors.items():
-                    value = stored.get_tensor(key)
-                    if value.shape != tensor.shape:
-                        shapes = f"{tuple(value.shape)} instead of {tuple(tensor.shape)}"
-                        raise Damaged(f"{checkpoint.path}: {name} belongs to another model ({key} is {shapes})")
-                    tensor.detach().copy_(value)
-        except SafetensorError as error:
-            raise Damaged(f"{checkpoint.path}: {name}.safetensors: {error}") from error
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def state_sha256(step: int, files: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """One digest of weights, optimizer state and step: names, shapes and bytes, sorted by name."""
+    All ranks call it and rank 0 has the digest (the others ''). Where the state is cut up, one tensor at a time is put
+    together: each rank adds its elements' bits to zeros, as integers, which changes no bit.
+    """
     digest = hashlib.sha256(f"step {step}\n".encode())
-    for group, tensors in sorted(files.items()):
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{group} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().contiguous().cpu().numpy().data)
-    return digest.hexdigest()
+    mine = [(piece.file, piece.name, list(piece.shape), piece.replicated) for piece in pieces]
+    table: dict[tuple[str, str], tuple[list[int], bool]] = {}
+    for rank in range(group.world):
+        for file, name, shape, replicated in json.loads(_broadcast(json.dumps(mine).encode(), group, rank)):
+            table[file, name] = (shape, replicated and table.get((file, name), (shape, True))[1])
+    for (file, name), (shape, replicated) in sorted(table.items()):
+        if replicated and group.rank != 0:
+            continue
+        whole = torch.zeros(math.prod(shape), dtype=torch.int32, device=group.wire)
+        for piece in pieces:
+            if (piece.file, piece.name) == (file, name) and (group.rank == 0 or not piece.replicated):
+                whole[piece.offset : piece.offset + piece.data.numel()] = piece.data.view(torch.int32)
+        if not replicated:
+            whole = group.all_reduce(whole)
+        digest.update(f"{file} {name} torch.float32 {shape}\n".encode())
+        digest.update(_raw(whole.cpu()))
+    return digest.hexdigest() if group.rank == 0 else ""
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _broadcast(content: bytes, group: Group | None, source: int = 0) -> bytes:
+    if group is None or group.world == 1:
+        return content
+    size = group.broadcast(torch.tensor(len(content)), source).item()
+    buffer = torch.zeros(size, dtype=torch.uint8)
+    if group.rank == source:
+        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return bytes(group.broadcast(buffer, source).numpy())

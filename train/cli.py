@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": Command("what a training run would be: parameters, FLOPs, memory", "train.plan:plan", "model=llama_1b"),
     "sample": Command("continue a prompt with a run's model", "train.sample:sample", "run=llama_nano prompt='def f('"),
     "eval": Command("bits per byte of a run's model, beside gzip's", "train.evaluate:main", "run=llama_nano"),
+    "verify": Command("read every byte of a run's checkpoints", "train.verify:verify", "run=llama_nano"),
     "runs": Command("list the runs", "train.runs:runs", "format=json"),
 }
 

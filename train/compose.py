@@ -27,7 +27,15 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from train.config import CONFIGS, STOPPED, Refused, Train, register
 
-TEXT = {"prompt", "sample", "table", "out", "from"}  # the last part of keys whose values are text, quoted whole
+TEXT = {
+    "prompt",
+    "sample",
+    "table",
+    "out",
+    "from",
+    "store",
+    "resume_from",
+}  # the last part of keys whose values are text, quoted whole
 PATHS = {"path", "run", "runs", "cache"}  # the same, where a list [a,b] may stand as well
 
 

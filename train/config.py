@@ -308,10 +308,21 @@ class Eval:
 class Checkpoint:
     every: int = 200  # steps; 0: at the end only
     keep: int = 2  # the last so many
+    keep_every: int = 0  # also each whose step is a multiple of this; 0: off
+    keep_best: bool = False  # also the one with the lowest validation loss, of those evaluated at their step
+    store: str = ""  # a URL that checkpoints are copied to: s3://bucket/run, gs://…, file://…; empty: nowhere
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "checkpoint.every", "must not be negative")
         _require(self.keep >= 1, "checkpoint.keep", "must be at least 1")
+        _require(self.keep_every >= 0, "checkpoint.keep_every", "must not be negative (0: off)")
+        _no_secret(self.store, "checkpoint.store")
+
+
+def _no_secret(url: str, key: str) -> None:
+    """A URL is written to config.yaml and said in messages."""
+    secret = "@" in url.partition("://")[2].partition("/")[0]
+    _require(not secret, key, "no credentials in a URL: leave them to the environment")
 
 
 class ResumeMode(Enum):
@@ -372,6 +383,7 @@ class Train:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: Resume = MISSING
     log: Log = field(default_factory=Log)
+    resume_from: str = ""  # a URL or folder of checkpoints; its newest is fetched where it is newer than what is here
     sample: str = ""  # a prompt to continue at the end of the run; empty: the corpus's own beginning
 
     def __post_init__(self) -> None:
@@ -416,6 +428,9 @@ class Train:
             "sharding=full gives every rank as many virtual ranks as it can: use even",
         )
         seconds(self.stop_after)
+        _no_secret(self.resume_from, "resume_from")
+        never = bool(self.resume_from) and self.resume.mode is ResumeMode.never
+        _require(not never, "resume_from", "contradicts resume=never: leave one of them out")
 
     @property
     def folder(self) -> Path:
@@ -508,8 +523,21 @@ class Runs:
         _choice(self.format, "format", FORMATS)
 
 
+@dataclass(slots=True, kw_only=True)
+class Verify:
+    """`colossus verify`: every byte of a run's checkpoints, read and compared. Exit code 1 where one is damaged."""
+
+    run: str = MISSING
+    step: int = -1  # -1: all
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        _choice(self.format, "format", FORMATS)
+
+
 MODELS: dict[str, type[Model]] = {"llama": Llama}
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
+SCHEMAS["verify"] = Verify
 _GROUPS = {"data": Data, "optimizer": Optimizer, "schedule": Schedule, "reduce": Reduce, "resume": Resume}
 
 

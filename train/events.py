@@ -126,7 +126,8 @@ class Saved(Event):
     step: int
     path: str
     bytes: int
-    seconds: float
+    seconds: float  # that the step waited
+    wall: float  # until it was whole on the disk
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,6 +154,7 @@ class Fault(Event):
 class Warned(Event):
     kind: ClassVar[str] = "warning"
     rank: int
+    step: int | None  # of the checkpoint, where it is about one
     text: str
 
 

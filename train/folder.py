@@ -17,18 +17,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
-from train import events
+from train import events, manifest
 from train.config import Refused, ResumeMode, Train, read_train, to_yaml
 
 # What may differ between the nodes of a run: each one's own affair. The rest steers what the ranks do together.
 LOCAL = (
     *("name", "runs", "devices", "backend", "stop_after", "logger", "log", "sample", "resume", "resume_from"),
-    *(
-        "data.cache",
-        "data.path",
-        "data.parts.*.path",
-        "data.tokenizer.path",
-    ),  # data.json has the digest of what is there
+    *("data.cache", "data.path", "data.parts.*.path", "data.tokenizer.path"),  # the corpus's digest is compared
 )
 # What may change when a run is continued: nothing here has a say in the bits.
 FREE = (
@@ -54,6 +49,25 @@ def identity(config: Train, free: Iterable[str] = FREE) -> dict[str, Any]:
 def _among(key: str, names: Iterable[str]) -> bool:
     """Whether a key, or a group that it belongs to, is named."""
     return any(fnmatchcase(key, name) or key.startswith(name + ".") for name in names)
+
+
+def plain_identity(config: Train) -> dict[str, Any]:
+    """The same as JSON gives it back: what a checkpoint carries."""
+    value = json.loads(json.dumps(identity(config), default=str))
+    assert isinstance(value, dict)
+    return value
+
+
+def compare(old: dict[str, Any], config: Train, whose: str, otherwise: str) -> None:
+    """Raises Refused where `config` would train another model than that with the plain identity `old`."""
+    new, allowed = plain_identity(config), config.resume.allowed()
+    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    refused = [key for key in different if not _among(key, allowed)]
+    if refused:
+        changes = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in refused)
+        names = [*allowed, *refused]
+        allow = names[0] if len(names) == 1 else f"[{','.join(names)}]"
+        raise Refused("", f"{changes} ({whose} -> what you ask for): {otherwise} or allow it with resume.allow={allow}")
 
 
 class RunFolder:
@@ -91,18 +105,22 @@ class RunFolder:
     def checkpointed(self) -> bool:
         return any((self.path / "checkpoints").glob("step-*"))
 
-    def pinned(self, config: Train) -> Train:
-        """The configuration with `auto` replaced by what this run, if it has begun, was pinned to."""
-        if not (self.path / "config.yaml").exists():
-            return config
-        stored = read_train(self.path / "config.yaml")
+    def pinned(self, config: Train, origin: dict[str, Any] | None = None) -> Train:
+        """The configuration with `auto` replaced by what this run, if it has begun, was pinned to.
+
+        `origin` is the manifest of a checkpoint that an empty folder will go on from.
+        """
+        if (self.path / "config.yaml").exists():
+            stored = identity(read_train(self.path / "config.yaml"))
+        else:
+            stored = origin.get("identity", {}) if origin else {}
         for key in PINNED:
             *parents, last = key.split(".")
-            new, old = config, stored
+            place: Any = config
             for parent in parents:
-                new, old = getattr(new, parent), getattr(old, parent)
-            if getattr(new, last) == "auto":
-                setattr(new, last, getattr(old, last))
+                place = getattr(place, parent)
+            if getattr(place, last) == "auto" and key in stored:
+                setattr(place, last, stored[key])
         return config
 
     def finished(self, config: Train) -> dict[str, Any] | None:
@@ -110,33 +128,26 @@ class RunFolder:
         summary = self.summary()
         return summary if summary and not summary["stopped"] and summary["steps"] >= config.steps else None
 
-    def admit(self, config: Train) -> bool:
-        """Check that this configuration may go on here; returns whether there is something to resume.
+    def admit(self, config: Train, origin: dict[str, Any] | None = None) -> bool:
+        """Check that this configuration may go on here; returns whether there is something to resume in this folder.
+
+        `origin` is the manifest of a checkpoint elsewhere that may be fetched.
 
         Raises Refused: `resume=never` on a run, `resume=required` without a checkpoint, or other settings than the
         run's own: all that differ, with the override that allows them.
         """
+        if self.node == 0:
+            manifest.tidy(self.path / "checkpoints")
         begun = (self.path / "config.yaml").exists()
         mode = config.resume.mode
         if begun and mode is ResumeMode.never:
             raise Refused(str(self.path), "holds a run already, and resume=never: choose another name=…")
         if not self.checkpointed():
-            if mode is ResumeMode.required:
+            if mode is ResumeMode.required and origin is None:
                 raise Refused(str(self.path), "has no checkpoint to go on from, and resume=required")
             return False
-        self._compare(config)
+        compare(plain_identity(read_train(self.path / "config.yaml")), config, "this run", "choose another name=…")
         return True
-
-    def _compare(self, config: Train) -> None:
-        old, new = identity(read_train(self.path / "config.yaml")), identity(config)
-        allowed = config.resume.allowed()
-        different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        refused = [key for key in different if not _among(key, allowed)]
-        if refused:
-            changes = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in refused)
-            names = [*allowed, *refused]
-            allow = names[0] if len(names) == 1 else f"[{','.join(names)}]"
-            raise Refused("", f"{changes}: choose another name=… or allow it with resume.allow={allow}")
 
     def write(self, config: Train, data: dict[str, Any]) -> None:
         """Write what the ranks read; raises Refused where a run that has begun had other data."""

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import Precision
 from lightning.fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from train.config import Refused
 
@@ -143,13 +143,13 @@ class Group(Ranks, Strategy):
         raise NotImplementedError("nothing is sharded by Fabric here")
 
 
-def join(place: Place, listener: socket.socket | None) -> None:
-    """Meet the other ranks: after this, torch.distributed's default group is this run's.
+def join(place: Place, listener: socket.socket | None) -> Store:
+    """Meet the other ranks: after this, torch.distributed's default group is this run's. Returns the store.
 
     `listener` is rank 0's socket for the store, bound and listening.
     """
     if place.world == 1:
-        return
+        return HashStore()
     # Left to itself, gloo binds to what the host's own name resolves to, which is often 127.0.0.1, on every host.
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     interface = loopback if place.loopback else _interface(place.host, place.port)
@@ -165,6 +165,7 @@ def join(place: Place, listener: socket.socket | None) -> None:
         master_listen_fd=listener.detach() if listener is not None else None,
     )
     dist.init_process_group(place.backend, store=store, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
+    return store
 
 
 def _interface(host: str, port: int) -> str:

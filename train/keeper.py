@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 
-from train import checkpoint, events
+from train import checkpoint, events, manifest
 from train.channel import Channel
 from train.config import Refused, Train
 from train.data.stream import Validation
@@ -21,6 +21,7 @@ from train.group import Group
 from train.loop import TrainState
 from train.models.language import LanguageModel
 from train.sample import continue_text
+from train.saver import Saver
 from train.telemetry import Recorder
 
 
@@ -33,8 +34,9 @@ class Keeper:
     validation: Callable[[int], Validation]  # so many tokens of it; 0: the whole set
     channel: Channel
     recorder: Recorder
-    folder: Path
-    about: dict[str, Any]  # what a checkpoint says of its origin
+    group: Group
+    saver: Saver
+    scores: dict[int, float] = field(default_factory=dict)  # step -> validation loss
 
     def evaluate(self, step: int) -> None:
         """Score the validation set: a fixed part of it on the way, the whole of it at the end."""
@@ -53,58 +55,64 @@ class Keeper:
                 seconds=time.perf_counter() - started,
             )
             self.channel.send(event)
+            self.scores[step] = score.loss
             bpb = {"val/bpb": score.bpb} if score.bpb is not None else {}
             self.fabric.log_dict({"val/loss": score.loss} | bpb, step=step)
         self.recorder.resume_clock()
 
     def save(self, step: int) -> None:
-        """Write a checkpoint (rank 0) and keep the last few. What is saved has been seen to be finite."""
-        started = time.perf_counter()
+        """Begin a checkpoint, which is written in the background. What is saved has been seen to be finite."""
         self.channel.phase("checkpoint", step)
         self.recorder.flush()
         if self.fabric.is_global_zero:
             self.channel.settle()
-            root = self.folder / "checkpoints"
-            path, size = checkpoint.save(root, step, self.state.files(), self.about)
-            checkpoint.retain(root, self.config.checkpoint.keep)
-            seconds = time.perf_counter() - started
-            self.channel.send(events.Saved(step=step, path=str(path), bytes=size, seconds=seconds))
+        self.saver.save(step, self.state.pieces(), {"val_loss": self.scores.get(step)})
         self.recorder.resume_clock()
 
     def finish(self, stopped: bool) -> None:
-        """Rank 0's last words: the digest of the state, and, of a run that is done, a sample and the yardsticks."""
-        if not self.fabric.is_global_zero:
-            return
+        """Rank 0's last words: the digest of the state, and, of a run that is done, a sample and the yardsticks.
+
+        They are said once the last checkpoint is whole; raises `saver.NotSaved` where it is not.
+        """
         self.channel.phase("end", self.state.step)
-        for logger in self.fabric.loggers:
-            logger.finalize("success")
-        digest = checkpoint.state_sha256(self.state.step, self.state.files())
+        digest = checkpoint.state_sha256(self.state.step, self.state.pieces(), self.group)
         end = events.Finished(step=self.state.step, stopped=stopped, state_sha256=digest)
-        if not stopped:
-            whole = self.validation(0)
-            end.yardsticks = yardsticks(whole)
-            (end.sample,) = continue_text(self.model, whole.tokenizer, self.config.sample, seed=self.config.seed)
-        self.channel.send(end)
+        if self.fabric.is_global_zero:
+            for logger in self.fabric.loggers:
+                logger.finalize("success")
+            if not stopped:
+                whole = self.validation(0)
+                end.yardsticks = yardsticks(whole)
+                (end.sample,) = continue_text(self.model, whole.tokenizer, self.config.sample, seed=self.config.seed)
+        self.channel.phase("checkpoint", self.state.step)
+        self.saver.finish()
+        if self.fabric.is_global_zero:
+            self.channel.send(end)
 
 
-def restore(state: TrainState, root: Path, group: Group, channel: Channel, resume: bool) -> None:
+def restore(
+    state: TrainState, root: Path, group: Group, channel: Channel, resume: bool, numerics: Mapping[str, Any]
+) -> None:
     """Bring the newest checkpoint that is whole into `state`: rank 0 reads it, the others receive it.
 
-    Rank 0's `resume` decides for all: another node may have a run folder of its own, without checkpoints.
+    Rank 0's `resume` decides for all: another node may have a run folder of its own, without checkpoints. `numerics`
+    is this machine's fingerprint.
     """
+    found = None
     step = torch.zeros(1, dtype=torch.int64)
     if group.rank == 0 and resume:
-        found, refused = checkpoint.newest(root)
+        found, refused = manifest.newest(root)
         if found is None:
             raise Refused(str(root), f"no checkpoint is whole ({refused[0]}): remove the folder to start anew")
-        checkpoint.load(found, state.files())
         step[0] = found.step
         channel.send(events.Restored(step=found.step, path=str(found.path), refused=refused))
+        old = found.manifest.get("fingerprint", {})
+        keys = [key for key in sorted(old.keys() | numerics.keys()) if old.get(key) != numerics.get(key)]
+        if keys:
+            changes = ", ".join(f"{key} {old.get(key)} -> {numerics.get(key)}" for key in keys)
+            channel.send(events.Warned(rank=0, step=found.step, text=f"bitwise equality ends here: {changes}"))
     group.broadcast(step)
     if step.item() == 0:
         return
-    group.broadcast(state.flat.parameters.detach())
-    for tensors in state.optimizer.state.values():
-        for tensor in tensors.values():
-            group.broadcast(tensor)
+    checkpoint.load(found, state.pieces(), group)
     state.restored(int(step.item()))

@@ -27,6 +27,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.csv_logs import CSVLogger
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from torch._C._distributed_c10d import Store
 
 from train import events, flops, hardware, optim, plan, reduce
 from train.balance import Balance
@@ -35,11 +36,12 @@ from train.config import ReduceMode, Refused, Train, read_train
 from train.data.prepare import Prepared
 from train.data.stream import Stream, Validation
 from train.fingerprint import fingerprint
-from train.folder import LOCAL, identity
+from train.folder import LOCAL, identity, plain_identity
 from train.group import Group, Place, join, leave
 from train.keeper import Keeper, restore
 from train.loop import Due, Parts, TrainState, fit
 from train.models.build import build
+from train.saver import Saver
 from train.telemetry import Recorder, matmul_peak
 from train.trained import precision
 
@@ -70,8 +72,8 @@ def worker(order_json: str, connection: Connection, listener: socket.socket | No
     _die_with_parent()
     _log_to(Path(order.folder) / "logs" / f"rank-{order.place.rank}.log")
     try:
-        join(order.place, listener)
-        state, parts, keeper = assemble(order, channel)
+        store = join(order.place, listener)
+        state, parts, keeper = assemble(order, channel, store)
         stopped = fit(state, parts)
         parts.recorder.flush()
         keeper.finish(stopped)
@@ -86,7 +88,7 @@ def worker(order_json: str, connection: Connection, listener: socket.socket | No
         os._exit(1)  # no collective may be waited for on the way out
 
 
-def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]:
+def assemble(order: Order, channel: Channel, store: Store) -> tuple[TrainState, Parts, Keeper]:
     """Everything a rank trains with, put together; its state restored, the start of the run reported."""
     folder, place = Path(order.folder), order.place
     config = read_train(folder / "config.yaml")
@@ -100,10 +102,10 @@ def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]
     model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
     flat, reducer = reduce.build(config, group, model)
     state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
-    restore(state, folder / "checkpoints", group, channel, order.resume)
+    numerics = fingerprint(config, fabric.device)
+    restore(state, folder / "checkpoints", group, channel, order.resume, numerics)
 
     peak, peak_source = _peak(config, fabric, group)
-    numerics = fingerprint(config, fabric.device)
     balance = Balance(config, group, reducer, channel)
     recorder = Recorder(config, fabric, channel.send, prepared.vocab, peak, on_seconds=balance.observe)
 
@@ -120,8 +122,23 @@ def assemble(order: Order, channel: Channel) -> tuple[TrainState, Parts, Keeper]
         validation=validation,
         channel=channel,
         recorder=recorder,
-        folder=folder,
-        about={"fingerprint": numerics, "config": _digest(identity(config)), "writer_epoch": order.writer_epoch},
+        group=group,
+        saver=Saver(
+            folder / "checkpoints",
+            store,
+            group,
+            state.pieces(),
+            about={
+                "fingerprint": numerics,
+                "config": _digest(identity(config)),
+                "writer_epoch": order.writer_epoch,
+                "identity": plain_identity(config),
+                "data": prepared.digest,
+            },
+            policy=config.checkpoint,
+            restored=state.step,
+            send=channel.send,
+        ),
     )
     parts = Parts(
         config=config,

@@ -23,9 +23,9 @@ from multiprocessing.forkserver import ensure_running
 from types import FrameType
 from typing import Any, Self
 
-from train import events, folder, hardware, nodes, plan
+from train import events, folder, hardware, mirror, nodes, plan
 from train.channel import ECHO, MARK, RECORDED, REQUESTS, STOP
-from train.config import DONE, FAILED, REFUSED, STOPPED, Train, seconds
+from train.config import DONE, FAILED, REFUSED, STOPPED, Refused, ResumeMode, Train, seconds
 from train.console import Console
 from train.data.prepare import prepare
 from train.data.writing import Preparer
@@ -81,8 +81,14 @@ def train(config: Train) -> int:
 
 
 def _train(config: Train, run: folder.RunFolder, console: Console, requests: Requests) -> int:
-    config = plan.resolve(run.pinned(config))
-    resume = run.admit(config)
+    origin = mirror.Origin(config.resume_from, "resume_from") if config.resume_from else None
+    elsewhere = next(origin.manifests(), None) if origin else None
+    config = plan.resolve(run.pinned(config, elsewhere))
+    resume = run.admit(config, elsewhere)
+    if (store := config.checkpoint.store) and (
+        held := next(mirror.Origin(store, "checkpoint.store").manifests(), None)
+    ):
+        folder.compare(held.get("identity", {}), config, f"the run at {store}", "use another checkpoint.store=…")
     finished = run.finished(config)
     if finished is not None:
         console.finished_already(config, finished)
@@ -91,8 +97,11 @@ def _train(config: Train, run: folder.RunFolder, console: Console, requests: Req
     prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
     try:
         run.write(config, json.loads(prepared.to_json()))
+        supervisor = Supervisor(config, run, console, context, preparer, requests)
+        if origin is not None and run.node == 0:
+            resume = supervisor.fetch(origin, prepared.digest) or resume
         requests.hold()
-        return Supervisor(config, run, console, context, preparer, requests).run(resume)
+        return supervisor.run(resume)
     finally:
         if preparer is not None:
             preparer.stop()
@@ -147,6 +156,33 @@ class Supervisor:
         self._asked = self._stopped = False
         limit = seconds(config.stop_after)
         self._deadline = None if limit is None else time.monotonic() + limit
+
+    def fetch(self, origin: mirror.Origin, data: str) -> bool:
+        """Bring in the newest checkpoint of `resume_from`, if it is newer than this folder's; whether there was one."""
+        url, root = self._config.resume_from, self._run.path / "checkpoints"
+
+        def admit(found: dict[str, Any]) -> None:
+            folder.compare(
+                found.get("identity", {}), self._config, f"the checkpoint at {url}", "use another resume_from=…"
+            )
+            if found.get("data") != data:
+                raise Refused("data", f"the corpus is not the one that the checkpoint at {url} was trained on")
+
+        path = origin.fetch(root, admit)
+        for refused in origin.refused:
+            self._own(events.Warned(rank=0, step=None, text=f"passed over: {refused}"))
+        here = self._run.checkpointed()
+        if path is not None:
+            self._console.say(f"fetched {path.name} from {url}")
+        elif not here:
+            if self._config.resume.mode is ResumeMode.required:
+                raise Refused("resume_from", f"{url} holds no checkpoint that is whole, and resume=required")
+            self._console.say(f"{url} holds no checkpoint yet: starting at step 0")
+        return here
+
+    def _own(self, event: events.Event) -> None:
+        self._log.append(event.record())
+        self._console.event(event.record())
 
     def run(self, resume: bool) -> int:
         """Start the ranks, watch them to their end, write the summary."""

@@ -9,10 +9,11 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, Precision
 
-from train import checkpoint, hardware
+from train import checkpoint, hardware, manifest
 from train.config import Refused, Train, read_train
 from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
+from train.flat import Piece
 from train.models.build import build
 from train.models.language import LanguageModel
 
@@ -46,13 +47,14 @@ def load(run: Path, step: int, on: torch.device) -> Trained:
     prepared = Prepared.from_json((run / "data.json").read_text())
     root = run / "checkpoints"
     try:
-        found = checkpoint.verify(root / checkpoint.folder_name(step)) if step >= 0 else checkpoint.newest(root)[0]
-    except checkpoint.Damaged as damage:
+        found = manifest.verify(root / manifest.folder_name(step)) if step >= 0 else manifest.newest(root)[0]
+    except manifest.Damaged as damage:
         raise Refused("step", str(damage)) from damage
     if found is None:
         raise Refused(str(root), "holds no checkpoint that is whole: train the run first")
     model = build(config.model, prepared.vocab, seed=config.seed, device=on)
-    checkpoint.load(found, {"model": dict(model.named_parameters())})
+    named = model.named_parameters()
+    checkpoint.load(found, [Piece("model", name, p.shape, 0, p.detach().view(-1), True) for name, p in named])
     return Trained(config, prepared, Tokenizer.load(prepared.tokenizer), model.eval(), found.step)
 
 

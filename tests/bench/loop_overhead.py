@@ -24,6 +24,7 @@ from typing import Any
 
 import lightning
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from train import compose, events, folder, optim, plan
 from train.channel import Channel
@@ -72,7 +73,7 @@ def ours(config: Train, path: Path) -> Callable[[int], None]:
         run.write(config, json.loads(prepared.to_json()))
     place = Place(rank=0, world=1, local_rank=0, device="cpu", host="127.0.0.1", port=0, loopback=True, backend="gloo")
     order = Order(folder=str(path), place=place, threads=1, writer_epoch=1, resume=False)
-    state, parts, _ = assemble(order, Memory())
+    state, parts, _ = assemble(order, Memory(), HashStore())
 
     def run_steps(number: int) -> None:
         more = dataclasses.replace(parts.config, steps=state.step + number)

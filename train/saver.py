@@ -1,0 +1,175 @@
+"""Saving in the background: a step waits for a copy of its state, and a thread of each rank does the rest.
+
+The threads agree through the store at which the ranks met, since a collective may be issued by one thread of a rank
+only: each writer says there how its files came out, rank 0 commits once all have, or drops the draft and warns. Rank 0
+asks whether an answer is there and never waits inside the store, whose client the whole process shares.
+
+What goes wrong here (a full disk, an error of the disk, a rank that does not answer) ends no run.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import Store
+
+from train import checkpoint, events, manifest
+from train.config import Checkpoint, Refused
+from train.flat import Piece
+from train.group import Group
+from train.mirror import Mirror
+
+POLL = 0.02  # seconds between two looks into the store
+LIMIT = 600.0  # seconds after which a writer that has not answered is not waited for
+
+
+class NotSaved(Exception):
+    """The state at the end of a run could not be saved."""
+
+
+def find_writers(root: Path, pieces: Sequence[Piece], group: Group) -> list[int]:
+    """The ranks that see rank 0's checkpoint folder. Raises Refused on one that does not, but has what only it has."""
+    token = group.broadcast(torch.tensor(secrets.randbits(62)))
+    probe = root / f".probe-{token.item():x}"
+    if group.rank == 0:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            raise Refused(str(root), f"cannot be written ({error.strerror})") from error
+    group.barrier()
+    sees = probe.exists()
+    flags = group.all_gather(torch.tensor([int(sees)])).view(-1).tolist()
+    if group.rank == 0:
+        probe.unlink()
+    if not sees and not all(piece.replicated for piece in pieces):
+        raise Refused("runs", f"{root} is not seen by rank {group.rank}, which holds a part of the state: share it")
+    return [rank for rank, flag in enumerate(flags) if flag]
+
+
+class Saver:
+    """One rank's part in saving. `about` is what every manifest says; `restored` the step that the run began at."""
+
+    def __init__(
+        self,
+        root: Path,
+        store: Store,
+        group: Group,
+        pieces: Sequence[Piece],
+        *,
+        about: Mapping[str, Any],
+        policy: Checkpoint,
+        restored: int,
+        send: Callable[[events.Event], None],
+    ) -> None:
+        self._root, self._store, self._group = root, store, group
+        self._about, self._policy, self._send = about, policy, send
+        self._writers = find_writers(root, pieces, group)
+        self._snapshot = checkpoint.Snapshot(self._share(pieces))
+        self._thread: threading.Thread | None = None
+        self._restored, self._committed = restored, set[int]()
+        self._failed: tuple[int, str] | None = None  # the step whose save failed, if the last one did, and why
+        mirrors = group.rank == 0 and policy.store
+        self._mirror = Mirror(root, policy, self._trusted, self._warn) if mirrors else None
+
+    def _share(self, pieces: Sequence[Piece]) -> list[Piece]:
+        return checkpoint.deal(pieces, self._group.rank, self._writers) if self._group.rank in self._writers else []
+
+    def _trusted(self, step: int) -> bool:
+        """What is newer than the checkpoint that the run began at, and is not this run's, was damaged then."""
+        return step <= self._restored or step in self._committed
+
+    def save(self, step: int, pieces: Sequence[Piece], more: Mapping[str, Any]) -> None:
+        """Copy this rank's share and let the thread write it. Waits for the save before, if that is not done yet."""
+        started = time.perf_counter()
+        self._join()
+        share = self._snapshot.take(self._share(pieces))
+        waited = time.perf_counter() - started
+        self._thread = threading.Thread(target=self._work, args=(step, share, more, waited), daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait, on all ranks, until the last save is whole and mirrored. Raises NotSaved on rank 0 if it failed."""
+        self._join()
+        self._group.barrier()  # rank 0 comes here when it has committed, or given up
+        if self._mirror is not None:
+            self._mirror.close()
+        if self._failed is not None:
+            step, why = self._failed
+            found = manifest.candidates(self._root)
+            last = f"the last checkpoint is {found[0].name}" if found else "there is no checkpoint"
+            raise NotSaved(f"the state of step {step} was not saved ({why}); {last}")
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    # ------------------------------------------------------------------------------------- in the thread
+
+    def _work(self, step: int, share: Sequence[Piece], more: Mapping[str, Any], waited: float) -> None:
+        rank, started = self._group.rank, time.perf_counter()
+        about = {**self._about, **more}
+        draft = self._root / f".draft-{manifest.folder_name(step)}-{about['writer_epoch']}"
+        key = f"save/{about['writer_epoch']}/{step}"
+        if rank in self._writers:
+            try:
+                report = checkpoint.write(draft, rank, share)
+            except Exception as error:
+                report = {"error": _reason(error)}
+            self._store.set(f"{key}/{rank}", json.dumps(report))
+        if rank != 0:
+            return
+        try:
+            reports = self._collect(key)
+            errors = {writer: report["error"] for writer, report in reports.items() if "error" in report}
+            if not errors:
+                path, size = checkpoint.commit(self._root, draft, step, reports.values(), about)
+        except Exception as error:
+            errors = {0: _reason(error)}
+        if errors:
+            shutil.rmtree(draft, ignore_errors=True)
+            for writer, why in errors.items():
+                self._failed = (step, f"rank {writer}: {why}")
+                self._warn(f"the checkpoint of step {step} was not saved: {why}", step, writer)
+            return
+        self._failed = None
+        self._committed.add(step)
+        wall = waited + time.perf_counter() - started
+        self._send(events.Saved(step=step, path=str(path), bytes=size, seconds=waited, wall=wall))
+        try:
+            manifest.prune(self._root, self._policy, self._trusted)
+        except OSError as error:
+            self._warn(f"old checkpoints were not removed: {_reason(error)}", step)
+        if self._mirror is not None:
+            self._mirror.update(step)
+
+    def _collect(self, key: str) -> dict[int, dict[str, Any]]:
+        """What each writer says of its files; an error for one that says nothing in time."""
+        reports = {}
+        until = time.monotonic() + LIMIT
+        for writer in self._writers:
+            while not (there := self._store.check([f"{key}/{writer}"])) and time.monotonic() < until:
+                time.sleep(POLL)
+            if there:
+                reports[writer] = json.loads(self._store.get(f"{key}/{writer}"))
+                self._store.delete_key(f"{key}/{writer}")
+            else:
+                reports[writer] = {"error": f"no answer within {LIMIT:.0f} s"}
+        return reports
+
+    def _warn(self, text: str, step: int, rank: int = 0) -> None:
+        self._send(events.Warned(rank=rank, step=step, text=text))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,0 +1,63 @@
+"""`colossus verify`: every byte of a run's checkpoints, read and compared."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console as Rich
+from rich.table import Table
+
+from train import manifest
+from train.config import DONE, FAILED, Refused, Verify
+from train.console import Console
+from train.folder import locate
+
+
+def verify(config: Verify) -> int:
+    """Exit code 0 where all are whole, 1 where one is damaged, which is named."""
+    root = locate(config.run) / "checkpoints"
+    paths = manifest.candidates(root)
+    if config.step >= 0:
+        paths = [path for path in paths if path.name == manifest.folder_name(config.step)]
+    if not paths:
+        which = "checkpoint" if config.step < 0 else f"checkpoint of step {config.step}"
+        raise Refused(str(root), f"holds no {which}")
+    total = sum(file.stat().st_size for path in paths for file in path.glob("*.safetensors"))
+    console, done = Console(), 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        if config.format == "table":
+            console.progress("verifying", done, total)
+
+    found: list[dict[str, Any]] = []
+    for path in sorted(paths):
+        files = [file for file in path.glob("*") if file.is_file()]
+        facts = {
+            "step": manifest.step_of(path.name),
+            "files": len(files),
+            "bytes": sum(f.stat().st_size for f in files),
+        }
+        try:
+            manifest.verify(path, progress)
+            found.append({**facts, "whole": True, "why": ""})
+        except manifest.Damaged as damage:
+            found.append({**facts, "whole": False, "why": str(damage)})
+    console.close()
+    if config.format == "json":
+        print(json.dumps(found))
+    else:
+        table = Table(box=None)
+        for column in ("step", "files", "bytes"):
+            table.add_column(column, justify="right")
+        table.add_column("state")
+        for facts in found:
+            state = "whole" if facts["whole"] else "damaged"
+            table.add_row(str(facts["step"]), str(facts["files"]), f"{facts['bytes']:,}", state)
+        Rich(soft_wrap=True, highlight=False).print(table)
+    damaged = [facts["why"] for facts in found if not facts["whole"]]
+    for why in damaged:
+        console.error(why)
+    return FAILED if damaged else DONE
