@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system bench gpu-check clean
+.PHONY: help setup train test check test-system bench bench-save gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -44,6 +44,9 @@ test-system: setup ## Run the tests that need root or system packages; they say 
 
 bench: setup ## Measure: our loop beside a bare one, interleaved (minutes; results in tests/bench/results)
 	@$(BIN)/python -m tests.bench.loop_overhead $(ARGS)
+
+bench-save: setup ## Measure: what a checkpoint costs the step that saves, and the steps after it (2 GB of disk)
+	@$(BIN)/python -m tests.bench.background_save $(ARGS)
 
 gpu-check: setup ## On a machine with a GPU: what of all this holds there, in under 8 minutes
 	@$(BIN)/python -m tests.bench.gpu_check $(ARGS)

@@ -154,8 +154,8 @@ class Fault(Event):
 class Warned(Event):
     kind: ClassVar[str] = "warning"
     rank: int
-    step: int | None  # of the checkpoint, where it is about one
     text: str
+    step: int | None = None  # of the checkpoint, where it is about one
 
 
 @dataclass(slots=True, kw_only=True)

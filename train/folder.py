@@ -144,7 +144,8 @@ class RunFolder:
             raise Refused(str(self.path), "holds a run already, and resume=never: choose another name=…")
         if not self.checkpointed():
             if mode is ResumeMode.required and origin is None:
-                raise Refused(str(self.path), "has no checkpoint to go on from, and resume=required")
+                nor = f", nor has {config.resume_from}" if config.resume_from else ""
+                raise Refused(str(self.path), f"has no checkpoint to go on from{nor}, and resume=required")
             return False
         compare(plain_identity(read_train(self.path / "config.yaml")), config, "this run", "choose another name=…")
         return True

@@ -170,7 +170,7 @@ class Supervisor:
 
         path = origin.fetch(root, admit)
         for refused in origin.refused:
-            self._own(events.Warned(rank=0, step=None, text=f"passed over: {refused}"))
+            self._own(events.Warned(rank=0, text=f"passed over: {refused}"))
         here = self._run.checkpointed()
         if path is not None:
             self._console.say(f"fetched {path.name} from {url}")

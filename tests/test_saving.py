@@ -1,0 +1,334 @@
+"""Saving while training goes on: by several ranks, through errors, to a bucket and back onto another machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.fabric.plugins import Precision
+from torch._C._distributed_c10d import HashStore
+
+from tests import dist
+from tests.test_checkpoint import cut, digest, flip, pieces, restored, state
+from tests.test_mirror import aws, environment, s3
+from tests.test_train import Running, descendants, sha256, summary, train
+from train import checkpoint, cli, events, manifest, saver
+from train.config import Checkpoint, Refused
+from train.group import Group, Place
+from train.mirror import Remote
+from train.saver import NotSaved, Saver
+
+__all__ = ["aws", "s3"]  # fixtures
+
+
+class Threads(Group):
+    """A group whose ranks are threads of this process, whose collectives nobody needs here."""
+
+    def barrier(self, name: str | None = None) -> None:
+        pass
+
+
+def savers(root: Path, world: int, heard: list[events.Event], **policy: Any) -> list[Saver]:
+    store, found = HashStore(), []
+    for rank in range(world):
+        place = Place(rank=0, world=1, local_rank=0, device="cpu", host="", port=0, loopback=True, backend="gloo")
+        group = Threads(place, Precision())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(saver, "find_writers", lambda *_: list(range(world)))
+            group.rank = rank
+            found.append(
+                Saver(
+                    root,
+                    store,
+                    group,
+                    cut(state(0.0), rank, world),
+                    about={"writer_epoch": 1},
+                    policy=Checkpoint(**policy),
+                    restored=0,
+                    send=heard.append,
+                )
+            )
+    root.mkdir(exist_ok=True)
+    return found
+
+
+def save(all_of_them: list[Saver], step: int, value: float) -> None:
+    world = len(all_of_them)
+    for rank, one in enumerate(all_of_them):
+        one.save(step, cut(state(value), rank, world), {})
+
+
+def finish(all_of_them: list[Saver]) -> None:
+    for one in reversed(all_of_them):
+        one.finish()
+
+
+def test_ranks_save_together_and_old_checkpoints_go(tmp_path: Path) -> None:
+    heard: list[events.Event] = []
+    ranks = savers(tmp_path / "c", 3, heard, keep=2)
+    for step in (1, 2, 3):
+        save(ranks, step, float(step))
+    finish(ranks)
+    assert [path.name[-1] for path in manifest.candidates(tmp_path / "c")] == ["3", "2"]
+    assert digest(3, restored(tmp_path / "c/step-00000003")) == digest(3, state(3.0))
+    assert [event.kind for event in heard] == ["checkpoint"] * 3
+    assert not list((tmp_path / "c").glob(".*"))
+
+
+def test_a_step_waits_for_the_copy_and_the_end_for_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, sync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (go.wait(30), sync(descriptor))[1])
+    ranks = savers(tmp_path / "c", 2, [])
+    tensors = [cut(state(1.0), rank, 2) for rank in range(2)]
+    for one, mine in zip(ranks, tensors, strict=True):
+        one.save(1, mine, {})
+    for piece in (piece for mine in tensors for piece in mine):
+        piece.data.fill_(7.0)  # training goes on
+    assert manifest.candidates(tmp_path / "c") == []
+    threading.Timer(0.2, go.set).start()
+    finish(ranks)
+    assert digest(1, restored(tmp_path / "c/step-00000001")) == digest(1, state(1.0))
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("call", ["open", "write", "fsync"])
+def test_a_rank_that_cannot_write_costs_a_checkpoint_and_no_more(
+    call: str, culprit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[events.Event] = []
+    root = tmp_path / "c"
+    ranks = savers(root, 2, heard)
+    save(ranks, 1, 1.0)
+    for one in ranks:
+        one._join()
+    write = checkpoint._write_file
+
+    def full(path: Path, mine: Any) -> dict[str, Any]:
+        if f"-0000{culprit}." not in path.name:
+            return write(path, mine)
+
+        def fails(*args: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, call, fails)
+            return write(path, mine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_file", full)
+        save(ranks, 2, 2.0)
+        for one in ranks:
+            one._join()
+    (warning,) = [event for event in heard if isinstance(event, events.Warned)]
+    assert (warning.step, warning.rank) == (2, culprit)
+    assert "No space left on device" in warning.text
+    assert [path.name for path in root.iterdir()] == ["step-00000001"], "nothing of it is left"
+    with pytest.raises(NotSaved, match=f"step 2 was not saved.*rank {culprit}.*step-00000001"):
+        finish(ranks)
+    save(ranks, 3, 3.0)
+    finish(ranks)
+    assert digest(3, restored(root / "step-00000003")) == digest(3, state(3.0))
+
+
+def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each writer in turn is gone; the old checkpoint stays, and no draft."""
+    monkeypatch.setattr(saver, "LIMIT", 0.2)
+    heard: list[events.Event] = []
+    root = tmp_path / "c"
+    ranks = savers(root, 3, heard)
+    save(ranks, 1, 1.0)
+    for one in ranks:
+        one._join()
+    for silent in (1, 2):
+        for rank, one in enumerate(ranks):
+            if rank != silent:
+                one.save(1 + silent, cut(state(2.0), rank, 3), {})
+        for one in ranks:
+            one._join()
+        warning = heard[-1]
+        assert isinstance(warning, events.Warned)
+        assert (warning.step, warning.rank) == (1 + silent, silent)
+        assert "no answer" in warning.text
+        assert [path.name for path in root.iterdir()] == ["step-00000001"]
+
+
+def seen(place: Place, root: str, partial: bool) -> Any:
+    """Rank 1 of 2 looks into another folder, as on a node that does not share rank 0's."""
+    mine = cut(state(0.0), place.rank, place.world) if partial else pieces(state(0.0))
+    folder = Path(root) / ("a" if place.rank != 1 else "b")
+    try:
+        return saver.find_writers(folder, mine, Group(place, Precision()))
+    except Refused as refusal:
+        return str(refusal)
+
+
+def test_who_does_not_see_the_folder_writes_nothing_or_is_refused(tmp_path: Path) -> None:
+    assert dist.run("tests.test_saving:seen", 3, root=str(tmp_path), partial=False) == [[0, 2]] * 3
+    first, second, third = dist.run("tests.test_saving:seen", 3, root=str(tmp_path), partial=True)
+    assert first == third == [0, 2]
+    assert second.startswith("runs: ")
+    assert "rank 1" in second
+    assert not (tmp_path / "b").exists()
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------- the whole command
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in events.read(folder / "events.jsonl") if record["kind"] == kind]
+
+
+def file_limit(pids: list[int], size: int) -> None:
+    for pid in pids:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_ends_no_run(tiny: list[str]) -> None:
+    """For a while files of more than 100 kB cannot be written (EFBIG): warnings, and the bits of an untroubled run."""
+    more = ("name=a", "devices=2", "steps=200", "checkpoint.every=5", "eval.every=0")
+    running = Running(tiny, *more)
+    running.wait_for(lambda found: any(record["kind"] == "checkpoint" for record in found))
+    ranks = list(descendants(running.process.pid))
+    file_limit(ranks, 100_000)
+    running.wait_for(lambda found: sum(record["kind"] == "warning" for record in found) >= 3)
+    file_limit(ranks, resource.RLIM_INFINITY)
+    code, out, err = running.end()
+    assert code == 0, err
+    assert "warning (rank " in out
+    warnings = records(running.folder, "warning")
+    assert all("File too large" in warning["text"] for warning in warnings)
+    assert all(warning["step"] % 5 == 0 and warning["rank"] in (0, 1) for warning in warnings)
+    assert not list((running.folder / "checkpoints").glob(".*"))
+    found, refused = manifest.newest(running.folder / "checkpoints")
+    assert found is not None
+    assert (found.step, refused) == (200, [])
+    saved = {record["step"] for record in records(running.folder, "checkpoint")}
+    assert saved.isdisjoint(warning["step"] for warning in warnings)
+    assert summary(running.folder)["state_sha256"] == sha256(tiny, *more, "name=b", "devices=1")
+
+
+def test_a_stop_that_did_not_save_does_not_say_so(tiny: list[str]) -> None:
+    running = Running(tiny, "name=a", "devices=2", "steps=100000", "checkpoint.every=5", "eval.every=0")
+    running.wait_for(lambda found: any(record["kind"] == "checkpoint" for record in found))
+    file_limit(list(descendants(running.process.pid)), 100_000)
+    running.process.send_signal(signal.SIGINT)
+    code, out, err = running.end()
+    assert code == 1
+    assert "was not saved" in err
+    assert "the last checkpoint is step-" in err
+    assert len(err.splitlines()) == 1
+    assert "goes on from here" not in out
+    assert not list((running.folder / "checkpoints").glob(".*"))
+
+
+def test_the_spot_story(tiny: list[str], aws: str, s3: str, tmp_path: Path) -> None:
+    """Killed in mid-run and gone with its disk; the same command on an empty machine, with another world size, goes
+    on from the bucket, past an upload that was torn, to the bits of a run that nothing happened to."""
+    url = f"s3://{aws}/spot"
+    overrides = [argument for argument in tiny if not argument.startswith("runs=")]
+    steps = ("name=a", "steps=40", "checkpoint.every=8", "eval.every=0")
+    more = (*steps, f"checkpoint.store={url}", f"resume_from={url}")
+    first = Running(overrides, f"runs={tmp_path}/one", "devices=2", *more, "steps=100000", **environment(s3))
+    remote = Remote(url, "")
+    until = time.monotonic() + 120
+    while len([step for step in remote.steps() if remote.seal(step)]) < 2 and time.monotonic() < until:
+        assert first.process.poll() is None, first.process.communicate()
+        time.sleep(0.02)
+    first.process.kill()
+    first.process.communicate()
+    torn, whole = remote.steps()[:2]
+    remote._unseal(torn)
+    second = Running(
+        overrides,
+        f"runs={tmp_path}/two",
+        "devices=3",
+        *more,
+        "resume=required",
+        "resume.allow=steps",
+        **environment(s3),
+    )
+    code, said, err = second.end()
+    assert code == 0, err
+    assert f"fetched {manifest.folder_name(whole)}" in said
+    assert manifest.folder_name(torn) in records(second.folder, "warning")[0]["text"]
+    (restore,) = records(second.folder, "restore")
+    assert restore["step"] == whole
+    assert summary(second.folder)["state_sha256"] == sha256(tiny, *steps, "devices=1")
+    assert remote.read(40)["step"] == 40
+    assert len([step for step in remote.steps() if step <= 40]) == 2, "as many as here"
+    text = (second.folder / "events.jsonl").read_text() + said + err + (second.folder / "config.yaml").read_text()
+    assert environment(s3)["AWS_SECRET_ACCESS_KEY"] not in text
+
+
+def test_a_run_goes_on_from_another_folder_only_if_it_is_the_same(
+    tiny: list[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    constant = [*tiny, "schedule=constant", "devices=1"]
+    code, first = train(constant, "name=a", "checkpoint.keep_best=true", "checkpoint.keep=1")
+    assert code == 0
+    scores = {record["step"]: record["loss"] for record in records(first, "eval")}
+    for path in manifest.candidates(first / "checkpoints"):
+        found = manifest.read(path)
+        assert found["val_loss"] == scores[found["step"]]
+    origin = f"resume_from={first}/checkpoints"
+
+    for more, words in (
+        (["name=b", "optimizer.lr=0.5"], ["optimizer.lr", "0.01", "0.5", "resume.allow=optimizer.lr"]),
+        (["name=c", "data.validation=0.2", "resume.allow=data.validation"], ["data:", "corpus"]),
+        (["name=d", "resume=never"], ["resume_from", "resume=never"]),
+        (["name=e", "checkpoint.store=" + f"{first}/checkpoints", "seed=3"], ["seed", "checkpoint.store"]),
+    ):
+        extra = [] if "name=e" in more else [origin]
+        capsys.readouterr()
+        assert train(constant, *more, *extra)[0] == 2
+        said = capsys.readouterr().err
+        assert all(word in said for word in words), said
+        assert not (tmp_path / "runs" / more[0][5:] / "checkpoints").exists()
+
+    empty = f"resume_from={tmp_path}/nothing"
+    assert train(constant, "name=f", empty, "resume=required")[0] == 2
+    assert "nothing" in capsys.readouterr().err
+    assert train(constant, "name=g", empty, "steps=1")[0] == 0
+    assert "starting at step 0" in capsys.readouterr().out
+
+    path = manifest.candidates(first / "checkpoints")[0]
+    found = json.loads((path / manifest.MANIFEST).read_text())
+    found["fingerprint"]["torch"] = "0.1"
+    raw = json.dumps(found).encode()
+    (path / manifest.MANIFEST).write_bytes(raw)
+    (path / manifest.SEAL).write_text(hashlib.sha256(raw).hexdigest())
+    code, second = train(constant, "name=h", origin, "steps=9", "resume.allow=steps")
+    assert code == 0
+    said = capsys.readouterr().out
+    assert "bitwise equality ends here: torch 0.1 ->" in said
+    assert records(second, "warning")[0]["step"] == 6
+    assert summary(second)["state_sha256"] == sha256(constant, "name=i", "steps=9")
+
+
+def test_verify_says_what_is_damaged(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = train(tiny, "name=a", "devices=2")
+    capsys.readouterr()
+    assert cli.main(["verify", f"run={folder}"]) == 0
+    assert capsys.readouterr().out.count("whole") == 2
+    flip(folder / "checkpoints/step-00000003/optimizer-00001.safetensors")
+    assert cli.main(["verify", f"run={folder}"]) == 1
+    said = capsys.readouterr()
+    assert "damaged" in said.out
+    assert "step-00000003" in said.err
+    assert "optimizer-00001.safetensors" in said.err
+    assert cli.main(["verify", f"run={folder}", "step=6"]) == 0
+    assert cli.main(["verify", f"run={folder}", "step=3", "format=json"]) == 1
+    out = capsys.readouterr().out
+    (found,) = json.loads(out[out.index("[") :])
+    assert (found["step"], found["whole"], found["files"]) == (3, False, 6)
+    assert cli.main(["verify", f"run={folder}", "step=4"]) == 2
+    assert cli.main(["verify", "run=nosuchrun"]) == 2
