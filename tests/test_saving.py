@@ -194,7 +194,7 @@ def file_limit(pids: list[int], size: int) -> None:
 
 def test_a_full_disk_ends_no_run(tiny: list[str]) -> None:
     """For a while files of more than 100 kB cannot be written (EFBIG): warnings, and the bits of an untroubled run."""
-    more = ("name=a", "devices=2", "steps=200", "checkpoint.every=5", "eval.every=0")
+    more = ("name=a", "devices=2", "steps=120", "checkpoint.every=5", "eval.every=0")
     running = Running(tiny, *more)
     running.wait_for(lambda found: any(record["kind"] == "checkpoint" for record in found))
     ranks = list(descendants(running.process.pid))
@@ -210,7 +210,7 @@ def test_a_full_disk_ends_no_run(tiny: list[str]) -> None:
     assert not list((running.folder / "checkpoints").glob(".*"))
     found, refused = manifest.newest(running.folder / "checkpoints")
     assert found is not None
-    assert (found.step, refused) == (200, [])
+    assert (found.step, refused) == (120, [])
     saved = {record["step"] for record in records(running.folder, "checkpoint")}
     assert saved.isdisjoint(warning["step"] for warning in warnings)
     assert summary(running.folder)["state_sha256"] == sha256(tiny, *more, "name=b", "devices=1")

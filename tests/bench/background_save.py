@@ -4,8 +4,8 @@
 loop like training's goes on: products of matrices, and between ranks an all-reduce. A save is begun once a round, by
 the same `Saver` that a run has. Printed, as medians over the rounds:
 
-    wait    what the step that saves waits, beside the time of a bare copy of the same bytes into the same kind of buffer
-    extra   how much longer the loop takes from the save's beginning until it is whole than the same work takes without,
+    wait    what the step that saves waits, beside the time of a bare copy of the same bytes into a like buffer
+    extra   how much longer the loop takes, from the save's beginning until it is whole, than the same work without,
             beside what must be paid anyway: the copy, and the writing threads' own CPU time (hashing and writing)
 
 Aims: wait at most 1.5 copies; extra at most 1.15 times copy + CPU time where there is no core to spare.
@@ -38,7 +38,7 @@ from train.saver import Saver
 
 RESULTS = Path(__file__).parent / "results" / "background_save.json"
 LAYERS, WIDTH = 24, 2048  # 24 x 2048 x 2048 = 100.7 M parameters
-ROUNDS = 5
+ROUNDS = 3
 
 
 class Timed(Saver):
@@ -86,10 +86,10 @@ def on_rank(place: Place, root: str) -> dict[str, list[float]]:
     share = checkpoint.deal(state, place.rank, range(place.world))
     bare = checkpoint.Snapshot(share)
     figures: dict[str, list[float]] = {"copy": [], "wait": [], "extra": [], "cpu": [], "wall": [], "paid": []}
-    work(20)
+    work(8)
     for number in range(ROUNDS + 1):
         group.barrier()
-        pace = work(40) / 40
+        pace = work(16) / 16
         start = time.perf_counter()
         bare.take(share)
         copy = time.perf_counter() - start
@@ -107,7 +107,7 @@ def on_rank(place: Place, root: str) -> dict[str, list[float]]:
         wall = time.perf_counter() - start
         saver._join()
         cpu = group.all_reduce(torch.tensor([saver.cpu])).item() / place.world
-        pace = (pace + work(40) / 40) / 2
+        pace = (pace + work(16) / 16) / 2
         if number:  # the first round warms up
             for name, value in zip(figures, (copy, wait, wall - steps * pace, cpu, wall, copy + cpu), strict=True):
                 figures[name].append(value)
@@ -116,6 +116,7 @@ def on_rank(place: Place, root: str) -> dict[str, list[float]]:
 
 
 def main() -> int:
+    dist.TIMEOUT = 900.0
     results = []
     for world in (1, 2):
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as root:
