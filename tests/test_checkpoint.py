@@ -255,7 +255,8 @@ def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path: Path) -> Non
 def test_a_hole_or_an_overlap_is_refused_when_it_is_saved_and_when_it_is_read(tmp_path: Path) -> None:
     """Files and manifest agree to the byte, and yet an element is missing, or there twice."""
     first, second = (cut(state(1.0), rank, 2) for rank in range(2))
-    for by_rank in ([first], [first, second, second]):
+    shifted = [piece if piece.replicated else dataclasses.replace(piece, offset=piece.offset - 1) for piece in second]
+    for by_rank in ([first], [first, second, second], [first, shifted]):
         with pytest.raises(Damaged, match="incomplete"):
             save(tmp_path, 3, by_rank)
         manifest.tidy(tmp_path)

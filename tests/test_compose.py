@@ -73,6 +73,9 @@ def test_values_of_text_and_path_keys_are_quoted_for_the_user() -> None:
     assert compose.config("sample", ["run=x", "prompt='quoted by hand'"]).prompt == "quoted by hand"
     config = compose.config("train", ["data=text", f"data.path=[{TEXT_SOURCE},{TEXT_SOURCE}]"])
     assert config.data.paths() == [str(TEXT_SOURCE)] * 2
+    url = "s3://bucket/a run=1,2"
+    config = compose.config("train", [f"checkpoint.store={url}", f"resume_from={url}"])
+    assert (config.checkpoint.store, config.resume_from) == (url, url)
 
 
 def test_a_mix_is_described_in_a_file_and_adjusted_on_the_command_line() -> None:

@@ -321,8 +321,8 @@ class Checkpoint:
 
 def _no_secret(url: str, key: str) -> None:
     """A URL is written to config.yaml and said in messages."""
-    secret = "@" in url.partition("://")[2].partition("/")[0]
-    _require(not secret, key, "no credentials in a URL: leave them to the environment")
+    user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
+    _require(not at or ":" not in user, key, "no credentials in a URL: leave them to the environment")
 
 
 class ResumeMode(Enum):
