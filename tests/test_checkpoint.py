@@ -31,7 +31,7 @@ ONE = Place(rank=0, world=1, local_rank=0, device="cpu", host="", port=0, loopba
 def state(value: float) -> State:
     return {
         "model": {"a": torch.full((7, 3), value), "b": torch.arange(5.0), "c": torch.tensor(-0.0)},
-        "optimizer": {"exp_avg.a": torch.full((7, 3), -value)},
+        "optimizer": {"exp_avg.a": torch.full((7, 3), -value), "exp_avg.z": torch.full((4,), -0.0)},
     }
 
 

@@ -17,7 +17,7 @@ from lightning.fabric.plugins import Precision
 from torch._C._distributed_c10d import HashStore
 
 from tests import dist
-from tests.test_checkpoint import cut, digest, flip, pieces, restored, state
+from tests.test_checkpoint import cut, digest, flip, pieces, restored, simple, state
 from tests.test_mirror import aws, environment, s3
 from tests.test_train import Running, descendants, sha256, summary, train
 from train import checkpoint, cli, events, manifest, saver
@@ -36,7 +36,7 @@ class Threads(Group):
         pass
 
 
-def savers(root: Path, world: int, heard: list[events.Event], **policy: Any) -> list[Saver]:
+def savers(root: Path, world: int, heard: list[events.Event], restored: int = 0, **policy: Any) -> list[Saver]:
     store, found = HashStore(), []
     for rank in range(world):
         place = Place(rank=0, world=1, local_rank=0, device="cpu", host="", port=0, loopback=True, backend="gloo")
@@ -52,7 +52,7 @@ def savers(root: Path, world: int, heard: list[events.Event], **policy: Any) -> 
                     cut(state(0.0), rank, world),
                     about={"writer_epoch": 1},
                     policy=Checkpoint(**policy),
-                    restored=0,
+                    restored=restored,
                     send=heard.append,
                 )
             )
@@ -81,6 +81,18 @@ def test_ranks_save_together_and_old_checkpoints_go(tmp_path: Path) -> None:
     assert digest(3, restored(tmp_path / "c/step-00000003")) == digest(3, state(3.0))
     assert [event.kind for event in heard] == ["checkpoint"] * 3
     assert not list((tmp_path / "c").glob(".*"))
+
+
+def test_a_checkpoint_that_was_passed_over_pushes_no_whole_one_out(tmp_path: Path) -> None:
+    """The run went on from step 4 because 6 was damaged: 6 is not the newest of those that count."""
+    root = tmp_path / "c"
+    simple(root, 4)
+    flip(simple(root, 6) / "model-00000.safetensors")
+    ranks = savers(root, 2, [], restored=4, keep=1, store=f"{tmp_path}/store")
+    save(ranks, 5, 5.0)
+    finish(ranks)
+    assert [path.name for path in root.iterdir()] == ["step-00000005"]
+    assert Remote(f"{tmp_path}/store", "").steps() == [5]
 
 
 def test_a_step_waits_for_the_copy_and_the_end_for_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
