@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+
+import pytest
 
 from train import events
 
@@ -41,3 +44,25 @@ def test_what_is_not_finite_becomes_null() -> None:
 
 def test_a_missing_file_has_no_events(tmp_path: Path) -> None:
     assert list(events.read(tmp_path / "none.jsonl")) == []
+
+
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write, room = tmp_path / "events.jsonl", os.write, 50
+
+    def full(descriptor: int, content: bytes) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(28, "No space left on device")
+        content = content[:room]
+        room -= len(content)
+        return write(descriptor, content)
+
+    log = events.EventLog(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        for number in range(3):
+            log.append(events.Warned(rank=number, text="…").record())
+    assert path.stat().st_size == 50
+    log.append(events.Warned(rank=3, text="…").record())
+    log.close()
+    assert [record["rank"] for record in events.read(path)] == [0, 1, 2, 3]

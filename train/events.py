@@ -8,6 +8,7 @@ finite becomes null, because JSON has no NaN.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -210,6 +211,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._cut_torn_line()
+        self._waiting = b""
 
     def _cut_torn_line(self) -> None:
         size = os.fstat(self._file).st_size
@@ -225,7 +227,10 @@ class EventLog:
             os.ftruncate(self._file, end)
 
     def append(self, record: dict[str, Any]) -> None:
-        os.write(self._file, line(record).encode() + b"\n")
+        """What does not fit on a full disk waits for the next event: the record of a run must not end it."""
+        self._waiting += line(record).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self._waiting = self._waiting[os.write(self._file, self._waiting) :]
 
     def sync(self) -> None:
         os.fsync(self._file)
