@@ -121,21 +121,23 @@ def test_a_rank_that_cannot_write_costs_a_checkpoint_and_no_more(
     save(ranks, 1, 1.0)
     for one in ranks:
         one._join()
-    write = checkpoint._write_file
+    write, real, troubled = checkpoint._write_file, getattr(os, call), threading.local()
 
     def full(path: Path, mine: Any) -> dict[str, Any]:
-        if f"-0000{culprit}." not in path.name:
+        troubled.here = f"-0000{culprit}." in path.name
+        try:
             return write(path, mine)
+        finally:
+            troubled.here = False
 
-        def fails(*args: Any) -> int:
+    def fails(*args: Any) -> Any:
+        if getattr(troubled, "here", False):
             raise OSError(28, "No space left on device")
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, call, fails)
-            return write(path, mine)
+        return real(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_file", full)
+        patch.setattr(os, call, fails)
         save(ranks, 2, 2.0)
         for one in ranks:
             one._join()
