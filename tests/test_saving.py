@@ -130,10 +130,10 @@ def test_a_rank_that_cannot_write_costs_a_checkpoint_and_no_more(
         finally:
             troubled.here = False
 
-    def fails(*args: Any) -> Any:
+    def fails(*args: Any, **kwargs: Any) -> Any:
         if getattr(troubled, "here", False):
             raise OSError(28, "No space left on device")
-        return real(*args)
+        return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_file", full)
