@@ -20,7 +20,7 @@ import torch
 
 from tests import dist
 from tests.test_train import Running, at_step, descendants, gone, sha256, steps, summary, train
-from train import checkpoint, cli, compose, events, plan, supervisor
+from train import cli, compose, events, manifest, plan, supervisor
 from train.channel import MARK, RECORDED, STOP, Channel
 from train.config import Refused
 from train.data.prepare import Counts, Prepared
@@ -103,8 +103,8 @@ def test_a_request_to_anybody_stops_all_after_the_same_step(
     assert {r["rank"] for r in events.read(folder / "events.jsonl") if r["kind"] == "asked"} == {
         None if who == ME else who for who, _ in sent
     }
-    (saved,) = checkpoint.candidates(folder / "checkpoints")
-    assert saved.name == checkpoint.folder_name(stopped["steps"])
+    (saved,) = manifest.candidates(folder / "checkpoints")
+    assert saved.name == manifest.folder_name(stopped["steps"])
     same = (*ENDLESS, "name=b", "devices=1", f"steps={stopped['steps']}")
     assert stopped["state_sha256"] == sha256(tiny, *same)
 
@@ -113,7 +113,7 @@ def test_a_request_during_evaluation_or_a_save_is_heeded_afterwards(tiny: list[s
     more = (*ENDLESS, "eval.every=1", "eval.tokens=4000", "checkpoint.every=1", "name=a", "devices=2")
     code, folder = train_and(lambda pids: os.kill(pids[1], USR1), at_step(3), tiny, *more)
     assert code == 75
-    found, refused = checkpoint.newest(folder / "checkpoints")
+    found, refused = manifest.newest(folder / "checkpoints")
     assert found is not None
     assert (found.step, refused) == (summary(folder)["steps"], [])
 
@@ -148,7 +148,7 @@ def test_a_second_signal_to_the_parent_stops_at_once_and_the_last_checkpoint_sta
     code, folder = train_and(ask_twice, at_step(5), tiny, *more)
     assert code == 1
     assert "stopped at once (SIGINT)" in capsys.readouterr().out
-    found, refused = checkpoint.newest(folder / "checkpoints")
+    found, refused = manifest.newest(folder / "checkpoints")
     assert found is not None
     assert refused == []
     total = f"steps={found.step + 3}"
@@ -185,7 +185,7 @@ def test_a_signal_to_every_process_of_the_job_while_it_starts(tiny: list[str]) -
     code, _, err = running.end()
     assert code == 75, err
     assert gone(pids, within=5)
-    assert [path.name for path in checkpoint.candidates(running.folder / "checkpoints")] == ["step-00000001"]
+    assert [path.name for path in manifest.candidates(running.folder / "checkpoints")] == ["step-00000001"]
 
 
 def test_nothing_is_saved_ahead_of_the_record_and_no_request_is_lost_on_the_way() -> None:
@@ -337,8 +337,8 @@ def test_four_two_three_one_four_ranks_with_a_kill_at_each_change(
         running.end()
         assert gone(pids, within=5)
         recorded = max(numbers(running.folder))
-        newest = checkpoint.candidates(running.folder / "checkpoints")[0]
-        assert newest.name <= checkpoint.folder_name(recorded), "no checkpoint is ahead of the record"
+        newest = manifest.candidates(running.folder / "checkpoints")[0]
+        assert newest.name <= manifest.folder_name(recorded), "no checkpoint is ahead of the record"
     code, folder = train(name, "devices=4")
     assert code == 0
     assert summary(folder)["world_sizes"] == [4, 2, 3, 1, 4]
@@ -378,7 +378,7 @@ def test_the_whole_tree_killed_in_a_save(tiny: list[str]) -> None:
     kill([running.process.pid, *pids])
     running.end()
     assert gone(pids, within=5)
-    found, refused = checkpoint.newest(drafts)
+    found, refused = manifest.newest(drafts)
     assert found is not None
     assert refused == []
     assert train(tiny, *more, "name=a", "devices=3")[0] == 0

@@ -80,14 +80,19 @@ class Keeper:
         if self.fabric.is_global_zero:
             for logger in self.fabric.loggers:
                 logger.finalize("success")
-            if not stopped:
-                whole = self.validation(0)
-                end.yardsticks = yardsticks(whole)
-                (end.sample,) = continue_text(self.model, whole.tokenizer, self.config.sample, seed=self.config.seed)
+        if not stopped:
+            with self.state.flat.gathered():
+                if self.fabric.is_global_zero:
+                    self._last_words(end)
         self.channel.phase("checkpoint", self.state.step)
         self.saver.finish()
         if self.fabric.is_global_zero:
             self.channel.send(end)
+
+    def _last_words(self, end: events.Finished) -> None:
+        whole = self.validation(0)
+        end.yardsticks = yardsticks(whole)
+        (end.sample,) = continue_text(self.model, whole.tokenizer, self.config.sample, seed=self.config.seed)
 
 
 def restore(

@@ -35,13 +35,6 @@ class TrainState:
         """All of the state that this rank holds: parameters, and the moments of those that it updates."""
         return self.flat.pieces() + optim.pieces(self.optimizer, self.flat)
 
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        """Where every rank holds all of it: the state's tensors by checkpoint file and name."""
-        files: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        for piece in self.pieces():
-            files[piece.file][piece.name] = piece.data.view(piece.shape)
-        return files
-
     def restored(self, step: int) -> None:
         self.step = step
         optim.set_step(self.optimizer, step)
