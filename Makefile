@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system bench bench-save gpu-check clean
+.PHONY: help setup train test check test-system bench bench-save bench-price bench-exact gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -47,6 +47,12 @@ bench: setup ## Measure: our loop beside a bare one, interleaved (minutes; resul
 
 bench-save: setup ## Measure: what a checkpoint costs the step that saves, and the steps after it (2 GB of disk)
 	@$(BIN)/python -m tests.bench.background_save $(ARGS)
+
+bench-price: setup ## Measure: the exact run beside the best inexact one, and the parts of the difference (10 minutes)
+	@$(BIN)/python -m tests.bench.price $(ARGS)
+
+bench-exact: setup ## The table of the law: each row one state_sha256 over ranks and sharding (20 minutes; ARGS: part of a row's name)
+	@$(BIN)/python -m tests.bench.exactness $(ARGS)
 
 gpu-check: setup ## On a machine with a GPU: what of all this holds there, in under 8 minutes
 	@$(BIN)/python -m tests.bench.gpu_check $(ARGS)

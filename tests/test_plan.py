@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from train import compose, hardware, plan
+from train import compose, flops, hardware, plan
 from train.config import Refused, Train
 
 GPU = hardware.Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30)
@@ -55,3 +55,25 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for overrides in (["accelerator=cuda"], ["backend=nccl"], ["nodes=9"], ["logger=[wandb]"]):
         with pytest.raises(Refused, match=overrides[0].split("=")[0]):
             resolved(*overrides)
+
+
+def test_sharding_takes_its_part_off_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against numbers written out for 8 ranks, V = 32: 4 leaves a rank, so a leaf and log2(4) sums."""
+    monkeypatch.setattr(hardware, "gpus", lambda: ())
+    needs = {}
+    for more in ("sharding=none", "sharding=optimizer", "sharding=full", "reduce.dtype=bf16", "reduce=fast"):
+        shape = ("model=llama_1b", "devices=8", "batch.virtual_ranks=32", "batch.sequences=32", "precision=fp32")
+        config = resolved(*shape, more)
+        needs[more] = plan.memory(config, 32_000)
+    n = flops.parameters(config.model, 32_000)
+    sizes = flops.sizes(config.model, 32_000)
+    assert needs["sharding=none"].gradients == 3 * 4 * n
+    assert needs["sharding=none"].weights == 4 * n
+    assert needs["reduce.dtype=bf16"].gradients == 4 * n + 2 * 2 * n
+    assert needs["reduce=fast"].gradients == 4 * n
+    assert needs["sharding=optimizer"].optimizer == n
+    assert needs["sharding=optimizer"].gradients == 3 * 4 * n
+    layer = sizes.matrices // sizes.layers
+    assert needs["sharding=full"].weights == n // 2 + 4 * (sizes.embedding + sizes.head + layer)
+    assert needs["sharding=full"].gradients == 4 * n + 6 * n // 2
+    assert needs["sharding=full"].optimizer == n

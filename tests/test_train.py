@@ -41,25 +41,78 @@ def sha256(overrides: list[str], *more: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("more", "cells"),
     [
-        [],
-        ["precision=bf16", "model.dropout=0.2", "batch.virtual_ranks=6", "batch.sequences=12", "batch.micro_batch=2"],
+        (
+            ["model.width=42", "model.ffn=57"],
+            [(1, "none"), (2, "optimizer"), (3, "full"), (5, "none")],
+        ),
+        (
+            [
+                *("precision=bf16", "model.dropout=0.2", "model.tied=false"),
+                *("batch.virtual_ranks=6", "batch.sequences=12", "batch.micro_batch=2"),
+            ],
+            [(1, "none"), (2, "full"), (4, "optimizer")],
+        ),
     ],
-    ids=["fp32", "bf16-dropout-V6"],
+    ids=["fp32-odd", "bf16-dropout-V6"],
 )
-def test_the_result_does_not_depend_on_the_number_of_ranks(more: list[str], tiny: list[str]) -> None:
-    """Losses, gradient norms, evaluation and state, to the bit; V = 8 with k = 2, and V = 6, on 1, 2, 3 and 5 ranks."""
+def test_the_result_does_not_depend_on_ranks_or_sharding(
+    more: list[str], cells: list[tuple[int, str]], tiny: list[str]
+) -> None:
+    """Losses, gradient norms, evaluation and state over 30 steps, to the bit. `make bench-exact`: the whole table."""
     runs = {}
-    for world in (1, 2, 3, 5):
-        code, folder = train(tiny, *more, f"name=w{world}", f"devices={world}")
+    for world, sharding in cells:
+        settings = [f"name=w{world}", f"devices={world}", f"sharding={sharding}", "steps=30", "eval.every=10"]
+        code, folder = train(tiny, *more, *settings)
         assert code == 0
         numbers = [(step["loss_hex"], step["grad_norm"], step["lr"], step["tokens"]) for step in steps(folder)]
         scores = [r["loss"] for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"]
-        runs[world] = (summary(folder)["state_sha256"], numbers, scores)
-    assert len(runs[1][1]) == 6
-    assert len(runs[1][2]) == 2
-    assert runs[1] == runs[2] == runs[3] == runs[5]
+        evidence = [
+            (r["tokens"], r["leaves"], r["parameters"], r["gradient"])
+            for r in events.read(folder / "events.jsonl")
+            if r["kind"] == "digests"
+        ]
+        runs[world] = (summary(folder)["state_sha256"], numbers, scores, evidence)
+        assert (len(numbers), len(scores), len(evidence)) == (30, 3, 30)
+    assert all(run == runs[1] for run in runs.values())
+
+
+def test_shares_may_be_uneven_and_are_recorded(tiny: list[str]) -> None:
+    expected = sha256(tiny, "name=even", "devices=1")
+    assert sha256(tiny, "name=by-hand", "devices=2", "batch.weights=[3,1]") == expected
+    code, folder = train(tiny, "name=auto", "devices=3", "batch.weights=auto")
+    assert code == 0
+    assert summary(folder)["state_sha256"] == expected
+    recorded = [r for r in events.read(folder.parent / "by-hand/events.jsonl") if r["kind"] == "ownership"]
+    assert [(r["shares"], r["why"]) for r in recorded] == [([6, 2], "batch.weights")]
+
+
+def test_ranks_that_compute_other_bits_are_told_apart(tiny: list[str], tmp_path: Path) -> None:
+    """Two nodes, one of which uses other vector instructions: the handshake says so, and ownership stays as it is."""
+    with nodes.listen(nodes.here(1)) as listener:
+        port = str(listener.getsockname()[1])
+    overrides = [argument for argument in tiny if not argument.startswith("runs=")]
+    started = [
+        Running(
+            [*overrides, f"runs={tmp_path}/node{index}", "name=a", "nodes=2", "devices=1", "batch.weights=auto"],
+            PET_NODE_RANK=str(index),
+            PET_MASTER_ADDR="127.0.0.1",
+            PET_MASTER_PORT=port,
+            ATEN_CPU_CAPABILITY=capability,
+        )
+        for index, capability in enumerate(("default", "avx2"))
+    ]
+    for running in started:
+        code, _, err = running.end()
+        assert code == 0, err
+    records = list(events.read(started[0].folder / "events.jsonl"))
+    (handshake,) = [r for r in records if r["kind"] == "handshake"]
+    assert not handshake["equal"]
+    assert len(set(handshake["digests"])) == 2
+    (warning,) = [r for r in records if r["kind"] == "warning"]
+    assert "ranks 1 compute other bits than rank 0" in warning["text"]
+    assert not any(r["kind"] == "ownership" for r in records)
 
 
 def test_another_seed_or_the_fast_reduction_is_another_result(tiny: list[str]) -> None:

@@ -29,6 +29,7 @@ def padded_vocab(vocab: int) -> int:
 class Sizes:
     """What a family has to say about itself: everything else follows from it."""
 
+    layers: int
     embedding: int  # parameters of the input embedding
     head: int  # of the output matrix; 0 where it is tied to the embedding
     vectors: int  # of the norms' gains
@@ -47,6 +48,7 @@ def _llama(model: Model, vocab: int) -> Sizes:
     matrices = model.layers * (d * (d + 2 * kv) + d * d + 3 * d * f)
     table = padded_vocab(vocab) * d
     return Sizes(
+        layers=model.layers,
         embedding=table,
         head=0 if model.tied else table,
         vectors=(2 * model.layers + 1) * d,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from train import flops, hardware
 from train.batch import buffers, shares
-from train.config import Plan, Refused, Sharding, TokenizerKind, Train
+from train.config import Plan, ReduceMode, Refused, Sharding, TokenizerKind, Train
 
 MAX_RANKS = 8  # that `devices=auto` starts on one node
 
@@ -83,13 +83,29 @@ def _gradient_buffers(virtual_ranks: int, world: int) -> int:
 
 def memory(config: Train, vocab: int) -> flops.Memory:
     """What a rank of this (resolved) run needs, in bytes."""
-    return flops.memory(
+    leaves, world = config.batch.virtual_ranks, int(config.devices) * config.nodes
+    whole = flops.memory(
         config.model,
         vocab,
         micro_batch=int(config.batch.micro_batch),
         precision=config.precision,
         accelerator=config.accelerator,
-        gradient_buffers=_gradient_buffers(config.batch.virtual_ranks, int(config.devices) * config.nodes),
+        gradient_buffers=1,
+    )
+    leaf, node = whole.gradients, whole.gradients // (2 if config.reduce.dtype == "bf16" else 1)
+    if config.reduce.mode is ReduceMode.fast:
+        return whole
+    if config.sharding is not Sharding.full or world == 1:
+        sums = (_gradient_buffers(leaves, world) - 1) * node
+        share = 1 if config.sharding is Sharding.none else world
+        return replace(whole, gradients=leaf + sums, optimizer=whole.optimizer // share)
+    sizes = flops.sizes(config.model, vocab)
+    gathered = 4 * (sizes.embedding + sizes.head + sizes.matrices // sizes.layers)  # a layer, and what is in none
+    return replace(
+        whole,
+        weights=whole.weights - leaf + leaf // world + gathered,
+        gradients=leaf + buffers(leaves, range(leaves)) * node // world,  # a leaf, and chunks of the tree's sums
+        optimizer=whole.optimizer // world,
     )
 
 

@@ -1,0 +1,152 @@
+"""What exactness costs: `make bench-price`, or `python -m tests.bench.price`.
+
+Beside the best inexact run that we can write (as many virtual ranks as ranks, the largest micro-batch, the backend's
+all-reduce in buckets that overlap the backward, no checksums) runs the exact one, and between the two every step of
+the way, so that the parts of the price add up. All variants live in the same processes, one thread a rank, on the
+same model and tokens, and take turns; a figure is the median of the ratios of neighbouring turns. On a GPU
+deterministic kernels are a part of their own; on a CPU there is nothing to force.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests import dist
+from train import compose, optim, plan, reduce
+from train.batch import micro_batch_seed
+from train.config import Train
+from train.group import Place, Ranks
+from train.hardware import processor
+from train.models.build import build
+
+RESULTS = Path(__file__).parent / "results" / "price.json"
+SEQUENCES, LARGEST = 64, 8  # of the global batch; of a forward pass: more were not faster here
+STEPS, TURNS = 2, 9
+BEST = "fast sum, free micro-batch"
+VARIANTS = {  # from the best inexact run to the exact one, a change at a time
+    BEST: ["reduce=fast", "batch.virtual_ranks={world}", "evidence.steps=false"],
+    "exact sum": ["batch.virtual_ranks={world}", "evidence.steps=false"],
+    "exact sum, V = 8": ["evidence.steps=false"],
+    "exact": [],
+    "exact, sharding=optimizer": ["sharding=optimizer"],
+    "exact, reduce.dtype=bf16": ["reduce.dtype=bf16"],
+}
+
+
+def config_of(overrides: list[str], world: int) -> Train:
+    more = [override.format(world=world) for override in overrides]
+    shape = [f"batch.sequences={SEQUENCES}", f"devices={world}", "accelerator=cpu", "data=synthetic", "name=price"]
+    config = plan.resolve(compose.config("train", [*shape, *more]))
+    config.batch.micro_batch = min(LARGEST, SEQUENCES // config.batch.virtual_ranks)
+    return config
+
+
+def trainer(config: Train, ranks: Ranks) -> tuple[Callable[[], None], Callable[[], int]]:
+    """A step of training, and the bytes of the gradient buffers it keeps."""
+    model = build(config.model, config.data.tokenizer.vocab, seed=0, device=torch.device("cpu"))
+    flat, reducer = reduce.build(config, ranks, model)
+    optimizer = optim.build(config.optimizer, flat)
+    shape = (int(config.batch.micro_batch), config.model.context + 1)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        for v, buffer in reducer.leaves():
+            for i in range(config.batch.micro_batches):
+                torch.default_generator.manual_seed(micro_batch_seed(0, done, v, i))
+                tokens = torch.randint(config.data.tokenizer.vocab, shape)
+                with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss = model(tokens[:, :-1], tokens[:, 1:]) / config.tokens_per_step
+                loss.backward()
+                buffer.loss += loss.detach()
+        total = reducer.finish()
+        flat.step(optimizer, total.gradient, total.norm, config.optimizer.clip_norm)
+        reducer.spread()
+        float(total.loss)
+        done += 1
+
+    def held() -> int:
+        return sum(b.tensor.numel() * b.tensor.element_size() for b in [*reducer._free, *reducer._taken])
+
+    return step, held
+
+
+def measure(place: Place) -> dict[str, Any]:
+    """Seconds a step of each variant, by turn."""
+    ranks = Ranks.default()
+    loops = {name: trainer(config_of(overrides, place.world), ranks) for name, overrides in VARIANTS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for turn in range(TURNS + 1):
+        order = list(loops) if turn % 2 else list(loops)[::-1]  # what drifts hits neighbours from both sides
+        for name in order:
+            ranks.all_gather(torch.zeros(1))  # all begin at once
+            began = time.perf_counter()
+            for _ in range(STEPS):
+                loops[name][0]()
+            if turn:
+                seconds[name].append((time.perf_counter() - began) / STEPS)
+    return {"seconds": seconds, "gradients": {name: held() for name, (_, held) in loops.items()}}
+
+
+def report_of(world: int) -> dict[str, Any]:
+    measured = dist.run("tests.bench.price:measure", world)[0]
+    config = config_of([], world)
+    rows = []
+    for name, seconds in measured["seconds"].items():
+        ratios = [best / own for best, own in zip(measured["seconds"][BEST], seconds, strict=True)]
+        rows.append(
+            {
+                "variant": name,
+                "tokens_per_s": config.tokens_per_step / statistics.median(seconds),
+                "of_best_median": statistics.median(ratios),
+                "of_best_range": [min(ratios), max(ratios)],
+                "gradient_buffers_bytes": measured["gradients"][name],
+            }
+        )
+    return {
+        "ranks": world,
+        "model": "llama_nano",
+        "precision": config.precision,
+        "tokens_per_step": config.tokens_per_step,
+        "turns": TURNS,
+        "steps_a_turn": STEPS,
+        "variants": rows,
+    }
+
+
+def main() -> int:
+    dist.TIMEOUT = 3600.0
+    results = [report_of(world) for world in (2, 4)]
+    report = {
+        "command": "make bench-price",
+        "date": datetime.date.today().isoformat(),
+        "cpu": processor()[0],
+        "cores": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "results": results,
+    }
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    for result in results:
+        print(f"{result['ranks']} ranks, {result['tokens_per_step']:,} tokens a step, {result['precision']}")
+        for row in result["variants"]:
+            low, high = row["of_best_range"]
+            print(f"  {row['variant']:28} {row['tokens_per_s']:8,.0f} tokens/s", end="")
+            print(f"  {row['of_best_median']:.3f} of the best ({low:.3f} … {high:.3f})", end="")
+            print(f"  {row['gradient_buffers_bytes'] / 2**20:.0f} MiB of gradients")
+    print(f"written to {RESULTS}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
