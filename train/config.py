@@ -288,7 +288,7 @@ class Sharding(Enum):
 class Evidence:
     """Checksums in the run's record, by which `colossus diff` and `replay` find where two runs part."""
 
-    steps: bool = True  # of each step's tokens, gradients and parameters, a virtual rank at a time
+    digests: bool = True  # of each step's tokens, gradients and parameters, a virtual rank at a time
     parameters: bool = False  # of each parameter too
 
 

@@ -67,7 +67,7 @@ def compare(old: dict[str, Any], config: Train, whose: str, otherwise: str) -> N
         changes = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in refused)
         names = [*allowed, *refused]
         allow = names[0] if len(names) == 1 else f"[{','.join(names)}]"
-        raise Refused("", f"{changes} ({whose} -> what you ask for): {otherwise} or allow it with resume.allow={allow}")
+        raise Refused(whose, f"{changes}: {otherwise} or allow it with resume.allow={allow}")
 
 
 class RunFolder:
@@ -147,7 +147,7 @@ class RunFolder:
                 nor = f", nor has {config.resume_from}" if config.resume_from else ""
                 raise Refused(str(self.path), f"has no checkpoint to go on from{nor}, and resume=required")
             return False
-        compare(plain_identity(read_train(self.path / "config.yaml")), config, "this run", "choose another name=…")
+        compare(plain_identity(read_train(self.path / "config.yaml")), config, "", "choose another name=…")
         return True
 
     def write(self, config: Train, data: dict[str, Any]) -> None:

@@ -274,6 +274,6 @@ def build(config: Train, ranks: Ranks, model: nn.Module) -> tuple[Flat, Reducer]
         bucket_bytes=size,
         dtype=torch.bfloat16 if config.reduce.dtype == "bf16" else torch.float32,
         sharded=config.sharding is Sharding.optimizer,
-        evidence=Evidence(flat, config.evidence.parameters) if config.evidence.steps else None,
+        evidence=Evidence(flat, config.evidence.parameters) if config.evidence.digests else None,
     )
     return flat, reducer

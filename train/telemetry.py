@@ -107,7 +107,7 @@ class Recorder:
                 raise NotFinite(f"loss {loss}, gradient norm {norm} in step {pending.step}: try a lower optimizer.lr")
             self._on_seconds(pending.step, seconds)
             self._record(pending, loss, norm)
-            if self._config.evidence.steps and self._speaks:
+            if self._config.evidence.digests and self._speaks:
                 self._send(_digests(pending.step, pending.numbers[floats:], self._config.batch.virtual_ranks))
 
     def _record(self, pending: _Pending, loss: float, norm: float) -> None:

@@ -34,9 +34,9 @@ SEQUENCES, LARGEST = 64, 8  # of the global batch; of a forward pass: more were 
 STEPS, TURNS = 2, 9
 BEST = "fast sum, free micro-batch"
 VARIANTS = {  # from the best inexact run to the exact one, a change at a time
-    BEST: ["reduce=fast", "batch.virtual_ranks={world}", "evidence.steps=false"],
-    "exact sum": ["batch.virtual_ranks={world}", "evidence.steps=false"],
-    "exact sum, V = 8": ["evidence.steps=false"],
+    BEST: ["reduce=fast", "batch.virtual_ranks={world}", "evidence.digests=false"],
+    "exact sum": ["batch.virtual_ranks={world}", "evidence.digests=false"],
+    "exact sum, V = 8": ["evidence.digests=false"],
     "exact": [],
     "exact, sharding=optimizer": ["sharding=optimizer"],
     "exact, reduce.dtype=bf16": ["reduce.dtype=bf16"],
