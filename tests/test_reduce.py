@@ -16,7 +16,8 @@ from tests import dist
 from train.balance import Balance
 from train.evidence import Evidence
 from train.flat import BLOCK, Buffer, Flat, squares
-from train.group import Place, Ranks
+from train.group import Place
+from train.ranks import Ranks
 from train.reduce import ExactReducer, FastReducer
 
 

@@ -11,8 +11,9 @@ import torch
 from tests import dist
 from train import optim, reduce
 from train.config import Batch, Llama, Optimizer, OptimizerKind, Reduce, ReduceMode, Sharding
-from train.group import Place, Ranks
+from train.group import Place
 from train.models.build import build
+from train.ranks import Ranks
 from train.shard import ShardedFlat
 
 VOCAB = 97

@@ -18,7 +18,7 @@ from train.batch import shares
 from train.clock import Clock
 from train.evidence import GRADIENT, PARAMETERS, Evidence, NoEvidence
 from train.flat import BLOCK, SLICE, Buffer, Flat, chunk, squares
-from train.group import Ranks, Wait, gather
+from train.ranks import Ranks, Wait, gather
 
 Started = Callable[[], Wait]  # an exchange under way: the call goes on with it, what that returns waits for its end
 

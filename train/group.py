@@ -16,7 +16,6 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,9 +29,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from train.config import Refused
+from train.ranks import Ranks
 
-gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-Wait = Callable[[], object]
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 TIMEOUT = timedelta(minutes=30)  # a collective that takes longer has lost a rank; the supervisor sees that first
 
@@ -49,46 +47,6 @@ class Place:
     port: int
     loopback: bool  # all ranks are on this host
     backend: str  # "gloo", "nccl"
-
-
-class Ranks:
-    """This rank among the others: what the sum of the gradients needs to know of them."""
-
-    def __init__(self, rank: int, world: int, wire: torch.device) -> None:
-        self.rank, self.world = rank, world
-        self.wire = wire  # where tensors must lie to travel: gloo's in the host's memory, nccl's in the device's own
-
-    @classmethod
-    def default(cls) -> Ranks:
-        """The ranks of torch.distributed's default group; a single one where there is no group."""
-        if not dist.is_initialized():
-            return cls(0, 1, torch.device("cpu"))
-        wire = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-        return cls(dist.get_rank(), dist.get_world_size(), torch.device(wire))
-
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """(…) on each rank -> (W, …) on all of them."""
-        if self.world == 1:
-            return tensor.unsqueeze(0)
-        sent = tensor.contiguous().to(self.wire)
-        gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
-        gather_flat(gathered.view(-1), sent.view(-1))
-        return gathered.to(tensor.device)
-
-
-def gather(ranks: Ranks, target: Tensor, chunk: Tensor) -> Wait:
-    """Start to bring every rank's chunk into `target`, (W·chunk,); the returned call waits for it."""
-    direct = target.device == ranks.wire and target.dtype == chunk.dtype
-    gathered = target if direct else torch.empty(target.shape, dtype=chunk.dtype, device=ranks.wire)
-    chunk = chunk.to(ranks.wire)
-    work = gather_flat(gathered, chunk, async_op=True)
-
-    def wait(sent: Tensor = chunk) -> None:  # which must live until it has been sent
-        work.wait()
-        if not direct:
-            target.copy_(gathered)
-
-    return wait
 
 
 class Group(Ranks, Strategy):
@@ -125,16 +83,6 @@ class Group(Ranks, Strategy):
     def barrier(self, name: str | None = None) -> None:
         if self.world > 1:
             self.all_reduce(torch.zeros(1))
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Tensors only: objects would travel as pickles."""
-        if not isinstance(obj, Tensor):
-            raise TypeError(f"only tensors are broadcast, not {type(obj).__name__}")
-        if self.world > 1:
-            on_wire = obj.to(self.wire)
-            dist.broadcast(on_wire, src)
-            obj.copy_(on_wire)
-        return obj
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         raise NotImplementedError("backward never synchronizes here: the reducer does, once a step")

@@ -33,7 +33,7 @@ from train.buckets import NOBODY, Reducer, Started, bucket_elements
 from train.config import ReduceMode, Sharding, Train
 from train.evidence import Evidence
 from train.flat import Buffer, Flat, Range, chunk
-from train.group import Ranks, Wait, gather
+from train.ranks import Ranks, Wait, gather
 from train.shard import ShardedFlat
 
 

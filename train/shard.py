@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from train.flat import BLOCK, Flat, Piece, Range, chunk, up
-from train.group import Ranks, gather
+from train.ranks import Ranks, gather
 
 
 class Unit:

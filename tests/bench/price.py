@@ -25,9 +25,10 @@ from tests import dist
 from train import compose, optim, plan, reduce
 from train.batch import micro_batch_seed
 from train.config import Train
-from train.group import Place, Ranks
+from train.group import Place
 from train.hardware import processor
 from train.models.build import build
+from train.ranks import Ranks
 
 RESULTS = Path(__file__).parent / "results" / "price.json"
 SEQUENCES, LARGEST = 64, 8  # of the global batch; of a forward pass: more were not faster here

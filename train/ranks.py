@@ -1,0 +1,63 @@
+"""This rank among the others, as the sum of the gradients sees it: whoever made the process group, torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+Wait = Callable[[], object]
+
+
+class Ranks:
+    """This rank among the others: what the sum of the gradients needs to know of them."""
+
+    def __init__(self, rank: int, world: int, wire: torch.device) -> None:
+        self.rank, self.world = rank, world
+        self.wire = wire  # where tensors must lie to travel: gloo's in the host's memory, nccl's in the device's own
+
+    @classmethod
+    def default(cls) -> Ranks:
+        """The ranks of torch.distributed's default group; a single one where there is no group."""
+        if not dist.is_initialized():
+            return cls(0, 1, torch.device("cpu"))
+        wire = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+        return cls(dist.get_rank(), dist.get_world_size(), torch.device(wire))
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """(…) on each rank -> (W, …) on all of them."""
+        if self.world == 1:
+            return tensor.unsqueeze(0)
+        sent = tensor.contiguous().to(self.wire)
+        gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
+        gather_flat(gathered.view(-1), sent.view(-1))
+        return gathered.to(tensor.device)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Tensors only: objects would travel as pickles."""
+        if not isinstance(obj, Tensor):
+            raise TypeError(f"only tensors are broadcast, not {type(obj).__name__}")
+        if self.world > 1:
+            on_wire = obj.to(self.wire)
+            dist.broadcast(on_wire, src)
+            obj.copy_(on_wire)
+        return obj
+
+
+def gather(ranks: Ranks, target: Tensor, chunk: Tensor) -> Wait:
+    """Start to bring every rank's chunk into `target`, (W·chunk,); the returned call waits for it."""
+    direct = target.device == ranks.wire and target.dtype == chunk.dtype
+    gathered = target if direct else torch.empty(target.shape, dtype=chunk.dtype, device=ranks.wire)
+    chunk = chunk.to(ranks.wire)
+    work = gather_flat(gathered, chunk, async_op=True)
+
+    def wait(sent: Tensor = chunk) -> None:  # which must live until it has been sent
+        work.wait()
+        if not direct:
+            target.copy_(gathered)
+
+    return wait
