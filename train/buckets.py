@@ -10,11 +10,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from train.batch import shares
+from train.batch import micro_batch_seed, shares
 from train.clock import Clock
 from train.evidence import GRADIENT, PARAMETERS, Evidence, NoEvidence
 from train.flat import BLOCK, SLICE, Buffer, Flat, chunk, squares
@@ -84,6 +85,21 @@ class Reducer(ABC):
         self._watch_parameters()
         self.assign(shares(virtual_ranks, ranks.world))
 
+    @classmethod
+    def of(cls, model: nn.Module, virtual_ranks: int = 8, micro_batches: int = 1) -> Self:
+        """For a training loop of one's own, in the place of DDP: over torch.distributed's default group, if any.
+
+        `model` is on its device, its parameters float32 and none frozen; they move into one flat tensor and, as with
+        DDP, rank 0's become everybody's. The optimizer over `model.parameters()` may be built before or after.
+        """
+        odd = [n for n, p in model.named_parameters() if p.dtype != torch.float32 or not p.requires_grad]
+        if odd:
+            raise ValueError(f"all parameters must be float32 and require gradients, not so {', '.join(odd)}")
+        ranks = Ranks.default()
+        flat = Flat(model, ranks.world)
+        ranks.broadcast(flat.parameters.detach())
+        return cls(ranks, flat, virtual_ranks, micro_batches)
+
     def assign(self, hosted: list[range]) -> None:
         """Let each rank host these virtual ranks, from the next step on. It has no say in the bits."""
         self.hosted = hosted
@@ -109,6 +125,13 @@ class Reducer(ABC):
         self._gathering: list[Wait] = []
         self._next = 0
         yield from self._leaves()
+
+    def micro_batches(self, seed: int, step: int) -> Iterator[tuple[int, int, Buffer]]:
+        """`leaves`, micro-batch by micro-batch (v, i), a backward pass for each; torch is seeded for it before."""
+        for v, buffer in self.leaves():
+            for i in range(self._micro_batches):
+                torch.manual_seed(micro_batch_seed(seed, step, v, i))  # type: ignore[no-untyped-call]
+                yield v, i, buffer
 
     def finish(self, stop: bool = False) -> Total:
         """The sum over all ranks; `stop` says that this one was asked to."""
