@@ -23,7 +23,6 @@ from train.ranks import Ranks, Wait, gather
 
 Started = Callable[[], Wait]  # an exchange under way: the call goes on with it, what that returns waits for its end
 
-NOBODY = -1  # the virtual rank of a leaf that nobody counts
 IN_FLIGHT = 2  # pieces of a bucket: one is under way while the one before it is added up
 
 

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.batch import Node, children, fold, maximal, root, spine
-from train.buckets import NOBODY, Reducer, Started, bucket_elements
+from train.buckets import Reducer, Started, bucket_elements
 from train.config import ReduceMode, Sharding, Train
 from train.evidence import Evidence
 from train.flat import Buffer, Flat, Range, chunk
@@ -155,7 +155,7 @@ class RoundReducer(ExactReducer):
 
     In round j rank r takes virtual rank j·W + r, whatever the speeds, and what is sent is added to the tree at once:
     besides a leaf there are log2(V) + 1 chunks. Where V leaves the last round short, the ranks without a leaf
-    compute one all the same, since the others need them to gather the parameters; nobody counts it.
+    compute leaf 0 once more, since the others need them to gather the parameters; it is not sent.
     """
 
     def assign(self, hosted: list[range]) -> None:
@@ -176,16 +176,9 @@ class RoundReducer(ExactReducer):
                 self._last.loss.zero_()
                 self._next = 0
             self._round = own
-            self._final = own[self.ranks.rank] if self.ranks.rank < len(own) else NOBODY
+            self._final = own[self.ranks.rank] if self.ranks.rank < len(own) else 0
             yield from self._last_leaf()
             self._computed.append(self._last.loss.clone())
-
-    def _leaf(self, virtual_rank: int, buffer: Buffer) -> Iterator[tuple[int, Buffer]]:
-        if virtual_rank != NOBODY:
-            yield from super()._leaf(virtual_rank, buffer)
-        else:
-            self.flat.attach(buffer)
-            yield 0, buffer
 
     def _exchange(self, bucket: Range) -> Started:
         a, b = bucket
