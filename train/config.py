@@ -10,8 +10,9 @@ Bad values are refused where they are born: each dataclass checks itself, and ra
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -535,9 +536,41 @@ class Verify:
         _choice(self.format, "format", FORMATS)
 
 
+@dataclass(slots=True, kw_only=True)
+class Replay:
+    """`colossus replay`: compute a step of a run again, in one process, and compare the bits with the run's record.
+
+    Exit code 0 where all agree, 1 where one differs.
+    """
+
+    run: str = MISSING  # a folder, or a name under runs/
+    step: int = MISSING
+    virtual_rank: int = -1  # this part of the step only; -1: all of it
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        _require(self.step >= 1, "step", f"{self.step} is no step: the first one is 1")
+        _require(self.virtual_rank >= -1, "virtual_rank", f"{self.virtual_rank} is no virtual rank (-1: all)")
+        _choice(self.format, "format", FORMATS)
+
+
+@dataclass(slots=True, kw_only=True)
+class Diff:
+    """`colossus diff`: the first step at which two runs part, where in it, and why. Exit code 1 where they part."""
+
+    run: Any = MISSING  # [a,b]: folders, or names under runs/
+    recompute: bool = True  # compute steps again where the records do not say enough
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        two = isinstance(self.run, list) and len(self.run) == 2
+        _require(two, "run", f"'{self.run}' does not name two runs: write run=[a,b]")
+        _choice(self.format, "format", FORMATS)
+
+
 MODELS: dict[str, type[Model]] = {"llama": Llama}
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
-SCHEMAS["verify"] = Verify
+SCHEMAS |= {"verify": Verify, "replay": Replay, "diff": Diff}
 _GROUPS = {"data": Data, "optimizer": Optimizer, "schedule": Schedule, "reduce": Reduce, "resume": Resume}
 
 
@@ -566,10 +599,14 @@ def _plain(value: Any, text: Callable[[str], str] = str) -> Any:
     return value.name if isinstance(value, Enum) else text(value) if isinstance(value, str) else value
 
 
-def read_train(path: Path) -> Train:
-    """A run's `config.yaml` as it was written; raises `Refused` where it is none."""
+def read_train(path: Path, changes: Mapping[str, Any] | None = None) -> Train:
+    """A run's `config.yaml` as it was written, with other values for some keys; `Refused` where it is none."""
     try:
-        stored = _plain(yaml.safe_load(path.read_text()), lambda text: text.replace("${", "\\${"))  # not to be resolved
+        stored = yaml.safe_load(path.read_text())
+        for key, value in (changes or {}).items():
+            *groups, last = key.split(".")
+            functools.reduce(dict.__getitem__, groups, stored)[last] = value
+        stored = _plain(stored, lambda text: text.replace("${", "\\${"))  # not to be resolved
         schema = OmegaConf.structured(Train)
         for group, node in _GROUPS.items():
             schema[group] = OmegaConf.structured(node)

@@ -49,6 +49,7 @@ class Start(Event):
     tokens_per_step: int
     steps: int
     fingerprint: dict[str, Any]
+    identity: dict[str, Any]  # the settings that have a say in the result, flattened: they may change at a restart
 
 
 @dataclass(slots=True, kw_only=True)

@@ -33,17 +33,18 @@ FREE = (
 PINNED = ("precision", "compile", "accelerator", "batch.micro_batch")  # `auto` means: as this run has it
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A configuration's keys, dots between them; enums by name."""
     for key, item in value.items():
         if isinstance(item, dict) and item:
-            yield from _flat(item, f"{prefix}{key}.")
+            yield from flatten(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item.name if isinstance(item, Enum) else item
 
 
 def identity(config: Train, free: Iterable[str] = FREE) -> dict[str, Any]:
     """The keys that make the result what it is, flattened: two runs that agree in them train the same model."""
-    return {key: value for key, value in _flat(asdict(config)) if not _among(key, free)}
+    return {key: value for key, value in flatten(asdict(config)) if not _among(key, free)}
 
 
 def _among(key: str, names: Iterable[str]) -> bool:

@@ -29,21 +29,20 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from torch._C._distributed_c10d import Store
 
-from train import events, flops, hardware, optim, plan, reduce
+from train import events, flops, hardware, plan
 from train.balance import Balance
 from train.channel import Channel
-from train.config import ReduceMode, Refused, Train, read_train
+from train.config import Refused, Train, read_train
 from train.data.prepare import Prepared
-from train.data.stream import Stream, Validation
+from train.data.stream import Validation
+from train.engine import Engine
 from train.fingerprint import fingerprint
 from train.folder import LOCAL, identity, plain_identity
 from train.group import Group, Place, join, leave
 from train.keeper import Keeper, restore
 from train.loop import Due, Parts, TrainState, fit
-from train.models.build import build
 from train.saver import Saver
 from train.telemetry import Recorder, matmul_peak
-from train.trained import precision
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -93,20 +92,15 @@ def assemble(order: Order, channel: Channel, store: Store) -> tuple[TrainState, 
     folder, place = Path(order.folder), order.place
     config = read_train(folder / "config.yaml")
     prepared = Prepared.from_json((folder / "data.json").read_text())
-    _numerics(config, place, order.threads)
-    group = Group(place, precision(config.precision, torch.device(place.device)))
-    _agree(config, prepared, group)
     loggers = _loggers(config, folder, order.writer_epoch) if place.rank == 0 else []
-    fabric = Fabric(accelerator=config.accelerator, devices=1, strategy=group, loggers=loggers)
-
-    model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
-    flat, reducer = reduce.build(config, group, model)
-    state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
+    engine = Engine.build(config, prepared, place, order.threads, loggers)
+    group, fabric, state = engine.group, engine.fabric, engine.state
+    _agree(config, prepared, group)
     numerics = fingerprint(config, fabric.device)
     restore(state, folder / "checkpoints", group, channel, order.resume, numerics)
 
     peak, peak_source = _peak(config, fabric, group)
-    balance = Balance(config, group, reducer, channel)
+    balance = Balance(config, group, engine.reducer, channel)
     recorder = Recorder(config, fabric, channel.send, prepared.vocab, peak, on_seconds=balance.observe)
 
     @functools.cache  # opening the set verifies it: once for the part, once for the whole
@@ -117,7 +111,7 @@ def assemble(order: Order, channel: Channel, store: Store) -> tuple[TrainState, 
     keeper = Keeper(
         config=config,
         state=state,
-        model=model,
+        model=engine.model,
         fabric=fabric,
         validation=validation,
         channel=channel,
@@ -140,21 +134,8 @@ def assemble(order: Order, channel: Channel, store: Store) -> tuple[TrainState, 
             send=channel.send,
         ),
     )
-    parts = Parts(
-        config=config,
-        fabric=fabric,
-        model=torch.compile(model, fullgraph=True, dynamic=False) if config.compile is True else model,
-        stream=Stream(
-            prepared,
-            seed=config.seed,
-            context=config.model.context,
-            sequences=config.batch.sequences,
-            virtual_ranks=config.batch.virtual_ranks,
-            micro_batch=int(config.batch.micro_batch),
-        ),
-        generator=_generator(fabric.device),
-        reducer=reducer,
-        recorder=recorder,
+    parts = engine.parts(
+        recorder,
         phase=channel.phase,
         stop_requested=channel.stop_requested,
         due=(
@@ -195,6 +176,7 @@ def _start(
         tokens_per_step=config.tokens_per_step,
         steps=config.steps,
         fingerprint=numerics,
+        identity=plain_identity(config),
     )
 
 
@@ -211,26 +193,6 @@ def _agree(config: Train, prepared: Prepared, group: Group) -> None:
     mine = torch.tensor(list(bytes.fromhex(_digest(identity(config, LOCAL), prepared.digest))))
     if not torch.equal(group.broadcast(mine.clone()), mine):
         raise Refused("nodes", f"rank {group.rank} has another configuration or corpus than rank 0: make them equal")
-
-
-def _numerics(config: Train, place: Place, threads: int) -> None:
-    """Fix what the bits depend on: threads on a CPU, deterministic kernels where the law is promised."""
-    if place.device == "cpu":
-        torch.set_num_threads(threads)
-    else:
-        torch.cuda.set_device(place.device)
-    if config.reduce.mode is ReduceMode.exact:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first cuBLAS call; torch demands it
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it writes twice
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The default generator of a device. `torch.manual_seed` would seed all of them, 1 ms a call without a GPU."""
-    if device.type == "cuda":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
 
 
 def _loggers(config: Train, folder: Path, epoch: int) -> list[Logger]:

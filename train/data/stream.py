@@ -61,8 +61,17 @@ class Stream:
 
     def sample_ids(self, step: int, virtual_rank: int, micro_batch: int) -> list[tuple[int, int, int]]:
         """(store, epoch, window counted through the store) of each row: evidence of what was seen."""
-        places = self._places(self._indices(step, virtual_rank, micro_batch))
+        places = self.places(step, virtual_rank, micro_batch)
         return [(source, epoch, self.ends[source][shard] + window) for source, epoch, shard, window in places]
+
+    def places(self, step: int, virtual_rank: int, micro_batch: int) -> list[tuple[int, int, int, int]]:
+        """(store, epoch, shard, window in the shard) of each row."""
+        return self._places(self._indices(step, virtual_rank, micro_batch))
+
+    def document(self, store: int, shard: int, window: int, offset: int = 0) -> int | None:
+        """Which of the shard's documents a window's token lies in; None where it is not known where they end."""
+        index = self._shard(store, shard).index()
+        return None if index is None else int(np.searchsorted(index[0], window * self.context + offset, side="right"))
 
     def _indices(self, step: int, virtual_rank: int, micro_batch: int) -> Ints:
         assert 0 <= virtual_rank < self.virtual_ranks, f"virtual rank {virtual_rank} of {self.virtual_ranks}"

@@ -1,0 +1,108 @@
+"""Everything that computes a step, put together: in a rank of a run, and in a process by itself that computes it again.
+
+There is this one place, so that a step is computed again by the very code and the very settings that computed it first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers.logger import Logger
+
+from train import optim, reduce
+from train.buckets import Reducer
+from train.config import ReduceMode, Train
+from train.data.prepare import Prepared
+from train.data.stream import Stream
+from train.group import Group, Place
+from train.loop import Due, Parts, TrainState
+from train.models.build import build
+from train.models.language import LanguageModel
+from train.telemetry import Recorder
+from train.trained import precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    config: Train
+    prepared: Prepared
+    group: Group
+    fabric: Fabric
+    model: LanguageModel  # not compiled
+    reducer: Reducer
+    state: TrainState  # as `seed` initialises it, at step 0, until a checkpoint is brought into it
+
+    @classmethod
+    def build(
+        cls, config: Train, prepared: Prepared, place: Place, threads: int, loggers: Sequence[Logger] = ()
+    ) -> Engine:
+        """`threads` of this process, on a CPU. The process group must have been joined where the world is not 1."""
+        _numerics(config, place, threads)
+        group = Group(place, precision(config.precision, torch.device(place.device)))
+        fabric = Fabric(accelerator=config.accelerator, devices=1, strategy=group, loggers=list(loggers))
+        model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
+        flat, reducer = reduce.build(config, group, model)
+        state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
+        return cls(
+            config=config,
+            prepared=prepared,
+            group=group,
+            fabric=fabric,
+            model=model,
+            reducer=reducer,
+            state=state,
+        )
+
+    def parts(
+        self,
+        recorder: Recorder,
+        phase: Callable[[str, int], None] = lambda name, step: None,
+        stop_requested: Callable[[], bool] = lambda: False,
+        due: tuple[Due, ...] = (),
+    ) -> Parts:
+        """What a step is made of, and who watches it."""
+        config = self.config
+        return Parts(
+            config=config,
+            fabric=self.fabric,
+            model=torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile is True else self.model,
+            stream=Stream(
+                self.prepared,
+                seed=config.seed,
+                context=config.model.context,
+                sequences=config.batch.sequences,
+                virtual_ranks=config.batch.virtual_ranks,
+                micro_batch=int(config.batch.micro_batch),
+            ),
+            generator=_generator(self.fabric.device),
+            reducer=self.reducer,
+            recorder=recorder,
+            phase=phase,
+            stop_requested=stop_requested,
+            due=due,
+        )
+
+
+def _numerics(config: Train, place: Place, threads: int) -> None:
+    """Fix what the bits depend on: threads on a CPU, deterministic kernels where the law is promised."""
+    if place.device == "cpu":
+        torch.set_num_threads(threads)
+    else:
+        torch.cuda.set_device(place.device)
+    exact = config.reduce.mode is ReduceMode.exact
+    if exact:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first cuBLAS call; torch demands it
+    torch.use_deterministic_algorithms(exact)
+    torch.utils.deterministic.fill_uninitialized_memory = not exact  # type: ignore[attr-defined]  # it writes twice
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The default generator of a device. `torch.manual_seed` would seed all of them, 1 ms a call without a GPU."""
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
