@@ -20,7 +20,7 @@ LAYERS = [
     ("loop",),
     ("keeper", "balance", "engine"),
     ("run", "rerun"),
-    ("supervisor", "runs", "replay"),
+    ("supervisor", "runs", "replay", "narrow"),
     ("diff",),
     ("compose", "cli", "__main__"),
 ]

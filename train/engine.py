@@ -70,14 +70,7 @@ class Engine:
             config=config,
             fabric=self.fabric,
             model=torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile is True else self.model,
-            stream=Stream(
-                self.prepared,
-                seed=config.seed,
-                context=config.model.context,
-                sequences=config.batch.sequences,
-                virtual_ranks=config.batch.virtual_ranks,
-                micro_batch=int(config.batch.micro_batch),
-            ),
+            stream=stream(config, self.prepared),
             generator=_generator(self.fabric.device),
             reducer=self.reducer,
             recorder=recorder,
@@ -85,6 +78,17 @@ class Engine:
             stop_requested=stop_requested,
             due=due,
         )
+
+
+def stream(config: Train, prepared: Prepared) -> Stream:
+    return Stream(
+        prepared,
+        seed=config.seed,
+        context=config.model.context,
+        sequences=config.batch.sequences,
+        virtual_ranks=config.batch.virtual_ranks,
+        micro_batch=int(config.batch.micro_batch),
+    )
 
 
 def _numerics(config: Train, place: Place, threads: int) -> None:

@@ -122,28 +122,25 @@ class Rerun:
         return record.different(self.recorded(step), self.computed[step])
 
     def recorded(self, step: int) -> Checks:
-        return _comparable(self.run.checks(step), self.engine.config)
+        return self.run.checks(step, self.engine.config.reduce.mode is ReduceMode.exact)
 
     def leaf(self, v: int, each: Callable[[int, Tensor], object] = lambda i, gradient: None) -> tuple[Checks, Tensor]:
         """Virtual rank v's part of the next step, and its gradient; `each` is told the sum after each micro-batch."""
-        state, evidence = self.engine.state, self.engine.config.evidence
-        checksums = Checksums(state.flat, evidence.parameters)
-        checksums.begin()
-        checksums.of_state(PARAMETERS, state.flat.parameters, 0)
+        state = self.engine.state
         buffer = state.flat.buffer()
         state.flat.attach(buffer)
         for i in range(self.engine.config.batch.micro_batches):
             loop.micro_batch(v, i, buffer, state, self.parts)
             each(i, buffer.tensor)
-        checksums.of_leaf(v, buffer.tensor, 0)
-        words = [word(number) for number in checksums.state[PARAMETERS].tolist()]
-        found = {"parameters": words, "tokens": [word(buffer.tokens)], "leaves": [word(int(checksums.leaf(v)))]}
-        return found, buffer.tensor
+        leaf = word(int(state.flat.checksum(buffer.tensor, 0).sum()))
+        return {"parameters": self.parameters(), "tokens": [word(buffer.tokens)], "leaves": [leaf]}, buffer.tensor
 
-
-def _comparable(found: Checks, config: Train) -> Checks:
-    """Without what the backend's own sum has no checksum of: each virtual rank's gradient."""
-    return found if config.reduce.mode is ReduceMode.exact else {k: v for k, v in found.items() if k != "leaves"}
+    def parameters(self) -> list[str]:
+        """The checksums that the next step would record of the parameters."""
+        flat = self.engine.state.flat
+        checksums = Checksums(flat, self.engine.config.evidence.parameters)
+        checksums.of_state(PARAMETERS, flat.parameters, 0)
+        return [word(number) for number in checksums.state[PARAMETERS].tolist()]
 
 
 def word(number: int) -> str:
