@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system bench bench-save bench-price bench-exact gpu-check clean
+.PHONY: help setup train test check test-system bench bench-save bench-price bench-exact bench-evidence gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -53,6 +53,9 @@ bench-price: setup ## Measure: the exact run beside the best inexact one, and th
 
 bench-exact: setup ## The table of the law: each row one state_sha256 over ranks and sharding (20 minutes; ARGS: part of a row's name)
 	@$(BIN)/python -m tests.bench.exactness $(ARGS)
+
+bench-evidence: setup ## Measure: what the checksums of each step cost (a minute or two)
+	@$(BIN)/python -m tests.bench.evidence_cost $(ARGS)
 
 gpu-check: setup ## On a machine with a GPU: what of all this holds there, in under 8 minutes
 	@$(BIN)/python -m tests.bench.gpu_check $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from ast import literal_eval
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from train import cli, events
 from train.data.corpus import held_out
 from train.manifest import MANIFEST, SEAL
 
-Folder = Path
+Folder = Path  # of a run
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +215,16 @@ def test_runs_that_agree(tiny: list[str], ask: Callable[..., Said], capsys: pyte
     assert cli.main(["diff", f"run=[{a},{b}]"]) == 0
     assert "they agree in all 6 steps that both have" in capsys.readouterr().out
 
+    def forged(record: dict[str, Any]) -> None:
+        if (record["kind"], record.get("step")) == ("digests", 6):
+            record["parameters"] = ["0" * 16]
+
+    edit(a, forged)
+    code, said = ask("diff", f"run=[{a},{b}]")
+    assert (code, said["step"], list(said["differs"])) == (1, 6, ["parameters"]), "one checksum against one a parameter"
+    assert said["findings"][0] == "their parameters differed before the step"
+    assert said["findings"][1].startswith(f"{a} did not record the parameters that checkpoint 3 leads to")
+
 
 def test_other_seeds_part_at_the_first_step(tiny: list[str], ask: Callable[..., Said]) -> None:
     a, b = (train(tiny, f"name=s{seed}", "devices=2", f"seed={seed}", "steps=2") for seed in (0, 1))
@@ -305,6 +316,9 @@ def test_a_changed_document_is_named_at_the_first_step_that_sees_it(
     finding = said["findings"][0]
     assert finding.startswith(f"their data differ: virtual rank {v}, micro-batch ")
     texts = finding.splitlines()[1:]
+    sides = [literal_eval(text.split(" shard 0 ")[1]) for text in texts]
+    unequal = next(i for i, (x, y) in enumerate(zip(*sides, strict=True)) if x != y)
+    assert unequal == min(8, int(finding.split("from token ")[1].split()[0]))
     assert texts[0].upper() == texts[1].upper()
     assert "return" in texts[0]
     assert "RETURN" in texts[1]

@@ -18,7 +18,7 @@ from train.config import DONE, FAILED, ReduceMode, Refused, Train
 from train.config import Diff as Config
 from train.console import Console
 from train.folder import flatten, identity, locate, read_json
-from train.narrow import SHOWN, Narrow, tell_changes
+from train.narrow import SHOWN, Narrow, places, tell_changes
 from train.record import Record
 
 
@@ -100,7 +100,7 @@ def findings(at: Narrow, wrong: dict[str, list[int]], agreed_before: bool, recom
             changes = at.parameters(agreed_before)
             if changes:
                 found[len(found) - bool(names) :] = [
-                    f"their parameters differed before the step: {tell_changes(changes)}"
+                    f"their parameters differed before the step:{tell_changes(changes)}"
                 ]
 
     def gradient() -> None:
@@ -189,7 +189,6 @@ def _show(report: dict[str, Any]) -> None:
     if report["step"] is None:
         rich.print(f"they agree in all {steps['common']} steps that both have, in {', '.join(report['compared'])}")
         return
-    where = [key + (f" {', '.join(map(str, at))}" if at else "") for key, at in report["differs"].items()]
-    rich.print(f"they part at step {report['step']}, in {'; '.join(where)}")
+    rich.print(f"they part at step {report['step']}, in {places(report['differs'])}")
     for finding in report["findings"]:
         rich.print(finding)

@@ -126,7 +126,7 @@ class Narrow:
                 )
         moments = [change for change in _changes(*states) if change["file"] == "optimizer"]
         if moments:
-            self.notes.append(f"the moments differed before step {self.step - 1}: {tell_changes(moments)}")
+            self.notes.append(f"the moments differed before step {self.step - 1}:{tell_changes(moments)}")
         elif proved:
             self.notes.append(f"step {self.step - 1} agrees, its gradient too: its update differs ({self._why()})")
 
@@ -159,8 +159,7 @@ class Narrow:
             found = again.different(self.step)
             if found:
                 wrong.append(run.name)
-                where = [f"{key} {', '.join(map(str, at))}".strip() for key, at in found.items()]
-                self.notes.append(f"{run.name} is not reproduced here: {'; '.join(where)}")
+                self.notes.append(f"{run.name} is not reproduced here: {places(found)}")
             if again.foreign:
                 changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in again.foreign.items())
                 self.notes.append(f"{run.name} was computed on another machine than this one: {changes}")
@@ -176,6 +175,12 @@ class Narrow:
     def sums_have_no_order(self) -> bool:
         runs = zip((self.a, self.b), self.configs, strict=True)
         return any(c.reduce.mode is ReduceMode.fast and run.start(self.step)["world"] > 1 for run, c in runs)
+
+
+def places(wrong: dict[str, list[int]]) -> str:
+    """What differs, and in which virtual ranks."""
+    ranks = {key: ", ".join(map(str, at)) for key, at in wrong.items() if key in ("tokens", "leaves") and at}
+    return "; ".join(f"{key} of virtual rank {ranks[key]}" if key in ranks else key for key in wrong)
 
 
 def _base(again: Rerun) -> str:
@@ -211,4 +216,5 @@ def tell_changes(changes: list[dict[str, Any]]) -> str:
         f"({c['elements']:,} element{'s' * (c['elements'] > 1)}, {c['bits']:,} bit{'s' * (c['bits'] > 1)})"
         for c in changes[:SHOWN]
     ]
-    return "; ".join(told) + (f"; and {len(changes) - SHOWN} more tensors" if len(changes) > SHOWN else "")
+    told += [f"and {len(changes) - SHOWN} more tensors"] if len(changes) > SHOWN else []
+    return f" {told[0]}" if len(told) == 1 else "".join(f"\n  {line}" for line in told)
