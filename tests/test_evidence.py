@@ -192,12 +192,12 @@ def test_a_run_continued_with_other_settings_is_proved_in_all_its_steps(
 
 
 def test_without_checksums_loss_and_norm_are_compared(tiny: list[str], ask: Callable[..., Said]) -> None:
-    folder = train(tiny, "name=a", "devices=2", "evidence.steps=false", "model.layers=1")
+    folder = train(tiny, "name=a", "devices=2", "evidence.digests=false", "model.layers=1")
     assert not [record for record in events.read(folder / "events.jsonl") if record["kind"] == "digests"]
     code, said = ask("replay", f"run={folder}", "step=5")
     assert code == 0
     assert [check["what"] for check in said["checks"]] == ["loss", "gradient norm", "learning rate"]
-    other = train(tiny, "name=b", "devices=2", "evidence.steps=false", "model.layers=1", "seed=1")
+    other = train(tiny, "name=b", "devices=2", "evidence.digests=false", "model.layers=1", "seed=1")
     code, said = ask("diff", f"run=[{folder},{other}]")
     assert (code, said["step"]) == (1, 1)
     assert said["findings"][0].startswith("their data differ: virtual rank 0, micro-batch 0, row 0")
@@ -237,7 +237,7 @@ def test_other_seeds_part_at_the_first_step(tiny: list[str], ask: Callable[..., 
 @pytest.mark.parametrize("recorded", [True, False], ids=["by-the-record", "without-checksums"])
 def test_a_flipped_bit_of_a_weight_is_named(recorded: bool, tiny: list[str], ask: Callable[..., Said]) -> None:
     """Another run's checkpoint with one bit changed: its parameter, element and bit, at the first step after it."""
-    more = [] if recorded else ["evidence.steps=false"]
+    more = [] if recorded else ["evidence.digests=false"]
     a = train(tiny, *more, "name=a", "devices=2")
     b = resumed_from(a, 3, "b")
     old, new = flip(b / "checkpoints/step-00000003", "model", WEIGHT, [17, 3], 20)

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
     ("config", "events", "batch", "flops", "hardware"),
+    ("commands",),
     ("data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
     ("folder", "mirror", "record", "group", "clock", "evidence", "generate", "plan", "console"),
     ("shard", "buckets"),
@@ -25,7 +26,8 @@ LAYERS = [
     ("compose", "cli", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-WITHOUT_TORCH = ["config", "events", "batch", "flops", "hardware", "plan", "folder", "summary", "compose", "cli"]
+WITHOUT_TORCH = ["config", "commands", "events", "batch", "flops", "hardware", "plan", "folder", "summary"]
+WITHOUT_TORCH += ["compose", "cli"]
 WITHOUT_TORCH += [
     "console",
     "supervisor",
@@ -69,11 +71,24 @@ def test_nothing_imports_upwards(room: str, path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
 def test_files_are_short(path: Path) -> None:
     lines = len(path.read_text().splitlines())
-    assert lines <= (400 if path.name != "config.py" else 640), f"{path.name} has {lines} lines"
+    assert lines <= (400 if path.name != "config.py" else 520), f"{path.name} has {lines} lines"
 
 
 def test_the_core_keeps_its_budget() -> None:
-    core = ("batch", "reduce", "group", "loop", "checkpoint", "run", "keeper", "events", "config")
+    core = (
+        "batch",
+        "buckets",
+        "reduce",
+        "shard",
+        "ranks",
+        "group",
+        "loop",
+        "checkpoint",
+        "run",
+        "engine",
+        "events",
+        "config",
+    )
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
     assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 9000
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 from train import compose
 from train.channel import REQUESTS
-from train.config import DONE, MODELS, REFUSED, SCHEMAS, Refused
+from train.commands import SCHEMAS
+from train.config import DONE, MODELS, REFUSED, Refused
 
 INTERRUPTED = 130  # Ctrl-C, or another request to stop, in a command that saves nothing or has not begun
 

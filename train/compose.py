@@ -25,7 +25,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from train.config import CONFIGS, STOPPED, Refused, Train, register
+from train.commands import register
+from train.config import CONFIGS, STOPPED, Refused, Train
 
 TEXT = {
     "prompt",

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,14 +37,14 @@ class Refused(Exception):
         self.key, self.why = key, why
 
 
-def _require(condition: bool, key: str, why: str) -> None:
+def require(condition: bool, key: str, why: str) -> None:
     if not condition:
         raise Refused(key, why)
 
 
-def _choice(value: Any, key: str, choices: tuple[Any, ...]) -> None:
+def choice(value: Any, key: str, choices: tuple[Any, ...]) -> None:
     shown = ", ".join(str(c).lower() for c in choices)
-    _require(value in choices, key, f"'{value}' is unknown: choose from {shown}")
+    require(value in choices, key, f"'{value}' is unknown: choose from {shown}")
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -60,8 +59,8 @@ class Model:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.context >= 2, "model.context", f"{self.context} is no context length: use 2 or more")
-        _require(0 <= self.dropout < 1, "model.dropout", f"{self.dropout} is not in [0, 1)")
+        require(self.context >= 2, "model.context", f"{self.context} is no context length: use 2 or more")
+        require(0 <= self.dropout < 1, "model.dropout", f"{self.dropout} is not in [0, 1)")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,10 +80,10 @@ class Llama(Model):
     def __post_init__(self) -> None:
         Model.__post_init__(self)
         for name in ("layers", "width", "heads", "kv_heads", "ffn"):
-            _require(getattr(self, name) >= 1, f"model.{name}", "must be at least 1")
-        _require(self.width % self.heads == 0, "model.heads", f"{self.heads} heads do not divide width {self.width}")
-        _require((self.width // self.heads) % 2 == 0, "model.heads", "rotary positions need an even head size")
-        _require(self.heads % self.kv_heads == 0, "model.kv_heads", f"{self.kv_heads} do not divide {self.heads} heads")
+            require(getattr(self, name) >= 1, f"model.{name}", "must be at least 1")
+        require(self.width % self.heads == 0, "model.heads", f"{self.heads} heads do not divide width {self.width}")
+        require((self.width // self.heads) % 2 == 0, "model.heads", "rotary positions need an even head size")
+        require(self.heads % self.kv_heads == 0, "model.kv_heads", f"{self.kv_heads} do not divide {self.heads} heads")
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -114,11 +113,11 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if self.kind is TokenizerKind.bpe:
-            _require(257 <= self.vocab <= 65_536, "data.tokenizer.vocab", f"{self.vocab} is not in 257 … 65,536")
+            require(257 <= self.vocab <= 65_536, "data.tokenizer.vocab", f"{self.vocab} is not in 257 … 65,536")
         if self.kind is TokenizerKind.none:
-            _require(2 <= self.vocab <= 2**31, "data.tokenizer.vocab", f"{self.vocab} is not in 2 … 2^31")
+            require(2 <= self.vocab <= 2**31, "data.tokenizer.vocab", f"{self.vocab} is not in 2 … 2^31")
         if self.kind is TokenizerKind.file:
-            _require(bool(self.path), "data.tokenizer.path", "name the tokenizer.json that kind=file should load")
+            require(bool(self.path), "data.tokenizer.path", "name the tokenizer.json that kind=file should load")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,12 +138,12 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.kind in (SourceKind.text, SourceKind.bin):
-            _require(bool(self.paths()), "data.path", f"data={self.kind.value} needs data.path=FILE_OR_FOLDER")
+            require(bool(self.paths()), "data.path", f"data={self.kind.value} needs data.path=FILE_OR_FOLDER")
             for path in self.paths():
-                _require(Path(path).expanduser().exists(), "data.path", f"no such file or folder: {path}")
+                require(Path(path).expanduser().exists(), "data.path", f"no such file or folder: {path}")
         if self.kind is SourceKind.hf:
-            _require(bool(self.name), "data.name", "data=hf needs data.name=OWNER/DATASET (or a local folder)")
-        _require(self.weight > 0, "data.weight", f"{self.weight} is no weight: use a number above 0")
+            require(bool(self.name), "data.name", "data=hf needs data.name=OWNER/DATASET (or a local folder)")
+        require(self.weight > 0, "data.weight", f"{self.weight} is no weight: use a number above 0")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -159,19 +158,19 @@ class Data(Source):
     cache: str = ""  # where prepared tokens are kept; empty: $XDG_CACHE_HOME/pocket-colossus
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.parts) == (self.kind is SourceKind.mix),
             "data.parts",
             "a corpus has either one kind or several parts: use data=mix with data.parts, or another data=…",
         )
         mixed = [name for name, part in self.parts.items() if part.kind is SourceKind.mix]
-        _require(not mixed, "data.parts", f"'{', '.join(mixed)}' is itself a mix: give each part a kind of its own")
+        require(not mixed, "data.parts", f"'{', '.join(mixed)}' is itself a mix: give each part a kind of its own")
         Source.__post_init__(self)
-        _require(
+        require(
             0 < self.validation <= 0.5, "data.validation", f"{self.validation} is not a share above 0 and up to 0.5"
         )
-        _require(self.shard_tokens >= 1024, "data.shard_tokens", "must be at least 1024")
-        _require(self.synthetic_tokens >= 1024, "data.synthetic_tokens", "must be at least 1024")
+        require(self.shard_tokens >= 1024, "data.shard_tokens", "must be at least 1024")
+        require(self.synthetic_tokens >= 1024, "data.synthetic_tokens", "must be at least 1024")
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -188,17 +187,17 @@ class Batch:
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, str):
-            _require(
+            require(
                 self.weights in ("even", "auto"),
                 "batch.weights",
                 f"'{self.weights}' is neither even, auto nor a list of numbers",
             )
         else:
             numbers = all(isinstance(w, int | float) and w > 0 for w in self.weights)
-            _require(numbers, "batch.weights", f"{list(self.weights)} are no weights: use numbers above 0")
-        _require(self.virtual_ranks >= 1, "batch.virtual_ranks", f"{self.virtual_ranks} is too few: use 1 or more")
-        _require(self.sequences >= 1, "batch.sequences", f"{self.sequences} is too few: use 1 or more")
-        _require(
+            require(numbers, "batch.weights", f"{list(self.weights)} are no weights: use numbers above 0")
+        require(self.virtual_ranks >= 1, "batch.virtual_ranks", f"{self.virtual_ranks} is too few: use 1 or more")
+        require(self.sequences >= 1, "batch.sequences", f"{self.sequences} is too few: use 1 or more")
+        require(
             self.sequences % self.virtual_ranks == 0,
             "batch.sequences",
             f"{self.sequences} sequences do not divide among {self.virtual_ranks} virtual ranks "
@@ -206,13 +205,13 @@ class Batch:
         )
         if isinstance(self.micro_batch, int):
             share = self.sequences // self.virtual_ranks
-            _require(
+            require(
                 self.micro_batch >= 1 and share % self.micro_batch == 0,
                 "batch.micro_batch",
                 f"{self.micro_batch} does not divide the {share} sequences of a virtual rank",
             )
         else:
-            _require(self.micro_batch == "auto", "batch.micro_batch", f"'{self.micro_batch}' is neither auto nor N")
+            require(self.micro_batch == "auto", "batch.micro_batch", f"'{self.micro_batch}' is neither auto nor N")
 
     @property
     def micro_batches(self) -> int:
@@ -236,12 +235,12 @@ class Optimizer:
     clip_norm: float = 1.0  # of the whole gradient; 0 switches clipping off
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", f"{self.lr} is no learning rate: use a number above 0")
-        _require(0 <= self.beta1 < 1, "optimizer.beta1", f"{self.beta1} is not in [0, 1)")
-        _require(0 <= self.beta2 < 1, "optimizer.beta2", f"{self.beta2} is not in [0, 1)")
-        _require(self.eps > 0, "optimizer.eps", f"{self.eps} must be above 0")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", f"{self.weight_decay} must not be negative")
-        _require(self.clip_norm >= 0, "optimizer.clip_norm", f"{self.clip_norm} must not be negative (0: off)")
+        require(self.lr > 0, "optimizer.lr", f"{self.lr} is no learning rate: use a number above 0")
+        require(0 <= self.beta1 < 1, "optimizer.beta1", f"{self.beta1} is not in [0, 1)")
+        require(0 <= self.beta2 < 1, "optimizer.beta2", f"{self.beta2} is not in [0, 1)")
+        require(self.eps > 0, "optimizer.eps", f"{self.eps} must be above 0")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", f"{self.weight_decay} must not be negative")
+        require(self.clip_norm >= 0, "optimizer.clip_norm", f"{self.clip_norm} must not be negative (0: off)")
 
 
 class ScheduleKind(Enum):
@@ -258,9 +257,9 @@ class Schedule:
     floor: float = 0.0  # where the decay ends, as a share of optimizer.lr
 
     def __post_init__(self) -> None:
-        _require(self.warmup_steps >= 0, "schedule.warmup_steps", "must not be negative")
-        _require(0 <= self.decay <= 1, "schedule.decay", f"{self.decay} is not a share between 0 and 1")
-        _require(0 <= self.floor <= 1, "schedule.floor", f"{self.floor} is not a share between 0 and 1")
+        require(self.warmup_steps >= 0, "schedule.warmup_steps", "must not be negative")
+        require(0 <= self.decay <= 1, "schedule.decay", f"{self.decay} is not a share between 0 and 1")
+        require(0 <= self.floor <= 1, "schedule.floor", f"{self.floor} is not a share between 0 and 1")
 
 
 class ReduceMode(Enum):
@@ -275,8 +274,8 @@ class Reduce:
     bucket_mib: float = 8.0  # of the gradient on its way at a time
 
     def __post_init__(self) -> None:
-        _choice(self.dtype, "reduce.dtype", ("fp32", "bf16"))
-        _require(self.bucket_mib > 0, "reduce.bucket_mib", "must be above 0")
+        choice(self.dtype, "reduce.dtype", ("fp32", "bf16"))
+        require(self.bucket_mib > 0, "reduce.bucket_mib", "must be above 0")
 
 
 class Sharding(Enum):
@@ -300,9 +299,9 @@ class Eval:
     micro_batch: int = 8
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "eval.every", "must not be negative")
-        _require(self.tokens >= 1, "eval.tokens", "must be at least 1")
-        _require(self.micro_batch >= 1, "eval.micro_batch", "must be at least 1")
+        require(self.every >= 0, "eval.every", "must not be negative")
+        require(self.tokens >= 1, "eval.tokens", "must be at least 1")
+        require(self.micro_batch >= 1, "eval.micro_batch", "must be at least 1")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -314,16 +313,16 @@ class Checkpoint:
     store: str = ""  # a URL that checkpoints are copied to: s3://bucket/run, gs://…, file://…; empty: nowhere
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "checkpoint.every", "must not be negative")
-        _require(self.keep >= 1, "checkpoint.keep", "must be at least 1")
-        _require(self.keep_every >= 0, "checkpoint.keep_every", "must not be negative (0: off)")
+        require(self.every >= 0, "checkpoint.every", "must not be negative")
+        require(self.keep >= 1, "checkpoint.keep", "must be at least 1")
+        require(self.keep_every >= 0, "checkpoint.keep_every", "must not be negative (0: off)")
         _no_secret(self.store, "checkpoint.store")
 
 
 def _no_secret(url: str, key: str) -> None:
     """A URL is written to config.yaml and said in messages."""
     user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
-    _require(not at or ":" not in user, key, "no credentials in a URL: leave them to the environment")
+    require(not at or ":" not in user, key, "no credentials in a URL: leave them to the environment")
 
 
 class ResumeMode(Enum):
@@ -346,7 +345,7 @@ class Log:
     every: int = 10  # steps between lines on the console and in the loggers
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, "log.every", "must be at least 1")
+        require(self.every >= 1, "log.every", "must be at least 1")
 
 
 LOGGERS = ("tensorboard", "csv", "wandb")
@@ -388,42 +387,42 @@ class Train:
     sample: str = ""  # a prompt to continue at the end of the run; empty: the corpus's own beginning
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.name != "" and Path(self.name).name == self.name and self.name not in (".", ".."),
             "name",
             f"'{self.name}' cannot be a folder's name under {self.runs}/",
         )
-        _require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
-        _require(self.steps >= 1, "steps", f"{self.steps} is too few: use 1 or more")
-        _require(self.nodes >= 1, "nodes", f"{self.nodes} is too few: use 1 or more")
-        _choice(self.accelerator, "accelerator", ACCELERATORS)
-        _choice(self.backend, "backend", BACKENDS)
-        _choice(self.precision, "precision", PRECISIONS)
-        _choice(self.compile, "compile", COMPILES)
+        require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
+        require(self.steps >= 1, "steps", f"{self.steps} is too few: use 1 or more")
+        require(self.nodes >= 1, "nodes", f"{self.nodes} is too few: use 1 or more")
+        choice(self.accelerator, "accelerator", ACCELERATORS)
+        choice(self.backend, "backend", BACKENDS)
+        choice(self.precision, "precision", PRECISIONS)
+        choice(self.compile, "compile", COMPILES)
         for logger in self.logger:
-            _choice(logger, "logger", LOGGERS)
+            choice(logger, "logger", LOGGERS)
         if isinstance(self.devices, int):
-            _require(self.devices >= 1, "devices", f"{self.devices} is too few: use 1 or more")
+            require(self.devices >= 1, "devices", f"{self.devices} is too few: use 1 or more")
             ranks = self.devices * self.nodes
-            _require(
+            require(
                 ranks <= self.batch.virtual_ranks,
                 "devices",
                 f"{ranks} ranks are more than batch.virtual_ranks={self.batch.virtual_ranks}: "
                 f"use at most that many ranks, or batch.virtual_ranks={ranks}",
             )
         else:
-            _require(self.devices == "auto", "devices", f"'{self.devices}' is neither auto nor a number")
+            require(self.devices == "auto", "devices", f"'{self.devices}' is neither auto nor a number")
         if isinstance(self.devices, int) and not isinstance(self.batch.weights, str):
             given, ranks = len(self.batch.weights), self.devices * self.nodes
-            _require(given == ranks, "batch.weights", f"{given} weights for {ranks} ranks: give each rank one")
-        _require(
+            require(given == ranks, "batch.weights", f"{given} weights for {ranks} ranks: give each rank one")
+        require(
             self.sharding is Sharding.none or self.reduce.mode is ReduceMode.exact,
             "sharding",
             f"{self.sharding.name} needs reduce=exact, whose ranks each sum up a part of the gradient",
         )
         full = self.sharding is Sharding.full
-        _require(not (full and self.compile is True), "compile", "true does not go with sharding=full: use false")
-        _require(
+        require(not (full and self.compile is True), "compile", "true does not go with sharding=full: use false")
+        require(
             not full or self.batch.weights == "even",
             "batch.weights",
             "sharding=full gives every rank as many virtual ranks as it can: use even",
@@ -431,7 +430,7 @@ class Train:
         seconds(self.stop_after)
         _no_secret(self.resume_from, "resume_from")
         never = bool(self.resume_from) and self.resume.mode is ResumeMode.never
-        _require(not never, "resume_from", "contradicts resume=never: leave one of them out")
+        require(not never, "resume_from", "contradicts resume=never: leave one of them out")
 
     @property
     def folder(self) -> Path:
@@ -450,139 +449,13 @@ def seconds(text: str) -> float | None:
     if not text:
         return None
     match = re.fullmatch(r"([0-9.]+)\s*(s|min|h|d)", text)
-    _require(match is not None, "stop_after", f"'{text}' is no duration: write 90s, 50min, 2h or 1d")
+    require(match is not None, "stop_after", f"'{text}' is no duration: write 90s, 50min, 2h or 1d")
     assert match is not None
     return float(match[1]) * UNITS[match[2]]
 
 
-@dataclass(slots=True, kw_only=True)
-class Plan(Train):
-    """`colossus plan`: a training run, by arithmetic alone."""
-
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        Train.__post_init__(self)
-        _choice(self.format, "format", FORMATS)
-
-
-# -------------------------------------------------------------------------------------------- other commands
-
-FORMATS = ("table", "json")
-
-
-@dataclass(slots=True, kw_only=True)
-class Sample:
-    """`colossus sample`: continue a prompt with a run's model."""
-
-    run: str = MISSING  # a folder, or a name under runs/
-    step: int = -1  # of the checkpoint; -1: the newest
-    prompt: str = ""
-    tokens: int = 200
-    count: int = 1
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    seed: int = 0
-    accelerator: str = "auto"
-
-    def __post_init__(self) -> None:
-        _require(self.tokens >= 1, "tokens", "must be at least 1")
-        _require(self.count >= 1, "count", "must be at least 1")
-        _require(self.temperature >= 0, "temperature", "must not be negative (0: always the likeliest token)")
-        _require(self.top_k >= 0, "top_k", "must not be negative (0: off)")
-        _require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is not in (0, 1]")
-        _choice(self.accelerator, "accelerator", ACCELERATORS)
-
-
-@dataclass(slots=True, kw_only=True)
-class Evaluate:
-    """`colossus eval`: bits per byte of a run's model on its validation set, beside gzip's."""
-
-    run: str = MISSING
-    step: int = -1
-    tokens: int = 0  # of the validation set; 0: all
-    micro_batch: int = 8
-    accelerator: str = "auto"
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        _require(self.tokens >= 0, "tokens", "must not be negative (0: all)")
-        _require(self.micro_batch >= 1, "micro_batch", "must be at least 1")
-        _choice(self.accelerator, "accelerator", ACCELERATORS)
-        _choice(self.format, "format", FORMATS)
-
-
-@dataclass(slots=True, kw_only=True)
-class Runs:
-    """`colossus runs`: the runs under a folder, a line each."""
-
-    runs: str = "runs"
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        _choice(self.format, "format", FORMATS)
-
-
-@dataclass(slots=True, kw_only=True)
-class Verify:
-    """`colossus verify`: every byte of a run's checkpoints, read and compared. Exit code 1 where one is damaged."""
-
-    run: str = MISSING
-    step: int = -1  # -1: all
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        _choice(self.format, "format", FORMATS)
-
-
-@dataclass(slots=True, kw_only=True)
-class Replay:
-    """`colossus replay`: compute a step of a run again, in one process, and compare the bits with the run's record.
-
-    Exit code 0 where all agree, 1 where one differs.
-    """
-
-    run: str = MISSING  # a folder, or a name under runs/
-    step: int = MISSING
-    virtual_rank: int = -1  # this part of the step only; -1: all of it
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        _require(self.step >= 1, "step", f"{self.step} is no step: the first one is 1")
-        _require(self.virtual_rank >= -1, "virtual_rank", f"{self.virtual_rank} is no virtual rank (-1: all)")
-        _choice(self.format, "format", FORMATS)
-
-
-@dataclass(slots=True, kw_only=True)
-class Diff:
-    """`colossus diff`: the first step at which two runs part, where in it, and why. Exit code 1 where they part."""
-
-    run: Any = MISSING  # [a,b]: folders, or names under runs/
-    recompute: bool = True  # compute steps again where the records do not say enough
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        two = isinstance(self.run, list) and len(self.run) == 2
-        _require(two, "run", f"'{self.run}' does not name two runs: write run=[a,b]")
-        _choice(self.format, "format", FORMATS)
-
-
 MODELS: dict[str, type[Model]] = {"llama": Llama}
-SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
-SCHEMAS |= {"verify": Verify, "replay": Replay, "diff": Diff}
-_GROUPS = {"data": Data, "optimizer": Optimizer, "schedule": Schedule, "reduce": Reduce, "resume": Resume}
-
-
-def register() -> None:
-    """Tell Hydra the schemas; the YAML files name them in their defaults."""
-    store = ConfigStore.instance().store
-    for name, schema in SCHEMAS.items():
-        store(name=f"{name}_schema", node=schema)
-    for family, model in MODELS.items():
-        store(group="model", name=f"schema_{family}", node=model)
-    for group, node in _GROUPS.items():
-        store(group=group, name="schema", node=node)
+GROUPS = {"data": Data, "optimizer": Optimizer, "schedule": Schedule, "reduce": Reduce, "resume": Resume}
 
 
 def to_yaml(config: Any) -> str:
@@ -608,7 +481,7 @@ def read_train(path: Path, changes: Mapping[str, Any] | None = None) -> Train:
             functools.reduce(dict.__getitem__, groups, stored)[last] = value
         stored = _plain(stored, lambda text: text.replace("${", "\\${"))  # not to be resolved
         schema = OmegaConf.structured(Train)
-        for group, node in _GROUPS.items():
+        for group, node in GROUPS.items():
             schema[group] = OmegaConf.structured(node)
         schema.model = OmegaConf.structured(MODELS[stored["model"]["family"]])
         config = OmegaConf.to_object(OmegaConf.merge(schema, stored))

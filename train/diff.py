@@ -14,8 +14,8 @@ from rich.console import Console as Rich
 from rich.table import Table
 
 from train import record
+from train.commands import Diff as Config
 from train.config import DONE, FAILED, ReduceMode, Refused, Train
-from train.config import Diff as Config
 from train.console import Console
 from train.folder import flatten, identity, locate, read_json
 from train.narrow import SHOWN, Narrow, places, tell_changes

@@ -15,7 +15,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from train import trained
-from train.config import Evaluate
+from train.commands import Evaluate
 from train.data.stream import Validation
 from train.data.yardstick import yardsticks
 from train.folder import locate

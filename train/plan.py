@@ -15,7 +15,8 @@ from rich.table import Table
 
 from train import flops, hardware
 from train.batch import buffers, shares
-from train.config import Plan, ReduceMode, Refused, Sharding, TokenizerKind, Train
+from train.commands import Plan
+from train.config import ReduceMode, Refused, Sharding, TokenizerKind, Train
 
 MAX_RANKS = 8  # that `devices=auto` starts on one node
 

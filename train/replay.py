@@ -14,8 +14,8 @@ from rich.text import Text
 from torch import Tensor
 
 from train import record
+from train.commands import Replay as Config
 from train.config import DONE, FAILED, Refused
-from train.config import Replay as Config
 from train.console import Console
 from train.data.tokenizer import Tokenizer
 from train.folder import locate

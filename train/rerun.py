@@ -78,7 +78,9 @@ class Rerun:
         """Take on the settings that `step` was computed under, keeping the state."""
         config, start = self.run.config(step), self.run.start(step)
         digests = self.run.digests.get(step)
-        evidence = Evidence(steps=digests is not None, parameters=digests is not None and len(digests["gradient"]) > 1)
+        evidence = Evidence(
+            digests=digests is not None, parameters=digests is not None and len(digests["gradient"]) > 1
+        )
         config = replace(config, sharding=Sharding.none, evidence=evidence)  # neither has a say in the bits
         threads = int(start.get("fingerprint", {}).get("threads_per_rank") or 1)
         if (config, threads) == self._settings:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train import events
-from train.config import Runs
+from train.commands import Runs
 from train.folder import read_json
 from train.summary import summarize
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from train import trained
-from train.config import Sample
+from train.commands import Sample
 from train.data.tokenizer import Tokenizer
 from train.folder import locate
 from train.generate import generate

@@ -9,7 +9,8 @@ from rich.console import Console as Rich
 from rich.table import Table
 
 from train import manifest
-from train.config import DONE, FAILED, Refused, Verify
+from train.commands import Verify
+from train.config import DONE, FAILED, Refused
 from train.console import Console
 from train.folder import locate
 

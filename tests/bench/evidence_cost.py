@@ -1,6 +1,6 @@
 """What checksums cost a step: `make bench-evidence`, or `python -m tests.bench.evidence_cost`.
 
-The main job's model and batch with evidence.steps off, on, and on with evidence.parameters, in one process with one
+The main job's model and batch with evidence.digests off, on, and on with evidence.parameters, in one process with one
 thread, taking turns (A B C, C B A); the figures are medians of each turn's ratio to the turn without evidence. Seconds
 are of the processor, not of the clock: other work on the machine counts less so. As the effect is smaller than the
 noise of a whole step all the same, the passes over memory that checksums are made of are measured by themselves too.
@@ -28,7 +28,7 @@ from train.hardware import processor
 from train.models.build import build
 
 RESULTS = Path(__file__).parent / "results" / "evidence_cost.json"
-CASES = {"off": ["evidence.steps=false"], "steps": [], "parameters": ["evidence.parameters=true"]}
+CASES = {"off": ["evidence.digests=false"], "steps": [], "parameters": ["evidence.parameters=true"]}
 STEPS, TURNS = 3, 14
 
 

@@ -7,7 +7,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from train.config import Data, Refused, SourceKind, register
+from train.commands import register
+from train.config import Data, Refused, SourceKind
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NEEDS = {

@@ -1,0 +1,136 @@
+"""What the commands take besides `train`: their keys, types, defaults and checks; and the table of all schemas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from train.config import ACCELERATORS, GROUPS, MODELS, Train, choice, require
+
+FORMATS = ("table", "json")
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan(Train):
+    """`colossus plan`: a training run, by arithmetic alone."""
+
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        Train.__post_init__(self)
+        choice(self.format, "format", FORMATS)
+
+
+@dataclass(slots=True, kw_only=True)
+class Sample:
+    """`colossus sample`: continue a prompt with a run's model."""
+
+    run: str = MISSING  # a folder, or a name under runs/
+    step: int = -1  # of the checkpoint; -1: the newest
+    prompt: str = ""
+    tokens: int = 200
+    count: int = 1
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    seed: int = 0
+    accelerator: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, "tokens", "must be at least 1")
+        require(self.count >= 1, "count", "must be at least 1")
+        require(self.temperature >= 0, "temperature", "must not be negative (0: always the likeliest token)")
+        require(self.top_k >= 0, "top_k", "must not be negative (0: off)")
+        require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is not in (0, 1]")
+        choice(self.accelerator, "accelerator", ACCELERATORS)
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluate:
+    """`colossus eval`: bits per byte of a run's model on its validation set, beside gzip's."""
+
+    run: str = MISSING
+    step: int = -1
+    tokens: int = 0  # of the validation set; 0: all
+    micro_batch: int = 8
+    accelerator: str = "auto"
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 0, "tokens", "must not be negative (0: all)")
+        require(self.micro_batch >= 1, "micro_batch", "must be at least 1")
+        choice(self.accelerator, "accelerator", ACCELERATORS)
+        choice(self.format, "format", FORMATS)
+
+
+@dataclass(slots=True, kw_only=True)
+class Runs:
+    """`colossus runs`: the runs under a folder, a line each."""
+
+    runs: str = "runs"
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        choice(self.format, "format", FORMATS)
+
+
+@dataclass(slots=True, kw_only=True)
+class Verify:
+    """`colossus verify`: every byte of a run's checkpoints, read and compared. Exit code 1 where one is damaged."""
+
+    run: str = MISSING
+    step: int = -1  # -1: all
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        choice(self.format, "format", FORMATS)
+
+
+@dataclass(slots=True, kw_only=True)
+class Replay:
+    """`colossus replay`: compute a step of a run again, in one process, and compare the bits with the run's record.
+
+    Exit code 0 where all agree, 1 where one differs.
+    """
+
+    run: str = MISSING  # a folder, or a name under runs/
+    step: int = MISSING
+    virtual_rank: int = -1  # this part of the step only; -1: all of it
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        require(self.step >= 1, "step", f"{self.step} is no step: the first one is 1")
+        require(self.virtual_rank >= -1, "virtual_rank", f"{self.virtual_rank} is no virtual rank (-1: all)")
+        choice(self.format, "format", FORMATS)
+
+
+@dataclass(slots=True, kw_only=True)
+class Diff:
+    """`colossus diff`: the first step at which two runs part, where in it, and why. Exit code 1 where they part."""
+
+    run: Any = MISSING  # [a,b]: folders, or names under runs/
+    recompute: bool = True  # compute steps again where the records do not say enough
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        two = isinstance(self.run, list) and len(self.run) == 2
+        require(two, "run", f"'{self.run}' does not name two runs: write run=[a,b]")
+        choice(self.format, "format", FORMATS)
+
+
+SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
+SCHEMAS |= {"verify": Verify, "replay": Replay, "diff": Diff}
+
+
+def register() -> None:
+    """Tell Hydra the schemas; the YAML files name them in their defaults."""
+    store = ConfigStore.instance().store
+    for name, schema in SCHEMAS.items():
+        store(name=f"{name}_schema", node=schema)
+    for family, model in MODELS.items():
+        store(group="model", name=f"schema_{family}", node=model)
+    for group, node in GROUPS.items():
+        store(group=group, name="schema", node=node)
