@@ -15,14 +15,13 @@ LAYERS = [
     ("config", "events", "batch", "flops", "hardware"),
     ("commands",),
     ("data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
-    ("folder", "mirror", "record", "group", "clock", "evidence", "generate", "plan", "console"),
+    ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console"),
     ("shard", "buckets"),
     ("reduce", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify"),
     ("loop",),
     ("keeper", "balance", "engine"),
     ("run", "rerun"),
-    ("supervisor", "runs", "replay", "narrow"),
-    ("diff",),
+    ("supervisor", "runs", "replay", "diff"),
     ("compose", "cli", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -36,7 +35,6 @@ WITHOUT_TORCH += [
     "manifest",
     "mirror",
     "verify",
-    "record",
     "data.prepare",
     "data.stream",
 ]

@@ -1,62 +1,65 @@
 """`colossus diff`: the first step at which two runs part, where in it, and why.
 
-Two records are read and compared; only to narrow down what they leave open is anything computed again.
+Two records are read and compared; only to narrow down what they leave open is anything computed again. Causes come
+before effects: the data, the parameters, the gradient of each virtual rank, their sum.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.console import Console as Rich
 from rich.table import Table
+from torch import Tensor
 
-from train import record
+from train.batch import checksum
 from train.commands import Diff as Config
 from train.config import DONE, FAILED, ReduceMode, Refused, Train
-from train.console import Console
-from train.folder import flatten, identity, locate, read_json
-from train.narrow import SHOWN, Narrow, places, tell_changes
-from train.record import Record
+from train.data.tokenizer import Tokenizer
+from train.engine import stream
+from train.flat import Flat
+from train.folder import flatten, identity, locate, plain_identity, read_json
+from train.models.build import build
+from train.rerun import Record, Rerun, different, read, total, word
+
+SAME = "same data, same parameters"
+SHOWN = 5  # tensors named
+BEFORE, EXCERPT = 8, 100  # tokens before the first that differs, characters shown
+
+Bits = dict[str, Tensor]  # of each tensor of the state: int32, in its shape
 
 
 def diff(config: Config) -> int:
     """Exit code 0 where the runs agree in all steps that both have, 1 where they part."""
-    a, b = (record.read(name, locate(name)) for name in map(str, config.run))
+    a, b = runs = [read(name, locate(name)) for name in map(str, config.run)]
     common = sorted(a.steps.keys() & b.steps.keys())
     if not common:
         raise Refused("run", f"{a.name} and {b.name} have no step in common")
-    newest = a.config(max(a.steps)), b.config(max(b.steps))
-    exact = all(one.reduce.mode is ReduceMode.exact for one in newest)
-    step, wrong = None, {}
-    for at in common:
-        if wrong := record.different(a.checks(at, exact), b.checks(at, exact)):
-            step = at
-            break
-    console = Console()
-
-    def tell(done: int, steps: int) -> None:
-        if config.format == "table":
-            console.progress(f"computing {steps} steps again", done, steps)
-
+    wrongs = ((at, different(a.steps[at], b.steps[at])) for at in common)
+    step, wrong = next(((at, wrong) for at, wrong in wrongs if wrong), (None, {}))
+    configs = [run.config(max(run.steps)) for run in runs]
+    bits = {key for one in configs for key in identity(one)}
+    settings = _unequal(*(dict(flatten(asdict(one))) for one in configs))
     report: dict[str, Any] = {
         "a": a.name,
         "b": b.name,
-        "settings": _settings(a, b),
-        "data": [(read_json(run.folder / "data.json") or {}).get("digest") for run in (a, b)],
-        "fingerprint": _fingerprints(a, b),
-        "handshakes": [f"{run.name}, step {event['step']}" for run in (a, b) for event in run.unequal],
+        "settings": [{"key": k, "a": x, "b": y, "harmless": k not in bits} for k, (x, y) in settings.items()],
+        "data": [(read_json(run.folder / "data.json") or {}).get("digest") for run in runs],
+        "fingerprint": _unequal(*(run.starts[max(run.steps)].get("fingerprint", {}) for run in runs)),
+        "handshakes": [f"{run.name}, step {event['step']}" for run in runs for event in run.unequal],
         "steps": {"a": len(a.steps), "b": len(b.steps), "common": len(common)},
-        "compared": sorted(a.checks(common[0], exact).keys() & b.checks(common[0], exact).keys()),
+        "compared": sorted(a.steps[common[0]].keys() & b.steps[common[0]].keys()),
         "step": step,
         "differs": wrong,
         "findings": [],
     }
     if step is not None:
-        report["findings"] = findings(Narrow(a, b, step, tell), wrong, step - 1 in common, config.recompute)
-        console.close()
+        parting = Parting(runs, step, wrong, config)
+        report["findings"] = parting.findings(agreed_before=step - 1 in common)
     if config.format == "json":
         print(json.dumps(report))
     else:
@@ -64,73 +67,193 @@ def diff(config: Config) -> int:
     return DONE if step is None else FAILED
 
 
-def findings(at: Narrow, wrong: dict[str, list[int]], agreed_before: bool, recompute: bool) -> list[str]:
-    """What is to be said of the step, causes before effects, then what computing it again has shown."""
-    virtual_ranks = at.configs[0].batch.virtual_ranks
-    found: list[str] = []
+class Parting:
+    """Two runs at the first step at which their records part: what its causes are, and notes beside them."""
 
-    def attempt(action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Refused as refusal:
-            at.notes.append(f"not narrowed down further: {refusal}")
+    def __init__(self, runs: list[Record], step: int, wrong: dict[str, list[int]], config: Config) -> None:
+        self.runs, self.step, self.wrong = runs, step, wrong
+        self._recompute, self._quiet = config.recompute, config.format == "json"
+        self.configs = [run.config(step) for run in runs]
+        self.recorded = [run.steps[step] for run in runs]
+        self.known = all("tokens" in recorded for recorded in self.recorded)
+        self.virtual_ranks = range(self.configs[0].batch.virtual_ranks)
+        self.found: dict[str, str] = {}
+        self.notes: list[str] = []
 
-    cuts = [_cut(config) for config in at.configs]
-    if cuts[0] != cuts[1]:
-        return [f"they cut a step differently: {cuts[0]} against {cuts[1]}"]
-    if "learning rate" in wrong:
-        rates = [run.steps[at.step]["lr"] for run in (at.a, at.b)]
-        found.append(f"their learning rates differ: {rates[0]} -> {rates[1]}")
-    known = all(run.digests.get(at.step) for run in (at.a, at.b))
-    causes = len(found)
+    def findings(self, agreed_before: bool) -> list[str]:
+        """What is to be said of the step, causes before effects, then what computing it again has shown."""
+        cuts = [_cut(config) for config in self.configs]
+        if cuts[0] != cuts[1]:
+            return [f"they cut a step differently: {cuts[0]} against {cuts[1]}"]
+        if "learning rate" in self.wrong:
+            old, new = (recorded["learning rate"] for recorded in self.recorded)
+            self.found["learning rate"] = f"their learning rates differ: {old} -> {new}"
+        for look in (self._data, lambda: self._parameters(agreed_before), self._gradient):
+            try:
+                look()
+            except Refused as refusal:
+                self.notes.append(f"not narrowed down further: {refusal}")
+        return [*self.found.values(), *self.notes]
 
-    def data() -> None:
-        which = wrong.get("tokens", []) if known else range(virtual_ranks)
-        row = at.data(which) if which else None
-        if row is not None:
-            found.append(_data(row))
-
-    def parameters() -> None:
-        if known and "parameters" not in wrong:
+    def _data(self) -> None:
+        """Name the first row whose tokens differ."""
+        which = self.wrong.get("tokens", []) if self.known else self.virtual_ranks
+        if not which:
             return
-        names = at.named()
-        if names:
-            found.append(f"their parameters differed before the step: {_some(names)}")
-        if recompute:
-            changes = at.parameters(agreed_before)
-            if changes:
-                found[len(found) - bool(names) :] = [
-                    f"their parameters differed before the step:{tell_changes(changes)}"
-                ]
+        if self.known:
+            self.found["data"] = f"their data differ: virtual ranks {_list(which)}"
+        prepared = [run.prepared() for run in self.runs]
+        streams = [stream(config, found) for config, found in zip(self.configs, prepared, strict=True)]
+        first, sides, rows = "", "", 0
+        for v in which:
+            seen = [0, 0]
+            for i in range(streams[0].micro_batches):
+                tokens = [one.micro_batch(self.step - 1, v, i) for one in streams]
+                seen = [checksum(one.tobytes(), before) for one, before in zip(tokens, seen, strict=True)]
+                for row, unequal in enumerate(tokens[0] != tokens[1]):
+                    rows += int(unequal.any())
+                    if first or not unequal.any():
+                        continue
+                    at = int(unequal.argmax())
+                    first = f"virtual rank {v}, micro-batch {i}, row {row}, from token {at} on"
+                    for one, found, ids in zip(streams, prepared, tokens, strict=True):
+                        source, _, shard, window = one.places(self.step - 1, v, i)[row]
+                        document = one.document(source, shard, window, at)
+                        text = Tokenizer.load(found.tokenizer).decode(ids[row, max(0, at - BEFORE) :].tolist())
+                        place = "" if document is None else f"document {document} of shard {shard} "
+                        sides += f"\n  {place}{text[:EXCERPT]!r}"
+            for run, recorded, number in zip(self.runs, self.recorded, seen, strict=True):
+                if "tokens" in recorded and recorded["tokens"][v] != word(number):
+                    why = f"the tokens that {run.name} recorded are not those that it has"
+                    self.notes.append(f"virtual rank {v}: {why}")
+        if first:
+            more = f" (and {rows - 1} more rows)" if rows > 1 else ""
+            self.found["data"] = f"their data differ: {first}{more}:{sides}"
 
-    def gradient() -> None:
-        if at.sums_have_no_order():
-            found.append("reduce=fast on several ranks: the order of its sum is not fixed, so nothing can be proved")
+    def _parameters(self, agreed_before: bool) -> None:
+        """Name the elements that differed before the step."""
+        if self.known and "parameters" not in self.wrong:
             return
-        which = wrong.get("leaves", []) if known else list(range(virtual_ranks))
-        same = "same data, same parameters, another gradient"
-        if known and which:
-            found.append(f"{same} in virtual rank {', '.join(map(str, which))}")
-        elif known:
-            others = ", ".join(wrong)
-            found.append(f"same data, same parameters, the same gradient in all virtual ranks, another sum: {others}")
-        if recompute:
-            at.prove()
-            one = at.gradient(which)
-            if one is not None:
-                place = f"virtual rank {one['virtual_rank']}, micro-batch {one['micro_batch']}"
-                at.notes.append(f"{same} in {place}: {_some(one['parameters'])}")
+        sentence = "their parameters differed before the step"
+        if self.known:
+            names = self._named()
+            self.found["parameters"] = f"{sentence}: {_some(names)}" if names else sentence
+        if not self._recompute:
+            return
+        states = []
+        for run in self.runs:
+            again = Rerun(run, self.step, self._quiet)
+            states.append(_bits(again, "model"))
+            if self._leads_elsewhere(run, again):
+                base = f"checkpoint {again.base}" if again.base else "initialisation"
+                self.notes.append(
+                    f"{run.name} did not record the parameters that {base} leads to: "
+                    "they were changed on the way, or this machine computes otherwise"
+                )
+        if changes := _changes(*states):
+            self.found["parameters"] = f"{sentence}: {changes}"
+        if agreed_before and "parameters" in self.found:
+            self._update()
 
-    attempt(data)
-    if known and "tokens" in wrong and len(found) == causes:
-        found.append(f"their data differ: virtual ranks {', '.join(map(str, wrong['tokens']))}")
-    before = len(found)
-    attempt(parameters)
-    if known and "parameters" in wrong and len(found) == before:
-        found.append("their parameters differed before the step")
-    if len(found) == causes and (wrong.keys() - {"learning rate"}):
-        attempt(gradient)
-    return found + at.notes
+    def _named(self) -> list[str]:
+        """The parameters that differ by the records alone; empty where these have one checksum for all."""
+        mine, other = (recorded["parameters"] for recorded in self.recorded)
+        if min(len(mine), len(other)) < 2 or len(mine) != len(other):
+            return []
+        vocab = (read_json(self.runs[0].folder / "data.json") or {})["vocab"]
+        names = Flat(build(self.configs[0].model, vocab, seed=0, device=torch.device("meta"))).slots
+        return [name for name, x, y in zip(names, mine, other, strict=True) if x != y]
+
+    def _leads_elsewhere(self, run: Record, again: Rerun) -> bool:
+        recorded = run.steps[self.step].get("parameters")
+        return recorded is not None and total(recorded) != again.checksums(again.engine.state.flat.parameters)[0]
+
+    def _update(self) -> None:
+        """The step before agrees, its gradient included: does its update lead here, and from equal moments?"""
+        states, before, proved = [], self.step - 1, True
+        for run in self.runs:
+            again = Rerun(run, before, self._quiet)
+            states.append(_bits(again, "optimizer"))
+            again.advance()
+            if self._leads_elsewhere(run, again):
+                proved = False
+                self.notes.append(
+                    f"{run.name}: step {before}, computed again, does not lead to the parameters of step "
+                    f"{self.step}: they were changed between the two, or its arithmetic went wrong"
+                )
+        if moments := _changes(*states):
+            self.notes.append(f"the moments differed before step {before}: {moments}")
+        elif proved:
+            self.notes.append(f"step {before} agrees, its gradient too: its update differs ({self._why()})")
+
+    def _gradient(self) -> None:
+        """Where nothing before it differs: the virtual ranks whose gradient does, and whose record is not true."""
+        if self.found.keys() - {"learning rate"} or self.wrong.keys() == {"learning rate"}:
+            return
+        starts = [run.start(self.step) for run in self.runs]
+        if any(c.reduce.mode is ReduceMode.fast and s["world"] > 1 for c, s in zip(self.configs, starts, strict=True)):
+            why = "the order of its sum is not fixed, so nothing can be proved"
+            self.found["gradient"] = f"reduce=fast on several ranks: {why}"
+            return
+        which = self.wrong.get("leaves", []) if self.known else self.virtual_ranks
+        if self.known and which:
+            self.found["gradient"] = f"{SAME}, another gradient in virtual rank {_list(which)}"
+        elif self.known:
+            others = ", ".join(self.wrong)
+            self.found["gradient"] = f"{SAME}, the same gradient in all virtual ranks, another sum: {others}"
+        if self._recompute:
+            self._prove(which)
+
+    def _prove(self, which: Iterable[int]) -> None:
+        """Compute the step again in both runs: whose record is not reproduced, which gradient differs first."""
+        sums, reproduced = [], True
+        for run in self.runs:
+            again = Rerun(run, self.step, self._quiet)
+            parts = ((v, i, buffer) for v in which for i, buffer in enumerate(again.leaf(v)))
+            sums.append({(v, i): again.checksums(buffer.tensor, by_parameter=True) for v, i, buffer in parts})
+            again.advance()
+            if wrong := again.different(self.step):
+                reproduced = False
+                self.notes.append(f"{run.name} is not reproduced here: {_places(wrong)}")
+            if again.foreign:
+                self.notes.append(f"{run.name} was computed on another machine than this one: {_pairs(again.foreign)}")
+        if reproduced:
+            self.notes.append(f"both are reproduced here: {self._why()}")
+        for (v, i), mine in sums[0].items():
+            if mine != sums[1][v, i]:
+                slots = zip(again.engine.state.flat.slots, mine, sums[1][v, i], strict=True)
+                names = [name for name, x, y in slots if x != y]
+                self.notes.append(f"{SAME}, another gradient in virtual rank {v}, micro-batch {i}: {_some(names)}")
+                return
+
+    def _why(self) -> str:
+        settings = ", ".join(_unequal(*map(plain_identity, self.configs)))
+        prints = ", ".join(_unequal(*(run.start(self.step).get("fingerprint", {}) for run in self.runs)))
+        why = f"settings: {settings}" if settings else "their settings are equal"
+        return f"{why}; fingerprints: {prints}" if prints else why
+
+
+def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values are not the same -> both."""
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+
+
+def _list(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more parameters" if len(names) > SHOWN else "")
+
+
+def _pairs(both: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key} {old} -> {new}" for key, (old, new) in both.items())
+
+
+def _places(wrong: dict[str, list[int]]) -> str:
+    """What differs, and in which virtual ranks."""
+    ranked = {key for key in ("tokens", "leaves") if wrong.get(key)}
+    return "; ".join(f"{key} of virtual rank {_list(at)}" if key in ranked else key for key, at in wrong.items())
 
 
 def _cut(config: Train) -> str:
@@ -139,56 +262,44 @@ def _cut(config: Train) -> str:
     return f"{batch.virtual_ranks} virtual ranks x {rows}"
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more parameters" if len(names) > SHOWN else "")
+def _bits(again: Rerun, file: str) -> Bits:
+    pieces = [piece for piece in again.engine.state.pieces() if piece.file == file]
+    return {p.name: p.data.detach().cpu().clone().view(torch.int32).view(p.shape) for p in pieces}
 
 
-def _data(row: dict[str, Any]) -> str:
-    sides = [
-        ("" if side["document"] is None else f"document {side['document']} of shard {side['shard']} ")
-        + repr(side["text"])
-        for side in row["sides"]
-    ]
-    place = f"virtual rank {row['virtual_rank']}, micro-batch {row['micro_batch']}, row {row['row']}"
-    more = "" if row["rows"] == 1 else f" (and {row['rows'] - 1} more rows)"
-    return f"their data differ: {place}, from token {row['token']} on{more}:\n  {sides[0]}\n  {sides[1]}"
-
-
-def _settings(a: Record, b: Record) -> list[dict[str, Any]]:
-    """The keys that differ; harmless are those that have no say in the result."""
-    configs = a.config(max(a.steps)), b.config(max(b.steps))
-    mine, other = (dict(flatten(asdict(config))) for config in configs)
-    bits = {key for config in configs for key in identity(config)}
-    keys = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
-    return [{"key": key, "a": mine.get(key), "b": other.get(key), "harmless": key not in bits} for key in keys]
-
-
-def _fingerprints(a: Record, b: Record) -> dict[str, list[Any]]:
-    mine, other = (run.starts[max(run.steps)].get("fingerprint", {}) for run in (a, b))
-    keys = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
-    return {key: [mine.get(key), other.get(key)] for key in keys}
+def _changes(a: Bits, b: Bits) -> str:
+    """The tensors whose bits differ; of each the first element, how many do, and in how many bits."""
+    if {name: bits.shape for name, bits in a.items()} != {name: bits.shape for name, bits in b.items()}:
+        raise Refused("model", "they train models of other shapes")
+    told = []
+    for name, mine in a.items():
+        unequal = mine != b[name]
+        if unequal.any():
+            index = unequal.nonzero()[0].tolist()
+            old, new = (int(side[unequal][0]) & (2**32 - 1) for side in (mine, b[name]))
+            flipped = [(x & (2**32 - 1)).bit_count() for x in (mine ^ b[name])[unequal].tolist()]
+            many, bits = len(flipped), sum(flipped)
+            counts = f"({many:,} element{'s' * (many > 1)}, {bits:,} bit{'s' * (bits > 1)})"
+            told.append(f"{name}{index}: 0x{old:08x} -> 0x{new:08x} {counts}")
+    return "\n  ".join(told[:SHOWN] + ([f"and {len(told) - SHOWN} more tensors"] if len(told) > SHOWN else []))
 
 
 def _show(report: dict[str, Any]) -> None:
     rich = Rich(soft_wrap=True, highlight=False, markup=False)
     if report["settings"]:
-        table = Table(box=None)
-        for column in ("setting", report["a"], report["b"], ""):
-            table.add_column(column)
+        table = Table("setting", report["a"], report["b"], "", box=None)
         for item in report["settings"]:
-            values = (str(item["a"]), str(item["b"]))
-            table.add_row(item["key"], *values, "harmless" if item["harmless"] else "")
+            table.add_row(item["key"], str(item["a"]), str(item["b"]), "harmless" if item["harmless"] else "")
         rich.print(table)
     ours, theirs = ((digest or "n/a")[:12] for digest in report["data"])
     rich.print(f"data: {f'the same ({ours})' if report['data'][0] == report['data'][1] else f'{ours} -> {theirs}'}")
-    prints = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in report["fingerprint"].items())
-    rich.print(f"fingerprint: {prints or 'the same'}")
+    rich.print(f"fingerprint: {_pairs(report['fingerprint']) or 'the same'}")
     for where in report["handshakes"]:
         rich.print(f"unequal handshake: the ranks of {where} did not compute the same bits")
-    steps = report["steps"]
     if report["step"] is None:
-        rich.print(f"they agree in all {steps['common']} steps that both have, in {', '.join(report['compared'])}")
+        common, compared = report["steps"]["common"], ", ".join(report["compared"])
+        rich.print(f"they agree in all {common} steps that both have, in {compared}")
         return
-    rich.print(f"they part at step {report['step']}, in {places(report['differs'])}")
+    rich.print(f"they part at step {report['step']}, in {_places(report['differs'])}")
     for finding in report["findings"]:
         rich.print(finding)

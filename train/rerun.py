@@ -1,4 +1,4 @@
-"""A run brought to any of its steps again, in one process.
+"""A run's record, and the run brought to any of its steps again, in one process.
 
 By the batch law the number of ranks has no say, so one process computes what any number of them did. It begins at the
 nearest whole checkpoint, or at initialisation, and goes through the very step of training (`train.loop.step`) under
@@ -7,32 +7,123 @@ the settings that each step was recorded with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from train import checkpoint, events, loop, manifest, record, trained
-from train.config import Evidence, ReduceMode, Refused, Sharding, Train
+from train import checkpoint, events, loop, manifest, trained
+from train.config import Evidence, ReduceMode, Refused, Sharding, Train, read_train
+from train.console import Console
+from train.data.prepare import Prepared
 from train.engine import Engine
 from train.evidence import PARAMETERS
 from train.evidence import Evidence as Checksums
 from train.fingerprint import fingerprint
+from train.flat import Buffer
+from train.folder import read_json
 from train.group import Place
-from train.record import Checks, Record
 from train.telemetry import NotFinite, Recorder
 
-Tell = Callable[[int, int], object]  # steps computed, of how many
+# What is compared of a step, causes before effects -> its bits: a number, digits, or a list of them by virtual rank.
+Checks = dict[str, Any]
 
+DIGESTS = ("parameters", "tokens", "leaves", "gradient")
 PLACE = Place(rank=0, world=1, local_rank=0, device="cpu", host="", port=0, loopback=True, backend="gloo")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Of a step that was computed again after a restart, the last time counts."""
+
+    name: str  # as the user called it
+    folder: Path
+    steps: dict[int, Checks]
+    starts: dict[int, dict[str, Any]]  # step -> the `start` event that it was computed after
+    unequal: list[dict[str, Any]]  # handshakes at which the ranks did not compute the same bits
+
+    def start(self, step: int) -> dict[str, Any]:
+        """What step `step` was computed under; raises Refused where it is not recorded."""
+        if step not in self.steps:
+            raise Refused("step", f"{self.name} has no step {step} (there: {min(self.steps)} … {max(self.steps)})")
+        return self.starts[step]
+
+    def config(self, step: int) -> Train:
+        """The settings that a step was computed under: a run may be continued with others."""
+        return read_train(self.folder / "config.yaml", self.start(step).get("identity"))
+
+    def prepared(self) -> Prepared:
+        """The run's tokens; raises Refused where they are gone."""
+        path = self.folder / "data.json"
+        if read_json(path) is None:
+            raise Refused(str(path), "is missing, and with it what the run was trained on")
+        prepared = Prepared.from_json(path.read_text())
+        for store in map(Path, prepared.stores):
+            if not store.is_dir():
+                raise Refused(str(store), f"is gone, and with it the tokens that {self.name} was trained on")
+        return prepared
+
+
+def read(name: str, folder: Path) -> Record:
+    record = Record(name, folder, {}, {}, [])
+    start: dict[str, Any] = {}
+    try:
+        for event in events.read(folder / "events.jsonl"):
+            take(record.steps, event)
+            match event["kind"]:
+                case "start":
+                    start = event
+                case "step":
+                    record.starts[event["step"]] = start
+                case "digests" if start.get("identity", {}).get("reduce.mode") == ReduceMode.fast.name:
+                    del record.steps[event["step"]]["leaves"]  # the backend's sum has no gradient of each virtual rank
+                case "handshake" if not event["equal"]:
+                    record.unequal.append(event)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(str(folder / "events.jsonl"), f"cannot be read ({type(error).__name__}: {error})") from error
+    if not record.steps:
+        raise Refused("run", f"{name} has no recorded step")
+    return record
+
+
+def take(steps: dict[int, Checks], event: dict[str, Any]) -> None:
+    """Keep what an event tells of a step. That of its checksums comes after that of its numbers."""
+    if event["kind"] == "step":
+        loss, norm, rate = event["loss_hex"], event["grad_norm"], event["lr"]
+        steps[event["step"]] = {"loss": loss, "gradient norm": norm, "learning rate": rate}
+    elif event["kind"] == "digests":
+        steps[event["step"]] = {key: event[key] for key in DIGESTS} | steps[event["step"]]
+
+
+def different(a: Checks, b: Checks) -> dict[str, list[int]]:
+    """What both have and is not the same -> where in it (virtual ranks, parameters; [] where it is one number)."""
+    found = {}
+    for key in (key for key in a if key in b):
+        mine, other = a[key], b[key]
+        if key in ("parameters", "gradient") and len(mine) != len(other):
+            mine, other = [total(mine)], [total(other)]
+        if mine != other:
+            lists = isinstance(mine, list) and len(mine) == len(other)
+            found[key] = [i for i, (x, y) in enumerate(zip(mine, other, strict=True)) if x != y] if lists else []
+    return found
+
+
+def total(words: list[str]) -> str:
+    """The checksum of all parameters, from those of each."""
+    return word(sum(int(part, 16) for part in words))
+
+
+def word(number: int) -> str:
+    return f"{number & (2**64 - 1):016x}"
 
 
 class Rerun:
     """A run between two of its steps, brought there again."""
 
-    def __init__(self, run: Record, step: int, tell: Tell = lambda done, steps: None) -> None:
-        """After `step` steps of it: saved ones, and from there on computed again.
+    def __init__(self, run: Record, step: int, quiet: bool) -> None:
+        """Before step `step`, under its settings: from a checkpoint, and from there on computed again.
 
         Raises Refused where nothing that leads there is left, or nothing could be proved.
         """
@@ -42,17 +133,22 @@ class Rerun:
         self._settings: tuple[Train, int] | None = None
         self.engine: Engine
         self.parts: loop.Parts
-        self._sent: list[events.Event] = []
-        found = self._nearest(step)
+        found = self._nearest(step - 1)
         self.base = found.step if found else 0
-        self.settle(self.base + 1)
+        self._settle(self.base + 1)
         if found is not None:
             try:
                 checkpoint.load(found, self.engine.state.pieces())
             except manifest.Damaged as damage:
                 raise Refused(str(found.path), str(damage)) from damage
             self.engine.state.restored(found.step)
-        self.advance(step, tell)
+        console, steps = Console(), step - 1 - self.base
+        for done in range(steps):
+            if not quiet:
+                console.progress(f"computing {steps} steps again", done, steps)
+            self.advance()
+        console.close()
+        self._settle(step)
 
     def _nearest(self, step: int) -> manifest.Verified | None:
         """The newest whole checkpoint from which all steps up to `step` are recorded; None: begin at initialisation."""
@@ -74,13 +170,10 @@ class Rerun:
         why = f" ({passed[0]})" if passed else ""
         raise Refused("step", f"nothing that {self.run.name} kept leads to its state after {step} steps{why}")
 
-    def settle(self, step: int) -> None:
+    def _settle(self, step: int) -> None:
         """Take on the settings that `step` was computed under, keeping the state."""
         config, start = self.run.config(step), self.run.start(step)
-        digests = self.run.digests.get(step)
-        evidence = Evidence(
-            digests=digests is not None, parameters=digests is not None and len(digests["gradient"]) > 1
-        )
+        evidence = Evidence(parameters=len(self.run.steps[step].get("gradient", [])) > 1)
         config = replace(config, sharding=Sharding.none, evidence=evidence)  # neither has a say in the bits
         threads = int(start.get("fingerprint", {}).get("threads_per_rank") or 1)
         if (config, threads) == self._settings:
@@ -97,53 +190,39 @@ class Rerun:
             for piece, old in zip(state.pieces(), before.pieces(), strict=True):
                 piece.data.copy_(old.data)
             state.restored(before.step)
-        recorder = Recorder(config, self.engine.fabric, self._sent.append, self.prepared.vocab, None)
+        fabric = self.engine.fabric
+        recorder = Recorder(config, fabric, lambda e: take(self.computed, e.record()), self.prepared.vocab, None)
         self.parts = self.engine.parts(recorder)
         self._settings = config, threads
-        here, there = fingerprint(config, self.engine.fabric.device), start.get("fingerprint", {})
+        here, there = fingerprint(config, fabric.device), start.get("fingerprint", {})
         self.foreign |= {key: (there[key], here[key]) for key in here if there.get(key, here[key]) != here[key]}
 
-    def advance(self, step: int, tell: Tell = lambda done, steps: None) -> None:
-        """Compute steps until `step` of them are committed."""
-        first = self.engine.state.step
-        for number in range(first + 1, step + 1):
-            self.settle(number)
-            tell(number - first - 1, step - first)
-            self._sent.clear()
-            self.total, rate = loop.step(self.engine.state, self.parts)
-            try:
-                self.parts.recorder.step(number, self.total, rate)
-                self.parts.recorder.flush()
-            except NotFinite as error:
-                raise Refused("step", f"{number} of {self.run.name}, computed again: {error}") from error
-            sent = {event.kind: event.record() for event in self._sent}
-            self.computed[number] = record.checks(sent["step"], sent.get("digests"))
+    def advance(self) -> None:
+        """Compute the next step."""
+        number = self.engine.state.step + 1
+        self._settle(number)
+        self.total, rate = loop.step(self.engine.state, self.parts)
+        try:
+            self.parts.recorder.step(number, self.total, rate)
+            self.parts.recorder.flush()
+        except NotFinite as error:
+            raise Refused("step", f"{number} of {self.run.name}, computed again: {error}") from error
 
     def different(self, step: int) -> dict[str, list[int]]:
         """What of a computed step is not as recorded, and where in it."""
-        return record.different(self.recorded(step), self.computed[step])
+        return different(self.run.steps[step], self.computed[step])
 
-    def recorded(self, step: int) -> Checks:
-        return self.run.checks(step, self.engine.config.reduce.mode is ReduceMode.exact)
-
-    def leaf(self, v: int, each: Callable[[int, Tensor], object] = lambda i, gradient: None) -> tuple[Checks, Tensor]:
-        """Virtual rank v's part of the next step, and its gradient; `each` is told the sum after each micro-batch."""
+    def leaf(self, v: int) -> Iterator[Buffer]:
+        """Virtual rank v's part of the next step, after each of its micro-batches."""
         state = self.engine.state
         buffer = state.flat.buffer()
         state.flat.attach(buffer)
         for i in range(self.engine.config.batch.micro_batches):
             loop.micro_batch(v, i, buffer, state, self.parts)
-            each(i, buffer.tensor)
-        leaf = word(int(state.flat.checksum(buffer.tensor, 0).sum()))
-        return {"parameters": self.parameters(), "tokens": [word(buffer.tokens)], "leaves": [leaf]}, buffer.tensor
+            yield buffer
 
-    def parameters(self) -> list[str]:
-        """The checksums that the next step would record of the parameters."""
-        flat = self.engine.state.flat
-        checksums = Checksums(flat, self.engine.config.evidence.parameters)
-        checksums.of_state(PARAMETERS, flat.parameters, 0)
+    def checksums(self, tensor: Tensor, by_parameter: bool = False) -> list[str]:
+        """Of a flat tensor: one for all of it, or one for each parameter."""
+        checksums = Checksums(self.engine.state.flat, by_parameter)
+        checksums.of_state(PARAMETERS, tensor, 0)
         return [word(number) for number in checksums.state[PARAMETERS].tolist()]
-
-
-def word(number: int) -> str:
-    return f"{number & (2**64 - 1):016x}"
