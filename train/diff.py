@@ -136,8 +136,7 @@ class Parting:
             return
         sentence = "their parameters differed before the step"
         if self.known:
-            names = self._named()
-            self.found["parameters"] = f"{sentence}: {_some(names)}" if names else sentence
+            self.found["parameters"] = ": ".join(filter(None, (sentence, _some(self._named()))))
         if not self._recompute:
             return
         states = []
@@ -212,7 +211,7 @@ class Parting:
             parts = ((v, i, buffer) for v in which for i, buffer in enumerate(again.leaf(v)))
             sums.append({(v, i): again.checksums(buffer.tensor, by_parameter=True) for v, i, buffer in parts})
             again.advance()
-            if wrong := again.different(self.step):
+            if wrong := different(run.steps[self.step], again.computed[self.step]):
                 reproduced = False
                 self.notes.append(f"{run.name} is not reproduced here: {_places(wrong)}")
             if again.foreign:
@@ -252,8 +251,8 @@ def _pairs(both: Mapping[str, tuple[Any, Any]]) -> str:
 
 def _places(wrong: dict[str, list[int]]) -> str:
     """What differs, and in which virtual ranks."""
-    ranked = {key for key in ("tokens", "leaves") if wrong.get(key)}
-    return "; ".join(f"{key} of virtual rank {_list(at)}" if key in ranked else key for key, at in wrong.items())
+    ranks = {key: f" of virtual rank {_list(at)}" for key, at in wrong.items() if at and key in ("tokens", "leaves")}
+    return "; ".join(f"{key}{ranks.get(key, '')}" for key in wrong)
 
 
 def _cut(config: Train) -> str:

@@ -66,7 +66,7 @@ def replay(config: Config) -> int:
     if v >= count:
         raise Refused("virtual_rank", f"{v} is none of the {count} of this run, 0 … {count - 1}")
     again = Rerun(run, step, quiet=not shown)
-    on_the_way = [number for number in again.computed if again.different(number)]
+    on_the_way = [number for number, bits in again.computed.items() if different(run.steps[number], bits)]
     chosen, flat = range(count) if v < 0 else [v], again.engine.state.flat
     sequences = rows(again, chosen, ROWS if shown and v < 0 else None)
     weights, recorded = norms(again, flat.parameters), run.steps[step]
@@ -96,7 +96,7 @@ def replay(config: Config) -> int:
         "agrees": not on_the_way and all(check["agrees"] for check in checks),
     }
     if shown:
-        _show(report, hidden=len(chosen) * again.engine.config.batch.sequences // count - len(sequences))
+        _show(report, len(chosen) * again.engine.config.batch.sequences // count - len(sequences))
     else:
         print(json.dumps(report))
     return DONE if report["agrees"] else FAILED

@@ -14,13 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from train import checkpoint, events, loop, manifest, trained
+from train import checkpoint, events, evidence, loop, manifest, trained
 from train.config import Evidence, ReduceMode, Refused, Sharding, Train, read_train
 from train.console import Console
 from train.data.prepare import Prepared
 from train.engine import Engine
-from train.evidence import PARAMETERS
-from train.evidence import Evidence as Checksums
 from train.fingerprint import fingerprint
 from train.flat import Buffer
 from train.folder import read_json
@@ -31,7 +29,6 @@ from train.telemetry import NotFinite, Recorder
 Checks = dict[str, Any]
 
 DIGESTS = ("parameters", "tokens", "leaves", "gradient")
-PLACE = Place(rank=0, world=1, local_rank=0, device="cpu", host="", port=0, loopback=True, backend="gloo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,7 @@ def different(a: Checks, b: Checks) -> dict[str, list[int]]:
             mine, other = [total(mine)], [total(other)]
         if mine != other:
             lists = isinstance(mine, list) and len(mine) == len(other)
-            found[key] = [i for i, (x, y) in enumerate(zip(mine, other, strict=True)) if x != y] if lists else []
+            found[key] = [i for i, x in enumerate(mine) if x != other[i]] if lists else []
     return found
 
 
@@ -153,9 +150,10 @@ class Rerun:
     def _nearest(self, step: int) -> manifest.Verified | None:
         """The newest whole checkpoint from which all steps up to `step` are recorded; None: begin at initialisation."""
         passed = []
+        gap = max((between for between in range(1, step + 1) if between not in self.run.steps), default=0)
         for path in manifest.candidates(self.run.folder / "checkpoints"):
             at = manifest.step_of(path.name)
-            if at is None or at > step or any(between not in self.run.steps for between in range(at + 1, step + 1)):
+            if at is None or not gap <= at <= step:
                 continue
             try:
                 found = manifest.verify(path)
@@ -165,7 +163,7 @@ class Rerun:
             if found.manifest.get("data", self.prepared.digest) == self.prepared.digest:
                 return found
             passed.append(f"{path} was trained on other data")
-        if all(between in self.run.steps for between in range(1, step + 1)) and self.run.starts[1].get("step") == 0:
+        if not gap and self.run.starts[1].get("step") == 0:
             return None
         why = f" ({passed[0]})" if passed else ""
         raise Refused("step", f"nothing that {self.run.name} kept leads to its state after {step} steps{why}")
@@ -173,8 +171,8 @@ class Rerun:
     def _settle(self, step: int) -> None:
         """Take on the settings that `step` was computed under, keeping the state."""
         config, start = self.run.config(step), self.run.start(step)
-        evidence = Evidence(parameters=len(self.run.steps[step].get("gradient", [])) > 1)
-        config = replace(config, sharding=Sharding.none, evidence=evidence)  # neither has a say in the bits
+        checksums = Evidence(parameters=len(self.run.steps[step].get("gradient", [])) > 1)
+        config = replace(config, sharding=Sharding.none, evidence=checksums)  # neither has a say in the bits
         threads = int(start.get("fingerprint", {}).get("threads_per_rank") or 1)
         if (config, threads) == self._settings:
             return
@@ -182,7 +180,8 @@ class Rerun:
             why = f"was computed with reduce=fast on {start['world']} ranks: the order of its sum is not known"
             raise Refused("step", f"{step} of {self.run.name} {why}")
         on = trained.device(config.accelerator)
-        place = replace(PLACE, device="cuda:0" if on.type == "cuda" else "cpu")
+        named = "cuda:0" if on.type == "cuda" else "cpu"
+        place = Place(rank=0, world=1, local_rank=0, device=named, host="", port=0, loopback=True, backend="gloo")
         before = self.engine.state if self._settings else None
         self.engine = Engine.build(config, self.prepared, place, threads)
         state = self.engine.state
@@ -208,10 +207,6 @@ class Rerun:
         except NotFinite as error:
             raise Refused("step", f"{number} of {self.run.name}, computed again: {error}") from error
 
-    def different(self, step: int) -> dict[str, list[int]]:
-        """What of a computed step is not as recorded, and where in it."""
-        return different(self.run.steps[step], self.computed[step])
-
     def leaf(self, v: int) -> Iterator[Buffer]:
         """Virtual rank v's part of the next step, after each of its micro-batches."""
         state = self.engine.state
@@ -223,6 +218,6 @@ class Rerun:
 
     def checksums(self, tensor: Tensor, by_parameter: bool = False) -> list[str]:
         """Of a flat tensor: one for all of it, or one for each parameter."""
-        checksums = Checksums(self.engine.state.flat, by_parameter)
-        checksums.of_state(PARAMETERS, tensor, 0)
-        return [word(number) for number in checksums.state[PARAMETERS].tolist()]
+        checksums = evidence.Evidence(self.engine.state.flat, by_parameter)
+        checksums.of_state(evidence.PARAMETERS, tensor, 0)
+        return [word(number) for number in checksums.state[evidence.PARAMETERS].tolist()]
