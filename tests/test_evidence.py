@@ -197,6 +197,7 @@ def test_without_checksums_loss_and_norm_are_compared(tiny: list[str], ask: Call
     code, said = ask("replay", f"run={folder}", "step=5")
     assert code == 0
     assert [check["what"] for check in said["checks"]] == ["loss", "gradient norm", "learning rate"]
+    assert cli.main(["replay", f"run={folder}", "step=5", "virtual_rank=1"]) == 2, "there is nothing to compare with"
     other = train(tiny, "name=b", "devices=2", "evidence.digests=false", "model.layers=1", "seed=1")
     code, said = ask("diff", f"run=[{folder},{other}]")
     assert (code, said["step"]) == (1, 1)

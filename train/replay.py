@@ -65,6 +65,8 @@ def replay(config: Config) -> int:
     count = run.start(step).get("virtual_ranks", 0)
     if v >= count:
         raise Refused("virtual_rank", f"{v} is none of the {count} of this run, 0 … {count - 1}")
+    if v >= 0 and "leaves" not in run.steps[step]:
+        raise Refused("virtual_rank", f"no checksum of step {step} is on record: leave it out to compare loss and norm")
     again = Rerun(run, step, quiet=not shown)
     on_the_way = [number for number, bits in again.computed.items() if different(run.steps[number], bits)]
     chosen, flat = range(count) if v < 0 else [v], again.engine.state.flat
