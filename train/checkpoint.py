@@ -13,7 +13,6 @@ together from its parts on rank 0, sent to all, and each rank takes what overlap
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -28,10 +27,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from train.data.store import sync
 from train.flat import Piece
 from train.group import Group
 from train.manifest import CHUNK, MANIFEST, SEAL, Damaged, Verified, encode, folder_name, index, publish
-from train.manifest import write as write_small
+from train.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def deal(pieces: Iterable[Piece], rank: int, writers: Sequence[int]) -> list[Piece]:
@@ -40,8 +42,7 @@ def deal(pieces: Iterable[Piece], rank: int, writers: Sequence[int]) -> list[Pie
     A pure function of what all ranks know, so that they agree without a word.
     """
     pieces = sorted(pieces, key=lambda piece: (-piece.data.numel(), piece.file, piece.name, piece.offset))
-    load = dict.fromkeys(writers, 0)
-    mine = []
+    mine, load = [], dict.fromkeys(writers, 0)
     for piece in pieces:
         writer = rank
         if piece.replicated:
@@ -62,28 +63,24 @@ class Snapshot:
 
     def take(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The same pieces with their data in the buffer; returns when the copy is done."""
-        sizes = [piece.data.numel() for piece in pieces]
-        copies = [
-            replace(piece, data=view) for piece, view in zip(pieces, torch.split(self._buffer, sizes), strict=True)
-        ]
-        for piece, copied in zip(pieces, copies, strict=True):
-            copied.data.copy_(piece.data, non_blocking=True)
+        views = torch.split(self._buffer, [piece.data.numel() for piece in pieces])
+        for piece, view in zip(pieces, views, strict=True):
+            view.copy_(piece.data, non_blocking=True)
         if self._buffer.is_pinned():
             torch.cuda.current_stream().synchronize()
-        return copies
+        return [replace(piece, data=view) for piece, view in zip(pieces, views, strict=True)]
 
 
 def write(draft: Path, rank: int, pieces: Sequence[Piece]) -> dict[str, Any]:
     """Write one rank's files (pieces in the host's memory) into a draft; returns what `commit` must know of them."""
     draft.mkdir(exist_ok=True)
-    files: dict[str, Any] = {}
-    tensors: dict[str, dict[str, list[int]]] = {}
+    report: dict[str, Any] = {"files": {}, "tensors": {}}
     for kind in sorted({piece.file for piece in pieces}):
         mine = [piece for piece in pieces if piece.file == kind]
         name = f"{kind}-{rank:05d}.safetensors"
-        files[name] = _write_file(draft / name, mine)
-        tensors[kind] = {piece.name: list(piece.shape) for piece in mine}
-    return {"files": files, "tensors": tensors}
+        report["files"][name] = _write_file(draft / name, mine)
+        report["tensors"][kind] = {piece.name: list(piece.shape) for piece in mine}
+    return report
 
 
 def _write_file(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -124,58 +121,45 @@ def commit(
 
     `about` goes into the manifest as it is. A checkpoint of the same step is replaced.
     """
-    files: dict[str, Any] = {}
-    tensors: dict[str, dict[str, list[int]]] = {}
+    manifest: dict[str, Any] = {"step": step, "files": {}, "tensors": {}, **about}
     for report in reports:
-        files |= report["files"]
+        manifest["files"] |= report["files"]
         for kind, named in report["tensors"].items():
-            tensors.setdefault(kind, {}).update(named)
-    manifest = {"step": step, "files": files, "tensors": tensors, **about}
+            manifest["tensors"].setdefault(kind, {}).update(named)
     index(draft, manifest)  # headers only: no checkpoint is better than one with a hole
     raw, seal = encode(manifest)
-    write_small(draft / MANIFEST, raw)
-    write_small(draft / SEAL, seal)
+    for name, content in ((MANIFEST, raw), (SEAL, seal)):
+        (draft / name).write_bytes(content)
+        sync(draft / name)
     path = root / folder_name(step)
     publish(draft, path)
-    return path, len(raw) + sum(entry["size"] for entry in files.values())
+    return path, len(raw) + sum(entry["size"] for entry in manifest["files"].values())
 
 
 @torch.no_grad()
-def load(found: Verified | None, pieces: Sequence[Piece], group: Group | None = None) -> None:
+def load(found: Verified | None, pieces: Sequence[Piece], group: Ranks = ALONE) -> None:
     """Bring a verified checkpoint (on rank 0; None elsewhere) into the pieces of all ranks.
 
-    Of the checkpoint's kinds those are read that rank 0 has pieces of. Raises `Damaged` where it is another model's.
+    Of the checkpoint's kinds those are read that there are pieces of. Raises `Damaged` where it is another model's.
     """
-    plan: dict[str, Any] = {}
+    here, held = _tensors(pieces, group), {} if found is None else found.manifest["tensors"]
+    there = {(kind, name): shape for kind, named in _broadcast(held, group).items() for name, shape in named.items()}
+    kinds = {kind for kind, _ in here}
+    for kind, name in sorted(here.keys() | there.keys()):
+        wanted, stored = here.get((kind, name), "absent"), there.get((kind, name), "absent")
+        if kind in kinds and wanted != stored:
+            raise Damaged(f"the checkpoint belongs to another model ({kind} {name}: {stored} in it, {wanted} here)")
+    files: dict[str, Any] = {}
     if found is not None:
-        kinds = {piece.file for piece in pieces}
-        plan = {kind: named for kind, named in found.manifest["tensors"].items() if kind in kinds}
-    plan = json.loads(_broadcast(json.dumps(plan).encode(), group))
-    own = 0
-    for piece in pieces:
-        shape = plan.get(piece.file, {}).get(piece.name)
-        if shape != list(piece.shape):
-            there = "is not in it" if shape is None else f"is {tuple(shape)} instead of {tuple(piece.shape)}"
-            raise Damaged(f"the checkpoint belongs to another model ({piece.file} {piece.name} {there})")
-        own += piece.data.numel() if found is not None or not piece.replicated else 0
-    count = torch.tensor(own)
-    if group is not None:
-        count = group.all_reduce(count)
-    if count.item() != sum(math.prod(shape) for named in plan.values() for shape in named.values()):
-        raise Damaged("the checkpoint belongs to another model (it holds more than this one has)")
-    with contextlib.ExitStack() as stack:
-        names = found.manifest["files"] if found is not None else ()
-        files = {name: stack.enter_context(safe_open(found.path / name, framework="pt")) for name in names}  # type: ignore[union-attr]
-        for kind, named in sorted(plan.items()):
-            for name, shape in sorted(named.items()):
-                whole = torch.empty(math.prod(shape), device="cpu" if group is None else group.wire)
-                for part in found.parts[kind, name] if found is not None else ():
-                    whole[part.offset : part.offset + part.count] = files[part.file].get_tensor(part.key).view(-1)
-                if group is not None:
-                    group.broadcast(whole)
-                for piece in pieces:
-                    if (piece.file, piece.name) == (kind, name):
-                        piece.data.copy_(whole[piece.offset : piece.offset + piece.data.numel()])
+        files = {name: safe_open(found.path / name, framework="pt") for name in found.manifest["files"]}
+    for key, shape in sorted(here.items()):
+        whole = torch.empty(math.prod(shape), device=group.wire)
+        for part in () if found is None else found.parts[key]:
+            whole[part.offset : part.offset + part.count] = files[part.file].get_tensor(part.key).view(-1)
+        group.broadcast(whole)
+        for piece in pieces:
+            if (piece.file, piece.name) == key:
+                piece.data.copy_(whole[piece.offset : piece.offset + piece.data.numel()])
 
 
 def state_sha256(step: int, pieces: Sequence[Piece], group: Group) -> str:
@@ -185,30 +169,31 @@ def state_sha256(step: int, pieces: Sequence[Piece], group: Group) -> str:
     together: each rank adds its elements' bits to zeros, as integers, which changes no bit.
     """
     digest = hashlib.sha256(f"step {step}\n".encode())
-    mine = [(piece.file, piece.name, list(piece.shape), piece.replicated) for piece in pieces]
-    table: dict[tuple[str, str], tuple[list[int], bool]] = {}
-    for rank in range(group.world):
-        for file, name, shape, replicated in json.loads(_broadcast(json.dumps(mine).encode(), group, rank)):
-            table[file, name] = (shape, replicated and table.get((file, name), (shape, True))[1])
-    for (file, name), (shape, replicated) in sorted(table.items()):
+    for (kind, name), shape in sorted(_tensors(pieces, group).items()):
+        mine = [piece for piece in pieces if (piece.file, piece.name) == (kind, name)]
+        replicated = any(piece.replicated for piece in mine)
         if replicated and group.rank != 0:
             continue
         whole = torch.zeros(math.prod(shape), dtype=torch.int32, device=group.wire)
-        for piece in pieces:
-            if (piece.file, piece.name) == (file, name) and (group.rank == 0 or not piece.replicated):
-                whole[piece.offset : piece.offset + piece.data.numel()] = piece.data.view(torch.int32)
+        for piece in mine:
+            whole[piece.offset : piece.offset + piece.data.numel()] = piece.data.view(torch.int32)
         if not replicated:
             whole = group.all_reduce(whole)
-        digest.update(f"{file} {name} torch.float32 {shape}\n".encode())
+        digest.update(f"{kind} {name} torch.float32 {shape}\n".encode())
         digest.update(_raw(whole.cpu()))
     return digest.hexdigest() if group.rank == 0 else ""
 
 
-def _broadcast(content: bytes, group: Group | None, source: int = 0) -> bytes:
-    if group is None or group.world == 1:
-        return content
-    size = group.broadcast(torch.tensor(len(content)), source).item()
-    buffer = torch.zeros(size, dtype=torch.uint8)
-    if group.rank == source:
-        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return bytes(group.broadcast(buffer, source).numpy())
+def _tensors(pieces: Sequence[Piece], group: Ranks) -> dict[tuple[str, str], list[int]]:
+    """The shape of each tensor that any rank has pieces of, by kind and name."""
+    mine = [(piece.file, piece.name, list(piece.shape)) for piece in pieces]
+    by_rank = [_broadcast(mine, group, rank) for rank in range(group.world)]
+    return {(kind, name): shape for found in by_rank for kind, name, shape in found}
+
+
+def _broadcast(value: Any, group: Ranks, source: int = 0) -> Any:
+    """The value of rank `source`, on all ranks, by way of JSON."""
+    sent = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    size = group.broadcast(torch.tensor(len(sent)), source).item()
+    buffer = sent if group.rank == source else torch.zeros(size, dtype=torch.uint8)
+    return json.loads(bytes(group.broadcast(buffer, source).numpy()))

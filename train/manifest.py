@@ -9,13 +9,14 @@ A tensor stands whole under its name, or in parts `name@offset`, 1-D, which must
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,9 @@ from train.data.store import sync
 
 FORMAT = 2
 MANIFEST, SEAL = "manifest.json", "manifest.json.sha256"
-NAME = re.compile(r"step-(\d{8,})")
+NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
 FILE = re.compile(r"([a-z_]+)-\d{5}\.safetensors")
 CHUNK = 1 << 20  # bytes read at a time while hashing
-
-Tensors = dict[str, dict[str, list[int]]]  # file kind ("model", "optimizer") -> name -> shape
 
 
 class Damaged(Exception):
@@ -71,10 +70,14 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def steps(names: Iterable[str]) -> list[int]:
+    """The steps whose checkpoint folders are among the names, the newest first."""
+    return sorted((step for name in names if (step := step_of(name)) is not None), reverse=True)
+
+
 def candidates(root: Path) -> list[Path]:
     """Checkpoint folders, the newest step first; none of them verified."""
-    found = [(step, path) for path in root.glob("step-*") if (step := step_of(path.name)) is not None]
-    return [path for _, path in sorted(found, reverse=True)]
+    return [root / folder_name(step) for step in steps(path.name for path in root.glob("step-*"))]
 
 
 def encode(about: dict[str, Any]) -> tuple[bytes, bytes]:
@@ -83,29 +86,29 @@ def encode(about: dict[str, Any]) -> tuple[bytes, bytes]:
     return raw, hashlib.sha256(raw).hexdigest().encode()
 
 
-def decode(raw: bytes, seal: bytes, where: str | Path) -> dict[str, Any]:
-    """A manifest that its seal vouches for, and of the right shape; raises `Damaged`."""
+def decode(raw: bytes, seal: bytes, where: str, step: int | None) -> dict[str, Any]:
+    """A manifest that its seal vouches for, of the right shape and of `step`; raises `Damaged`."""
     if hashlib.sha256(raw).hexdigest().encode() != seal:
         raise Damaged(f"{where}: {MANIFEST} does not match its sha256")
     try:
-        manifest = json.loads(raw)
-        form = manifest["format"]
-        if form == FORMAT:
-            good = type(manifest["step"]) is int and all(
-                FILE.fullmatch(name) and type(entry["size"]) is int and type(entry["sha256"]) is str
-                for name, entry in manifest["files"].items()
-            )
-            shapes = [shape for kind in manifest["tensors"].values() for shape in kind.values()]
-            good = good and all(type(size) is int and size >= 0 for shape in shapes for size in shape)
-            loss = manifest.get("val_loss")
-            good = good and (loss is None or type(loss) is float) and isinstance(manifest.get("identity", {}), dict)
+        found = json.loads(raw)
+        if found["format"] != FORMAT:
+            raise Damaged(f"{where}: format {found['format']} is not {FORMAT}, which this version reads")
+        shapes = [shape for kind in found["tensors"].values() for shape in kind.values()]
+        if not (
+            type(found["step"]) is int
+            and all(FILE.fullmatch(name) for name in found["files"])
+            and all(type(e["size"]) is int and type(e["sha256"]) is str for e in found["files"].values())
+            and all(type(size) is int and size >= 0 for shape in shapes for size in shape)
+            and isinstance(found.get("val_loss"), float | None)
+            and isinstance(found.get("identity", {}), dict)
+        ):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{where}: {MANIFEST} is not a manifest ({type(error).__name__})") from error
-    if form != FORMAT:
-        raise Damaged(f"{where}: format {form} is not {FORMAT}, which this version reads")
-    if not good:
-        raise Damaged(f"{where}: {MANIFEST} is not a manifest")
-    return dict(manifest)
+    if found["step"] != step:
+        raise Damaged(f"{where}: {MANIFEST} is of step {found['step']}")
+    return dict(found)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -114,10 +117,7 @@ def read(path: Path) -> dict[str, Any]:
         raw, seal = (path / MANIFEST).read_bytes(), (path / SEAL).read_bytes()
     except OSError as error:
         raise Damaged(f"{path}: {Path(str(error.filename)).name} cannot be read ({error.strerror})") from error
-    manifest = decode(raw, seal, path)
-    if manifest["step"] != step_of(path.name):
-        raise Damaged(f"{path}: {MANIFEST} is of step {manifest['step']}")
-    return manifest
+    return decode(raw, seal, str(path), step_of(path.name))
 
 
 def verify(path: Path, progress: Callable[[int], object] = lambda count: None) -> Verified:
@@ -127,16 +127,19 @@ def verify(path: Path, progress: Callable[[int], object] = lambda count: None) -
     if unlisted:
         raise Damaged(f"{path}: {sorted(unlisted)[0]} is not in the manifest")
     for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise Damaged(f"{path}: {name} is missing")
+        digest, size = hashlib.sha256(), 0
         try:
-            if file.stat().st_size != entry["size"]:
-                raise Damaged(f"{path}: {name} has {file.stat().st_size} bytes instead of {entry['size']}")
-            if sha256(file, progress) != entry["sha256"]:
-                raise Damaged(f"{path}: {name} does not match its sha256")
+            with (path / name).open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    progress(len(chunk))
         except OSError as error:
             raise Damaged(f"{path}: {name} cannot be read ({error.strerror})") from error
+        if size != entry["size"]:
+            raise Damaged(f"{path}: {name} has {size} bytes instead of {entry['size']}")
+        if digest.hexdigest() != entry["sha256"]:
+            raise Damaged(f"{path}: {name} does not match its sha256")
     return Verified(path, manifest["step"], manifest, index(path, manifest))
 
 
@@ -190,40 +193,39 @@ def retained(found: Mapping[int, float | None], policy: Checkpoint) -> set[int]:
     return kept
 
 
+def outlived(
+    found: list[int], read: Callable[[int], dict[str, Any]], policy: Checkpoint, trusted: Callable[[int], bool]
+) -> set[int]:
+    """The steps among `found` that the policy does not keep, and all that are not trusted to be whole."""
+    losses: dict[int, float | None] = {}
+    for step in filter(trusted, found):
+        with contextlib.suppress(Damaged):
+            losses[step] = read(step).get("val_loss")
+    return set(found) - retained(losses, policy)
+
+
 def prune(root: Path, policy: Checkpoint, trusted: Callable[[int], bool]) -> None:
-    """Remove the checkpoints that the policy does not keep, and all that are not trusted to be whole."""
-    found: dict[int, float | None] = {}
-    for path in candidates(root):
-        try:
-            manifest = read(path)
-            if trusted(manifest["step"]):
-                found[manifest["step"]] = manifest.get("val_loss")
-        except Damaged:
-            continue
-    kept = {folder_name(step) for step in retained(found, policy)}
-    for path in candidates(root):
-        if path.name not in kept:
-            remove(path)
-
-
-def remove(path: Path) -> None:
-    """Take a folder out of sight at once, then delete it: a crash leaves it whole or leaves a draft."""
-    draft = path.with_name(f".draft-removed-{path.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    path.rename(draft)
-    shutil.rmtree(draft, ignore_errors=True)
+    """Remove what has been outlived. A folder goes out of sight at once: a crash leaves it whole or leaves a draft."""
+    for step in outlived(steps(os.listdir(root)), lambda step: read(root / folder_name(step)), policy, trusted):
+        shutil.rmtree(_aside(root / folder_name(step), ".draft-removed-"), ignore_errors=True)
 
 
 def publish(draft: Path, path: Path) -> None:
     """Give a finished folder its name, in place of one that has it. `tidy` undoes what a crash in here leaves."""
     sync(draft)
-    retired = path.with_name(f".retired-{path.name}")
-    shutil.rmtree(retired, ignore_errors=True)
-    if path.exists():  # the same step, saved again after a resume
-        path.rename(retired)
+    retired = _aside(path, ".retired-")  # the same step, saved again after a resume
     draft.rename(path)
     sync(path.parent)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _aside(path: Path, prefix: str) -> Path:
+    """Rename a folder, if it is there, so that nobody takes it for a checkpoint; returns its new path."""
+    aside = path.with_name(prefix + path.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        path.rename(aside)
+    return aside
 
 
 def tidy(root: Path) -> None:
@@ -234,23 +236,3 @@ def tidy(root: Path) -> None:
             retired.rename(path)
     for leftover in (*root.glob(".draft-*"), *root.glob(".retired-*"), *root.glob(".probe-*")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def sha256(path: Path, progress: Callable[[int], object] = lambda count: None) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            progress(len(chunk))
-    return digest.hexdigest()
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a small file and sync it."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        if os.write(descriptor, content) != len(content):
-            raise OSError(28, os.strerror(28))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,16 +1,16 @@
 """Checkpoints beside the machine that makes them: in a bucket, or in any place that fsspec has a URL for.
 
 A machine that can be taken away keeps nothing. After each commit rank 0 copies the checkpoint to `checkpoint.store`,
-its seal last, so that one that was torn on the way has none; `resume_from` brings the newest whole one into an empty
-run folder, every byte verified. Access comes from where the service's own tools find it (environment, instance role),
-never from the URL.
+its seal last: what is torn has none. `resume_from` brings the newest whole one into a run folder. Access comes from
+where the service's own tools find it (environment, instance role), never from the URL.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from train import manifest
 from train.config import Checkpoint, Refused
 from train.data.store import sync
-from train.manifest import MANIFEST, SEAL, Damaged
+from train.manifest import MANIFEST, SEAL, Damaged, folder_name
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # URL scheme -> the extra that brings its file system
 SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
@@ -30,14 +30,11 @@ class Remote:
 
     def __init__(self, url: str, key: str) -> None:
         """`key` is the configuration's, for a refusal: of a URL of no known kind, or whose package is missing."""
-        self.url = url
+        self.url, self._key = url, key
         try:
             import fsspec  # only where it is asked for
 
-            local = "://" not in url
-            options = {} if local else {"use_listings_cache": False}
-            where = str(Path(url).expanduser().absolute()) if local else url
-            self._fs, root = fsspec.core.url_to_fs(where, **options)
+            self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except ImportError as error:
             extra = EXTRAS.get(url.partition("://")[0])
             how = f"pip install 'pocket-colossus[{extra}]'" if extra else str(error).splitlines()[0]
@@ -49,96 +46,71 @@ class Remote:
             self._fs.auto_mkdir = True
 
     def _at(self, step: int, name: str = "") -> str:
-        return f"{self._root}/{manifest.folder_name(step)}" + (f"/{name}" if name else "")
+        return f"{self._root}/{folder_name(step)}" + (f"/{name}" if name else "")
 
     def steps(self) -> list[int]:
         """The steps of the folders there, sealed or not, the newest first."""
         try:
-            listed = self._fs.ls(self._root, detail=False)
+            return manifest.steps(Path(path).name for path in self._fs.ls(self._root, detail=False))
         except FileNotFoundError:
             return []
-        found = (manifest.step_of(str(path).rstrip("/").rsplit("/", 1)[-1]) for path in listed)
-        return sorted({step for step in found if step is not None}, reverse=True)
-
-    def seal(self, step: int) -> bytes | None:
-        try:
-            return bytes(self._fs.cat_file(self._at(step, SEAL)))
-        except FileNotFoundError:
-            return None
 
     def read(self, step: int) -> dict[str, Any]:
         """A manifest that its seal vouches for; raises `Damaged`."""
-        where, seal = f"{self.url}/{manifest.folder_name(step)}", self.seal(step)
-        if seal is None:
-            raise Damaged(f"{where}: is torn, it has no {SEAL}")
+        where = f"{self.url}/{folder_name(step)}"
         try:
-            found = manifest.decode(bytes(self._fs.cat_file(self._at(step, MANIFEST))), seal, where)
+            seal, raw = (bytes(self._fs.cat_file(self._at(step, name))) for name in (SEAL, MANIFEST))
         except FileNotFoundError as error:
-            raise Damaged(f"{where}: {MANIFEST} is missing") from error
-        if found["step"] != step:
-            raise Damaged(f"{where}: {MANIFEST} is of step {found['step']}")
-        return found
+            raise Damaged(f"{where}: is torn, it has no {MANIFEST} or no {SEAL}") from error
+        return manifest.decode(raw, seal, where, step)
 
     def upload(self, path: Path) -> None:
-        """Copy a checkpoint there: files, manifest, seal. One of the same step loses its seal first."""
-        step = manifest.step_of(path.name)
-        assert step is not None
-        self._unseal(step)
-        for name in (*manifest.read(path)["files"], MANIFEST, SEAL):
-            self._fs.put_file(str(path / name), self._at(step, name))
+        """Copy a checkpoint there if it is not: files, manifest, seal. One of the same step loses its seal first."""
+        found, seal = manifest.read(path), (path / SEAL).read_bytes()
+        with contextlib.suppress(FileNotFoundError):
+            if self._fs.cat_file(self._at(found["step"], SEAL)) == seal:
+                return
+            self._fs.rm_file(self._at(found["step"], SEAL))
+        for name in (*found["files"], MANIFEST, SEAL):
+            self._fs.put_file(str(path / name), self._at(found["step"], name))
 
     def remove(self, step: int) -> None:
-        self._unseal(step)
-        self._fs.rm(self._at(step), recursive=True)
-
-    def _unseal(self, step: int) -> None:
-        if self.seal(step) is not None:
+        with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._at(step, SEAL))
+        self._fs.rm(self._at(step), recursive=True)
 
     def download(self, step: int, root: Path) -> Path:
         """Bring a checkpoint into `root`, verified; raises `Damaged`, which leaves nothing there."""
-        draft = root / f".draft-fetched-{os.getpid()}"
-        path = draft / manifest.folder_name(step)
-        shutil.rmtree(draft, ignore_errors=True)
-        path.mkdir(parents=True)
-        try:
-            for name in (*self.read(step)["files"], MANIFEST, SEAL):
-                try:
-                    self._fs.get_file(self._at(step, name), str(path / name))
-                except FileNotFoundError as error:
-                    raise Damaged(f"{self.url}/{path.name}: {name} is missing") from error
-                sync(path / name)
-            manifest.verify(path)
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".draft-", dir=root) as draft:
+            path = Path(draft) / folder_name(step)
+            path.mkdir()
+            try:
+                for name in (*self.read(step)["files"], MANIFEST, SEAL):
+                    with contextlib.suppress(FileNotFoundError):  # which `verify` says
+                        self._fs.get_file(self._at(step, name), str(path / name))
+                        sync(path / name)
+                manifest.verify(path)
+            except Damaged as damage:
+                raise Damaged(str(damage).replace(draft, self.url)) from damage
             manifest.publish(path, root / path.name)
-        except Damaged as damage:
-            raise Damaged(str(damage).replace(str(path), f"{self.url}/{path.name}")) from damage
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
         return root / path.name
 
 
-class Origin:
-    """Where a run may be resumed from, as the key `key` says. What was passed over there, and why, is in `refused`."""
+class Origin(Remote):
+    """Where a run may be resumed from. What was passed over there, and why, is in `refused`."""
 
-    def __init__(self, url: str, key: str) -> None:
-        self._remote, self._key = Remote(url, key), key
-        self.refused: list[str] = []
+    refused: list[str]
 
     def manifests(self, above: int = -1) -> Iterator[dict[str, Any]]:
         """The sealed manifests there of steps above `above`, the newest first; raises Refused if it cannot be read."""
-        self.refused = []
-        try:
-            for step in self._remote.steps():
-                if step > above:
-                    try:
-                        yield self._remote.read(step)
-                    except Damaged as damage:
-                        self.refused.append(str(damage))
-        except Exception as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> Refused:
-        return Refused(self._key, f"{self._remote.url} cannot be read ({reason(error)})")
+        self.refused, steps = [], list[int]()
+        with self._passing_over():
+            steps = self.steps()
+        for step in steps:
+            if step > above:
+                with self._passing_over():
+                    yield self.read(step)
 
     def fetch(self, root: Path, admit: Callable[[dict[str, Any]], object]) -> Path | None:
         """Bring the newest whole checkpoint into `root` if it is newer than what is whole there.
@@ -148,13 +120,18 @@ class Origin:
         here = manifest.newest(root)[0]
         for found in self.manifests(-1 if here is None else here.step):
             admit(found)
-            try:
-                return self._remote.download(found["step"], root)
-            except Damaged as damage:
-                self.refused.append(str(damage))
-            except Exception as error:
-                raise self._unreadable(error) from error
+            with self._passing_over():
+                return self.download(found["step"], root)
         return None
+
+    @contextlib.contextmanager
+    def _passing_over(self) -> Iterator[None]:
+        try:
+            yield
+        except Damaged as damage:
+            self.refused.append(str(damage))
+        except Exception as error:
+            raise Refused(self._key, f"{self.url} cannot be read ({reason(error)})") from error
 
 
 class Mirror:
@@ -186,40 +163,30 @@ class Mirror:
         while not last:
             self._due.wait()
             self._due.clear()
-            last = self._closing.is_set()
-            step = self._step
-            if step:
-                try:
+            last, step = self._closing.is_set(), self._step
+            try:
+                if step:
                     self._copy(step)
-                except Exception as error:
-                    self._warn(f"checkpoint.store: {self._remote.url} is behind: {reason(error)}", step)
+            except Exception as error:
+                self._warn(f"checkpoint.store: {self._remote.url} is behind: {reason(error)}", step)
 
     def _copy(self, newest: int) -> None:
-        local = [path for path in manifest.candidates(self._root) if self._trusted(manifest.step_of(path.name) or 0)]
-        for path in local:
-            step = manifest.step_of(path.name) or 0
+        here = [step for step in manifest.steps(os.listdir(self._root)) if self._trusted(step)]
+        for step in here:
+            path = self._root / folder_name(step)
             try:
-                if self._remote.seal(step) != (path / SEAL).read_bytes():
-                    self._remote.upload(path)
+                self._remote.upload(path)
             except (FileNotFoundError, Damaged):
                 if path.exists():
                     raise  # else: removed here meanwhile, as retention does
-        here = {manifest.step_of(path.name) for path in local}
-        found: dict[int, float | None] = {}
         there = [step for step in self._remote.steps() if step <= newest]  # what is newer is not this run's to judge
-        for step in there:
-            try:
-                found[step] = self._remote.read(step).get("val_loss")
-            except Damaged:
-                continue
-        kept = manifest.retained({step: loss for step, loss in found.items() if self._trusted(step)}, self._policy)
-        for step in set(there) - kept - here:
+        for step in manifest.outlived(there, self._remote.read, self._policy, self._trusted) - set(here):
             self._remote.remove(step)
 
 
 def reason(error: Exception) -> str:
     """The first line of an error, without anything that looks like a secret of this process."""
-    text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    text = str(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}").splitlines()[0]
     for name, value in os.environ.items():
         if SECRET.search(name) and len(value) >= 6:
             text = text.replace(value, "…")
