@@ -25,7 +25,7 @@ from train import checkpoint, events, manifest
 from train.config import Checkpoint, Refused
 from train.flat import Piece
 from train.group import Group
-from train.mirror import Mirror
+from train.mirror import Mirror, reason
 
 POLL = 0.02  # seconds between two looks into the store
 LIMIT = 600.0  # seconds after which a writer that has not answered is not waited for
@@ -37,8 +37,7 @@ class NotSaved(Exception):
 
 def find_writers(root: Path, pieces: Sequence[Piece], group: Group) -> list[int]:
     """The ranks that see rank 0's checkpoint folder. Raises Refused on one that does not, but has what only it has."""
-    token = group.broadcast(torch.tensor(secrets.randbits(62)))
-    probe = root / f".probe-{token.item():x}"
+    probe = root / f".probe-{group.broadcast(torch.tensor(secrets.randbits(62))).item():x}"
     if group.rank == 0:
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -47,12 +46,12 @@ def find_writers(root: Path, pieces: Sequence[Piece], group: Group) -> list[int]
             raise Refused(str(root), f"cannot be written ({error.strerror})") from error
     group.barrier()
     sees = probe.exists()
-    flags = group.all_gather(torch.tensor([int(sees)])).view(-1).tolist()
+    seen = group.all_gather(torch.tensor(int(sees))).tolist()
     if group.rank == 0:
         probe.unlink()
     if not sees and not all(piece.replicated for piece in pieces):
         raise Refused("runs", f"{root} is not seen by rank {group.rank}, which holds a part of the state: share it")
-    return [rank for rank, flag in enumerate(flags) if flag]
+    return [rank for rank, flag in enumerate(seen) if flag]
 
 
 class Saver:
@@ -73,15 +72,12 @@ class Saver:
         self._root, self._store, self._group = root, store, group
         self._about, self._policy, self._send = about, policy, send
         self._writers = find_writers(root, pieces, group)
-        self._snapshot = checkpoint.Snapshot(self._share(pieces))
+        self._snapshot = checkpoint.Snapshot(checkpoint.deal(pieces, group.rank, self._writers))
         self._thread: threading.Thread | None = None
         self._restored, self._committed = restored, set[int]()
-        self._failed: tuple[int, str] | None = None  # the step whose save failed, if the last one did, and why
+        self._failed: str | None = None  # what is to be said of the last save, if it failed
         mirrors = group.rank == 0 and policy.store
         self._mirror = Mirror(root, policy, self._trusted, self._warn) if mirrors else None
-
-    def _share(self, pieces: Sequence[Piece]) -> list[Piece]:
-        return checkpoint.deal(pieces, self._group.rank, self._writers) if self._group.rank in self._writers else []
 
     def _trusted(self, step: int) -> bool:
         """What is newer than the checkpoint that the run began at, and is not this run's, was damaged then."""
@@ -91,7 +87,7 @@ class Saver:
         """Copy this rank's share and let the thread write it. Waits for the save before, if that is not done yet."""
         started = time.perf_counter()
         self._join()
-        share = self._snapshot.take(self._share(pieces))
+        share = self._snapshot.take(checkpoint.deal(pieces, self._group.rank, self._writers))
         waited = time.perf_counter() - started
         self._thread = threading.Thread(target=self._work, args=(step, share, more, waited), daemon=True)
         self._thread.start()
@@ -103,10 +99,8 @@ class Saver:
         if self._mirror is not None:
             self._mirror.close()
         if self._failed is not None:
-            step, why = self._failed
-            found = manifest.candidates(self._root)
-            last = f"the last checkpoint is {found[0].name}" if found else "there is no checkpoint"
-            raise NotSaved(f"the state of step {step} was not saved ({why}); {last}")
+            found = [path.name for path in manifest.candidates(self._root)]
+            raise NotSaved(f"{self._failed}; the last checkpoint is {found[0] if found else 'none'}")
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -123,7 +117,7 @@ class Saver:
             try:
                 report = checkpoint.write(draft, rank, share)
             except Exception as error:
-                report = {"error": _reason(error)}
+                report = {"error": reason(error)}
             self._store.set(f"{key}/{rank}", json.dumps(report))
         if rank != 0:
             return
@@ -133,27 +127,27 @@ class Saver:
             if not errors:
                 path, size = checkpoint.commit(self._root, draft, step, reports.values(), about)
         except Exception as error:
-            errors = {0: _reason(error)}
+            errors = {0: reason(error)}
+        self._failed = None
+        for writer, why in errors.items():
+            self._failed = f"the state of step {step} was not saved (rank {writer}: {why})"
+            self._warn(f"the checkpoint of step {step} was not saved: {why}", step, writer)
         if errors:
             shutil.rmtree(draft, ignore_errors=True)
-            for writer, why in errors.items():
-                self._failed = (step, f"rank {writer}: {why}")
-                self._warn(f"the checkpoint of step {step} was not saved: {why}", step, writer)
             return
-        self._failed = None
         self._committed.add(step)
         wall = waited + time.perf_counter() - started
         self._send(events.Saved(step=step, path=str(path), bytes=size, seconds=waited, wall=wall))
         try:
             manifest.prune(self._root, self._policy, self._trusted)
         except OSError as error:
-            self._warn(f"old checkpoints were not removed: {_reason(error)}", step)
+            self._warn(f"old checkpoints were not removed: {reason(error)}", step)
         if self._mirror is not None:
             self._mirror.update(step)
 
     def _collect(self, key: str) -> dict[int, dict[str, Any]]:
         """What each writer says of its files; an error for one that says nothing in time."""
-        reports = {}
+        reports = {writer: {"error": f"no answer within {LIMIT:.0f} s"} for writer in self._writers}
         until = time.monotonic() + LIMIT
         for writer in self._writers:
             while not (there := self._store.check([f"{key}/{writer}"])) and time.monotonic() < until:
@@ -161,15 +155,7 @@ class Saver:
             if there:
                 reports[writer] = json.loads(self._store.get(f"{key}/{writer}"))
                 self._store.delete_key(f"{key}/{writer}")
-            else:
-                reports[writer] = {"error": f"no answer within {LIMIT:.0f} s"}
         return reports
 
     def _warn(self, text: str, step: int, rank: int = 0) -> None:
         self._send(events.Warned(rank=rank, step=step, text=text))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -34,18 +34,14 @@ def verify(config: Verify) -> int:
             console.progress("verifying", done, total)
 
     found: list[dict[str, Any]] = []
-    for path in sorted(paths):
-        files = [file for file in path.glob("*") if file.is_file()]
-        facts = {
-            "step": manifest.step_of(path.name),
-            "files": len(files),
-            "bytes": sum(f.stat().st_size for f in files),
-        }
+    for path in reversed(paths):
+        sizes, why = [file.stat().st_size for file in path.iterdir() if file.is_file()], ""
         try:
             manifest.verify(path, progress)
-            found.append({**facts, "whole": True, "why": ""})
         except manifest.Damaged as damage:
-            found.append({**facts, "whole": False, "why": str(damage)})
+            why = str(damage)
+        step = manifest.step_of(path.name)
+        found.append({"step": step, "files": len(sizes), "bytes": sum(sizes), "whole": not why, "why": why})
     console.close()
     if config.format == "json":
         print(json.dumps(found))
@@ -54,11 +50,11 @@ def verify(config: Verify) -> int:
         for column in ("step", "files", "bytes"):
             table.add_column(column, justify="right")
         table.add_column("state")
-        for facts in found:
-            state = "whole" if facts["whole"] else "damaged"
-            table.add_row(str(facts["step"]), str(facts["files"]), f"{facts['bytes']:,}", state)
+        for row in found:
+            state = "whole" if row["whole"] else "damaged"
+            table.add_row(str(row["step"]), str(row["files"]), f"{row['bytes']:,}", state)
         Rich(soft_wrap=True, highlight=False).print(table)
-    damaged = [facts["why"] for facts in found if not facts["whole"]]
+    damaged = [row["why"] for row in found if row["why"]]
     for why in damaged:
         console.error(why)
     return FAILED if damaged else DONE
