@@ -41,9 +41,8 @@ def deal(pieces: Iterable[Piece], rank: int, writers: Sequence[int]) -> list[Pie
 
     A pure function of what all ranks know, so that they agree without a word.
     """
-    pieces = sorted(pieces, key=lambda piece: (-piece.data.numel(), piece.file, piece.name, piece.offset))
     mine, load = [], dict.fromkeys(writers, 0)
-    for piece in pieces:
+    for piece in sorted(pieces, key=lambda piece: (-piece.data.numel(), piece.file, piece.name, piece.offset)):
         writer = rank
         if piece.replicated:
             writer = min(writers, key=load.__getitem__)

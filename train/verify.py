@@ -54,7 +54,7 @@ def verify(config: Verify) -> int:
             state = "whole" if row["whole"] else "damaged"
             table.add_row(str(row["step"]), str(row["files"]), f"{row['bytes']:,}", state)
         Rich(soft_wrap=True, highlight=False).print(table)
-    damaged = [row["why"] for row in found if row["why"]]
-    for why in damaged:
-        console.error(why)
-    return FAILED if damaged else DONE
+    for row in found:
+        if row["why"]:
+            console.error(row["why"])
+    return DONE if all(row["whole"] for row in found) else FAILED
