@@ -129,11 +129,11 @@ class Saver:
         except Exception as error:
             errors = {0: reason(error)}
         self._failed = None
-        for writer, why in errors.items():
-            self._failed = f"the state of step {step} was not saved (rank {writer}: {why})"
-            self._warn(f"the checkpoint of step {step} was not saved: {why}", step, writer)
         if errors:
             shutil.rmtree(draft, ignore_errors=True)
+            for writer, why in errors.items():
+                self._failed = f"the state of step {step} was not saved (rank {writer}: {why})"
+                self._warn(f"the checkpoint of step {step} was not saved: {why}", step, writer)
             return
         self._committed.add(step)
         wall = waited + time.perf_counter() - started
