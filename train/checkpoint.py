@@ -37,10 +37,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def deal(pieces: Iterable[Piece], rank: int, writers: Sequence[int]) -> list[Piece]:
-    """The pieces that `rank` writes: those that only it has, and of the others its share by size.
-
-    A pure function of what all ranks know, so that they agree without a word.
-    """
+    """The pieces that `rank` writes, as all ranks know: what only it has, and by size its share of the rest."""
     mine, load = [], dict.fromkeys(writers, 0)
     for piece in sorted(pieces, key=lambda piece: (-piece.data.numel(), piece.file, piece.name, piece.offset)):
         writer = rank
@@ -116,10 +113,7 @@ def _raw(data: Tensor) -> memoryview:
 def commit(
     root: Path, draft: Path, step: int, reports: Iterable[Mapping[str, Any]], about: Mapping[str, Any]
 ) -> tuple[Path, int]:
-    """Make a checkpoint of a draft to which all writers have written; returns its path and bytes.
-
-    `about` goes into the manifest as it is. A checkpoint of the same step is replaced.
-    """
+    """Make a checkpoint of a draft to which all have written, in place of one of that step; its path and bytes."""
     manifest: dict[str, Any] = {"step": step, "files": {}, "tensors": {}, **about}
     for report in reports:
         manifest["files"] |= report["files"]
