@@ -3,8 +3,8 @@
 Beside the best inexact run that we can write (as many virtual ranks as ranks, the largest micro-batch, the backend's
 all-reduce in buckets that overlap the backward, no checksums) runs the exact one, and between the two every step of
 the way, so that the parts of the price add up. All variants live in the same processes, one thread a rank, on the
-same model and tokens, and take turns; a figure is the median of the ratios of neighbouring turns. On a GPU
-deterministic kernels are a part of their own; on a CPU there is nothing to force.
+same model and tokens, and take turns, the best run before each of the others; a figure is the median of the ratios
+of neighbouring steps. On a GPU deterministic kernels are a part of their own; on a CPU there is nothing to force.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from train.ranks import Ranks
 
 RESULTS = Path(__file__).parent / "results" / "price.json"
 SEQUENCES, LARGEST = 64, 8  # of the global batch; of a forward pass: more were not faster here
-STEPS, TURNS = 2, 9
+TURNS = 21
 BEST = "fast sum, free micro-batch"
 VARIANTS = {  # from the best inexact run to the exact one, a change at a time
     BEST: ["reduce=fast", "batch.virtual_ranks={world}", "evidence.digests=false"],
@@ -83,19 +83,22 @@ def trainer(config: Train, ranks: Ranks) -> tuple[Callable[[], None], Callable[[
 
 
 def measure(place: Place) -> dict[str, Any]:
-    """Seconds a step of each variant, by turn."""
+    """Seconds of a step of each variant, and of the best one's step just before, by turn."""
     ranks = Ranks.default()
     loops = {name: trainer(config_of(overrides, place.world), ranks) for name, overrides in VARIANTS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for turn in range(TURNS + 1):
-        order = list(loops) if turn % 2 else list(loops)[::-1]  # what drifts hits neighbours from both sides
-        for name in order:
-            ranks.all_gather(torch.zeros(1))  # all begin at once
-            began = time.perf_counter()
-            for _ in range(STEPS):
-                loops[name][0]()
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
+
+    def timed(name: str) -> float:
+        ranks.all_gather(torch.zeros(1))  # all begin at once
+        began = time.perf_counter()
+        loops[name][0]()
+        return time.perf_counter() - began
+
+    for turn in range(TURNS + 1):  # the first one warms up
+        for name in loops:
+            pair = timed(BEST), timed(name)
             if turn:
-                seconds[name].append((time.perf_counter() - began) / STEPS)
+                seconds[name].append(pair)
     return {"seconds": seconds, "gradients": {name: held() for name, (_, held) in loops.items()}}
 
 
@@ -104,13 +107,13 @@ def report_of(world: int) -> dict[str, Any]:
     config = config_of([], world)
     rows = []
     for name, seconds in measured["seconds"].items():
-        ratios = [best / own for best, own in zip(measured["seconds"][BEST], seconds, strict=True)]
+        ratios = [best / own for best, own in seconds]
         rows.append(
             {
                 "variant": name,
-                "tokens_per_s": config.tokens_per_step / statistics.median(seconds),
+                "tokens_per_s": config.tokens_per_step / statistics.median(own for _, own in seconds),
                 "of_best_median": statistics.median(ratios),
-                "of_best_range": [min(ratios), max(ratios)],
+                "of_best_quartiles": statistics.quantiles(ratios, n=4)[::2],
                 "gradient_buffers_bytes": measured["gradients"][name],
             }
         )
@@ -120,7 +123,6 @@ def report_of(world: int) -> dict[str, Any]:
         "precision": config.precision,
         "tokens_per_step": config.tokens_per_step,
         "turns": TURNS,
-        "steps_a_turn": STEPS,
         "variants": rows,
     }
 
@@ -141,9 +143,9 @@ def main() -> int:
     for result in results:
         print(f"{result['ranks']} ranks, {result['tokens_per_step']:,} tokens a step, {result['precision']}")
         for row in result["variants"]:
-            low, high = row["of_best_range"]
+            low, high = row["of_best_quartiles"]
             print(f"  {row['variant']:28} {row['tokens_per_s']:8,.0f} tokens/s", end="")
-            print(f"  {row['of_best_median']:.3f} of the best ({low:.3f} … {high:.3f})", end="")
+            print(f"  {row['of_best_median']:.3f} of the best (quartiles {low:.3f} … {high:.3f})", end="")
             print(f"  {row['gradient_buffers_bytes'] / 2**20:.0f} MiB of gradients")
     print(f"written to {RESULTS}")
     return 0
