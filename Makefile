@@ -32,7 +32,7 @@ train: setup ## Train the main job: a small model on the Python standard library
 	@$(BIN)/colossus train $(ARGS)
 
 test: setup ## Run the tests that need neither root nor system packages (ARGS: pytest's own)
-	@$(BIN)/python -m pytest -m "not system and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not system and not gpu" $(ARGS)
 
 check: setup ## Lint, format and types
 	@$(BIN)/ruff check .

@@ -15,10 +15,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from train.batch import micro_batch_seed, shares
+from train.batch import micro_batch_seed, root, shares
 from train.clock import Clock
 from train.evidence import GRADIENT, PARAMETERS, Evidence, NoEvidence
-from train.flat import BLOCK, SLICE, Buffer, Flat, chunk, squares
+from train.flat import BLOCK, SLICE, Buffer, Flat, Range, chunk, squares
 from train.ranks import Ranks, Wait, gather
 
 Started = Callable[[], Wait]  # an exchange under way: the call goes on with it, what that returns waits for its end
@@ -77,6 +77,7 @@ class Reducer(ABC):
         self._most_blocks = max(map(len, blocks))
         at = {block: rank * self._most_blocks + i for rank, own in enumerate(blocks) for i, block in enumerate(own)}
         self._where = torch.tensor([at[block] for block in range(flat.size // BLOCK)], device=flat.device)
+        self._root = root(virtual_ranks)
         self._clock = Clock(flat.device)
         self._last: Buffer
         self._final: int
@@ -99,9 +100,14 @@ class Reducer(ABC):
         ranks.broadcast(flat.parameters.detach())
         return cls(ranks, flat, virtual_ranks, micro_batches)
 
+    @abstractmethod
     def assign(self, hosted: list[range]) -> None:
         """Let each rank host these virtual ranks, from the next step on. It has no say in the bits."""
-        self.hosted = hosted
+
+    def _host(self, hosted: list[range]) -> None:
+        self.hosted, widest = hosted, max(map(len, hosted))
+        order = sorted((v, rank * widest + i) for rank, own in enumerate(hosted) for i, v in enumerate(own))
+        self._places = torch.tensor([place for _, place in order], device=self.flat.device)  # of leaves, in rows of all
 
     # ------------------------------------------------------------------------------------ a step, in order
 
@@ -155,7 +161,7 @@ class Reducer(ABC):
         """Have the hosted leaves computed, the last of them, `self._final`, into `self._last`."""
 
     @abstractmethod
-    def _exchange(self, bucket: tuple[int, int]) -> Started:
+    def _exchange(self, bucket: Range) -> Started:
         """Start to sum up a bucket."""
 
     @abstractmethod
@@ -249,45 +255,35 @@ class Reducer(ABC):
 
     def _exchange_numbers(self, stop: bool) -> Total:
         """The few numbers of a step that are not gradients, in one small all-gather: a row of int64 a rank."""
-        device, world = self.flat.device, self.ranks.world
-        losses = self._losses()
-        most = self._most_losses
-        floats = [*losses, *[torch.zeros_like(losses[0])] * (most - len(losses))]
-        hosted = self.hosted[self.ranks.rank]
-        said = torch.tensor([float(stop), self._clock.seconds / len(hosted)], dtype=torch.float64).to(
-            device, non_blocking=True
-        )
-        widest = max(map(len, self.hosted))
-        padding = widest - len(hosted)
-        tokens = [self._tokens[v] for v in hosted] + [0] * padding
-        gradients = [self._evidence.leaf(v) for v in [*hosted, *[-1] * padding]]
+        device, hosted = self.flat.device, self.hosted[self.ranks.rank]
+        losses, widest = self._losses(), max(map(len, self.hosted))
+        missing = widest - len(hosted)
+        said = torch.tensor([float(stop), self._clock.seconds / len(hosted)], dtype=torch.float64).view(torch.int64)
+        tokens = torch.tensor([self._tokens[v] for v in hosted] + [0] * missing, dtype=torch.int64)
+        from_host = torch.cat([said, tokens])
+        if device.type == "cuda":  # a copy from memory that is not pinned would wait for the device
+            from_host = from_host.pin_memory().to(device, non_blocking=True)
         blocks = torch.zeros(self._most_blocks, dtype=torch.float64, device=device)
         mine = torch.cat(self._squares)
         blocks[: mine.numel()] = mine
-        row = torch.cat(
-            [
-                torch.stack(floats).view(torch.int64),
-                said.view(torch.int64),
-                torch.tensor(tokens, dtype=torch.int64).to(device, non_blocking=True),
-                torch.stack(gradients),
-                self._evidence.state.view(-1),
-                blocks.view(torch.int64),
-            ]
-        )
-        sizes = [most, 2, widest, widest, self._evidence.state.numel(), blocks.numel()]
-        rows = self.ranks.all_gather(row)
-        loss, said, tokens_of, gradients_of, sums, squares_of = rows.split(sizes, dim=1)  # type: ignore[no-untyped-call]
-        order = sorted((v, rank * widest + i) for rank, own in enumerate(self.hosted) for i, v in enumerate(own))
-        at = torch.tensor([place for _, place in order], device=device)
-        by_rank = torch.stack([tokens_of.reshape(-1)[at], gradients_of.reshape(-1)[at]], dim=1)
-        said = said.contiguous().view(torch.float64)
-        total = squares_of.contiguous().view(torch.float64).view(-1)[self._where].sum()
+        parts = [
+            from_host,
+            torch.stack([*losses, *[torch.zeros_like(losses[0])] * (self._most_losses - len(losses))]),
+            torch.stack([self._evidence.leaf(v) for v in [*hosted, *[-1] * missing]]),
+            self._evidence.state.view(-1),
+            blocks,
+        ]
+        rows = self.ranks.all_gather(torch.cat([part.view(torch.int64) for part in parts]))
+        sizes = [2, widest, *(part.numel() for part in parts[1:])]
+        said, tokens, loss, gradients, sums, squares_of = (part.contiguous() for part in rows.split(sizes, dim=1))  # type: ignore[no-untyped-call]
+        said = said.view(torch.float64)
+        total = squares_of.view(torch.float64).view(-1)[self._where].sum()
         return Total(
             gradient=self._last.tensor,
-            loss=self._loss(loss.contiguous().view(torch.float64)),
+            loss=self._loss(loss.view(torch.float64)),
             norm=total.sqrt(),
             stops=said[:, 0].sum(),
             seconds=said[:, 1],
-            leaves=by_rank,
-            state=sums.view(world, 2, -1).sum(0),
+            leaves=torch.stack([tokens.view(-1)[self._places], gradients.view(-1)[self._places]], dim=1),
+            state=sums.view(self.ranks.world, 2, -1).sum(0),
         )

@@ -26,7 +26,7 @@ from train.telemetry import Recorder
 from train.trained import precision
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Engine:
     config: Train
     prepared: Prepared
@@ -47,15 +47,7 @@ class Engine:
         model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
         flat, reducer = reduce.build(config, group, model)
         state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
-        return cls(
-            config=config,
-            prepared=prepared,
-            group=group,
-            fabric=fabric,
-            model=model,
-            reducer=reducer,
-            state=state,
-        )
+        return cls(config, prepared, group, fabric, model, reducer, state)
 
     def parts(
         self,

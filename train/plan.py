@@ -85,13 +85,9 @@ def _gradient_buffers(virtual_ranks: int, world: int) -> int:
 def memory(config: Train, vocab: int) -> flops.Memory:
     """What a rank of this (resolved) run needs, in bytes."""
     leaves, world = config.batch.virtual_ranks, int(config.devices) * config.nodes
+    size = int(config.batch.micro_batch)
     whole = flops.memory(
-        config.model,
-        vocab,
-        micro_batch=int(config.batch.micro_batch),
-        precision=config.precision,
-        accelerator=config.accelerator,
-        gradient_buffers=1,
+        config.model, vocab, micro_batch=size, precision=config.precision, accelerator=config.accelerator
     )
     leaf, node = whole.gradients, whole.gradients // (2 if config.reduce.dtype == "bf16" else 1)
     if config.reduce.mode is ReduceMode.fast:

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.batch import Node, children, fold, maximal, root, spine
+from train.batch import Node, children, fold, maximal, spine
 from train.buckets import Reducer, Started, bucket_elements
 from train.config import ReduceMode, Sharding, Train
 from train.evidence import Evidence
@@ -41,8 +41,7 @@ class ExactReducer(Reducer):
     """Bitwise the same sum for every world size from 1 to V, however the leaves are shared out."""
 
     def assign(self, hosted: list[range]) -> None:
-        super().assign(hosted)
-        self._root = root(self.virtual_ranks)
+        self._host(hosted)
         self._subtrees = [maximal(own, self._root) for own in hosted]
         self._most_losses = max(map(len, self._subtrees))
         *self._before, last = self._subtrees[self.ranks.rank]
@@ -82,7 +81,7 @@ class ExactReducer(Reducer):
         self._give(right)
         return left
 
-    def _exchange(self, bucket: tuple[int, int]) -> Started:
+    def _exchange(self, bucket: Range) -> Started:
         a, b = bucket
         value = self._last.tensor[a:b].to(self.dtype)
         for left in reversed(self._lefts):
@@ -160,9 +159,9 @@ class RoundReducer(ExactReducer):
 
     def assign(self, hosted: list[range]) -> None:
         world, leaves = self.ranks.world, self.virtual_ranks
-        self._root = root(leaves)
         self._rounds = [range(first, min(first + world, leaves)) for first in range(0, leaves, world)]
-        self.hosted = [range(rank, leaves, world) for rank in range(world)]
+        self._host([range(rank, leaves, world) for rank in range(world)])
+        self._subtrees = [[Node(v, v + 1) for v in own] for own in self.hosted]
         self._most_losses = len(self._rounds)
 
     def _leaves(self) -> Iterator[tuple[int, Buffer]]:
@@ -203,11 +202,6 @@ class RoundReducer(ExactReducer):
     def _losses(self) -> list[Tensor]:
         return self._computed[: len(self.hosted[self.ranks.rank])]
 
-    def _loss(self, losses: Tensor) -> Tensor:
-        sums = {Node(v, v + 1): losses[rank, j] for rank, own in enumerate(self.hosted) for j, v in enumerate(own)}
-        total: Tensor = fold(self._root, sums.get, torch.add)
-        return total
-
 
 class FastReducer(Reducer):
     """The backend's own all-reduce. Its order of addition, and so the result, depends on the world size."""
@@ -215,7 +209,7 @@ class FastReducer(Reducer):
     _most_losses = 1
 
     def assign(self, hosted: list[range]) -> None:
-        super().assign(hosted)
+        self._host(hosted)
         self._final = hosted[self.ranks.rank][-1]
 
     def _leaves(self) -> Iterator[tuple[int, Buffer]]:
@@ -224,7 +218,7 @@ class FastReducer(Reducer):
             yield from self._leaf(virtual_rank, self._last)
         yield from self._last_leaf()
 
-    def _exchange(self, bucket: tuple[int, int]) -> Started:
+    def _exchange(self, bucket: Range) -> Started:
         a, b = bucket
         c, d = chunk(bucket, self.ranks.rank, self.ranks.world)
         whole = self._last.tensor[a:b]

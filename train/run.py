@@ -144,24 +144,18 @@ def assemble(order: Order, channel: Channel, store: Store) -> tuple[TrainState, 
         ),
     )
     if fabric.is_global_zero:
-        channel.send(_start(config, prepared, state, place, numerics, peak, peak_source))
+        channel.send(_start(config, prepared.vocab, state.step, place.world, numerics, peak, peak_source))
     balance.handshake(state, parts)
     recorder.resume_clock()
     return state, parts, keeper
 
 
 def _start(
-    config: Train,
-    prepared: Prepared,
-    state: TrainState,
-    place: Place,
-    numerics: dict[str, Any],
-    peak: float | None,
-    peak_source: str,
+    config: Train, vocab: int, step: int, world: int, numerics: dict[str, Any], peak: float | None, peak_source: str
 ) -> events.Start:
     return events.Start(
-        step=state.step,
-        world=place.world,
+        step=step,
+        world=world,
         virtual_ranks=config.batch.virtual_ranks,
         micro_batch=int(config.batch.micro_batch),
         micro_batches=config.batch.micro_batches,
@@ -170,9 +164,9 @@ def _start(
         peak_source=peak_source,
         precision=config.precision,
         compiled=config.compile is True,
-        parameters=flops.parameters(config.model, prepared.vocab),
-        flops_per_token=flops.flops_per_token(config.model, prepared.vocab),
-        memory_bytes=plan.memory(config, prepared.vocab).total,
+        parameters=flops.parameters(config.model, vocab),
+        flops_per_token=flops.flops_per_token(config.model, vocab),
+        memory_bytes=plan.memory(config, vocab).total,
         tokens_per_step=config.tokens_per_step,
         steps=config.steps,
         fingerprint=numerics,

@@ -32,7 +32,7 @@ from train.ranks import Ranks
 
 RESULTS = Path(__file__).parent / "results" / "price.json"
 SEQUENCES, LARGEST = 64, 8  # of the global batch; of a forward pass: more were not faster here
-TURNS = 21
+TURNS = 8
 BEST = "fast sum, free micro-batch"
 VARIANTS = {  # from the best inexact run to the exact one, a change at a time
     BEST: ["reduce=fast", "batch.virtual_ranks={world}", "evidence.digests=false"],
