@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -18,6 +19,7 @@ from train.batch import shares
 from train.buckets import Reducer
 from train.channel import Channel
 from train.config import Train
+from train.evidence import word
 from train.group import Group
 from train.loop import Parts, TrainState, micro_batch
 
@@ -45,7 +47,7 @@ class Balance:
         equal = len(set(digests)) == 1
         self._follows = self._follows and equal
         if self._group.rank == 0:
-            words = [f"{number & (2**64 - 1):016x}" for number in digests]
+            words = list(map(word, digests))
             self._channel.send(events.Handshake(step=state.step, equal=equal, digests=words, seconds=times))
             if not equal:
                 others = [rank for rank, number in enumerate(digests) if number != digests[0]]
@@ -58,7 +60,7 @@ class Balance:
             if self._follows:
                 self._follow(state.step, times, "measured at the start")
         else:
-            self._assign(state.step, [float(weight) for weight in self._config.batch.weights], "batch.weights")
+            self._assign(state.step, self._shares(self._config.batch.weights), "batch.weights")
 
     def observe(self, step: int, seconds: list[float]) -> None:
         """Take what each rank needed for a leaf in a step; change the shares where the slowest wins enough by it."""
@@ -71,14 +73,15 @@ class Balance:
             self._follow(step, medians, "measured")
 
     def _follow(self, step: int, seconds: list[float], why: str) -> None:
-        now = self._reducer.hosted
-        better = shares(self._config.batch.virtual_ranks, self._group.world, [1 / s for s in seconds])
+        now, better = self._reducer.hosted, self._shares([1 / s for s in seconds])
         slowest = [max(len(own) * s for own, s in zip(cut, seconds, strict=True)) for cut in (now, better)]
         if slowest[1] < (1 - GAIN) * slowest[0]:
-            self._assign(step, [1 / s for s in seconds], why)
+            self._assign(step, better, why)
 
-    def _assign(self, step: int, speeds: list[float], why: str) -> None:
-        hosted = shares(self._config.batch.virtual_ranks, self._group.world, speeds)
+    def _shares(self, speeds: Sequence[float]) -> list[range]:
+        return shares(self._config.batch.virtual_ranks, self._group.world, speeds)
+
+    def _assign(self, step: int, hosted: list[range], why: str) -> None:
         self._reducer.assign(hosted)
         if self._group.rank == 0:
             self._channel.send(events.Ownership(step=step, shares=[len(own) for own in hosted], why=why))

@@ -21,10 +21,11 @@ from train.commands import Diff as Config
 from train.config import DONE, FAILED, ReduceMode, Refused, Train
 from train.data.tokenizer import Tokenizer
 from train.engine import stream
+from train.evidence import word
 from train.flat import Flat
 from train.folder import flatten, identity, locate, plain_identity, read_json
 from train.models.build import build
-from train.rerun import Record, Rerun, different, read, total, word
+from train.rerun import Record, Rerun, different, read, total
 
 SAME = "same data, same parameters"
 SHOWN = 5  # tensors named

@@ -14,6 +14,11 @@ from train.flat import Flat
 PARAMETERS, GRADIENT = 0, 1  # what `state` has sums of: the parameters before the step, and its gradient
 
 
+def word(checksum: int) -> str:
+    """As 16 hexadecimal digits: how a checksum stands in the record."""
+    return f"{checksum & (2**64 - 1):016x}"
+
+
 class Evidence:
     """This rank's part of a step's checksums; the ranks' parts are to be added."""
 

@@ -135,8 +135,7 @@ class Flat:
 
     def pieces(self) -> list[Piece]:
         """The parameters that this rank holds: here, all of them whole."""
-        named = self.named(self.parameters.detach()).items()
-        return [Piece("model", name, view.shape, 0, view.view(-1), replicated=True) for name, view in named]
+        return self.named_parts("model", "", 0, self.parameters.detach(), replicated=True)
 
     def release(self) -> None:
         """Forget copies of what other ranks hold: they have changed it. Here there are none."""
@@ -145,10 +144,18 @@ class Flat:
         """Hold all parameters whole, for whoever calls the model otherwise than by its forward pass."""
         return nullcontext()
 
-    def stretches(self, begin: int, end: int) -> list[tuple[str, torch.Size, int, int, int]]:
-        """What of the named tensors lies in [begin, end): name, shape, offset in it, and where it lies."""
+    def named_parts(self, file: str, prefix: str, begin: int, values: Tensor, replicated: bool) -> list[Piece]:
+        """The pieces, a parameter each, of a stretch of numbers laid out like the parameters from `begin` on."""
+        end = begin + values.numel()
         return [
-            (name, shape, max(begin - start, 0), max(begin, start), min(end, start + n))
+            Piece(
+                file,
+                prefix + name,
+                shape,
+                max(begin - start, 0),
+                values[max(start - begin, 0) : min(end, start + n) - begin],
+                replicated,
+            )
             for name, (start, n, shape) in self.slots.items()
             if start < end and begin < start + n
         ]

@@ -40,12 +40,12 @@ def pieces(optimizer: torch.optim.Optimizer, flat: Flat) -> list[Piece]:
     """The optimizer's moments that this rank holds, by their name and the parameter's."""
     replicated = flat.ranges == [(0, flat.length)]
     return [
-        Piece("optimizer", f"{moment}.{name}", shape, offset, values[a - start : b - start], replicated)
+        piece
         for half in flat.owned
         for start, tensor in half
         for moment, values in optimizer.state[tensor].items()
         if moment != "step"
-        for name, shape, offset, a, b in flat.stretches(start, start + tensor.numel())
+        for piece in flat.named_parts("optimizer", f"{moment}.", start, values, replicated)
     ]
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from train.commands import Replay as Config
 from train.config import DONE, FAILED, Refused
 from train.data.tokenizer import Tokenizer
+from train.evidence import word
 from train.folder import locate
-from train.rerun import Checks, Rerun, different, read, word
+from train.rerun import Checks, Rerun, different, read
 
 EXCERPT = 100  # characters of a row that are shown
 ROWS = 32  # that a table shows

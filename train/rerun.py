@@ -109,11 +109,7 @@ def different(a: Checks, b: Checks) -> dict[str, list[int]]:
 
 def total(words: list[str]) -> str:
     """The checksum of all parameters, from those of each."""
-    return word(sum(int(part, 16) for part in words))
-
-
-def word(number: int) -> str:
-    return f"{number & (2**64 - 1):016x}"
+    return evidence.word(sum(int(part, 16) for part in words))
 
 
 class Rerun:
@@ -220,4 +216,4 @@ class Rerun:
         """Of a flat tensor: one for all of it, or one for each parameter."""
         checksums = evidence.Evidence(self.engine.state.flat, by_parameter)
         checksums.of_state(evidence.PARAMETERS, tensor, 0)
-        return [word(number) for number in checksums.state[evidence.PARAMETERS].tolist()]
+        return [evidence.word(number) for number in checksums.state[evidence.PARAMETERS].tolist()]

@@ -60,6 +60,7 @@ class ShardedFlat(Flat):
 
     def __init__(self, model: nn.Module, ranks: Ranks, bucket_elements: int) -> None:
         self._units: list[Unit] = []
+        self._mine: dict[int, Tensor] = {}  # this rank's chunks, by where they begin
         super().__init__(model)
         self._buckets = [
             (first, min(first + bucket_elements, end))
@@ -71,6 +72,7 @@ class ShardedFlat(Flat):
             inside = [bucket for bucket in self._buckets if start <= bucket[0] < end]
             unit = Unit(ranks, whole[start:end], start, inside)
             self._units.append(unit)
+            self._mine |= unit.mine
             slots = zip(self.items, self.slots.values(), strict=True)
             members = [(parameter, at - start, n, shape) for parameter, (at, n, shape) in slots if start <= at < end]
             for parameter, at, n, shape in members:
@@ -87,16 +89,17 @@ class ShardedFlat(Flat):
         module.register_forward_pre_hook(lambda *_: unit.gather())
         if not layer:
             return  # of the whole model: it stays for the step
-        waiting: list[int] = []
+        waiting = 0  # gradients of this backward pass that are still to come
 
         def backward(*_: object) -> None:
+            nonlocal waiting
             unit.gather()
-            waiting.append(len(members))
+            waiting = len(members)
 
         def ready(_: Tensor) -> None:
-            waiting[-1] -= 1
-            if waiting[-1] == 0:
-                waiting.clear()
+            nonlocal waiting
+            waiting -= 1
+            if waiting == 0:
                 unit.release()
 
         module.register_forward_hook(lambda *_: unit.release())
@@ -106,19 +109,16 @@ class ShardedFlat(Flat):
 
     def stretch(self, begin: int, end: int) -> Tensor:
         """One of this rank's chunks, by where it begins."""
-        if not self._units:  # not cut yet
-            return super().stretch(begin, end)
-        (own,) = [unit.mine[begin] for unit in self._units if begin in unit.mine]
-        return own[: end - begin]
+        return self._mine[begin][: end - begin] if self._mine else super().stretch(begin, end)  # not cut yet
 
     def buckets(self, elements: int) -> list[Range]:
         return self._buckets
 
     def pieces(self) -> list[Piece]:
         return [
-            Piece("model", name, shape, offset, self.stretch(begin, end)[a - begin : b - begin], replicated=False)
+            piece
             for begin, end in self.ranges
-            for name, shape, offset, a, b in self.stretches(begin, end)
+            for piece in self.named_parts("model", "", begin, self.stretch(begin, end), replicated=False)
         ]
 
     def release(self) -> None:

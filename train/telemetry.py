@@ -26,6 +26,7 @@ from torch import Tensor
 from train import events, flops
 from train.buckets import Total
 from train.config import Train
+from train.evidence import word
 
 LAG = 2  # steps between a number's making and its reading, on a GPU
 
@@ -152,7 +153,7 @@ class Recorder:
 
 def _digests(step: int, checksums: Tensor, virtual_ranks: int) -> events.Digests:
     """The checksums of a step, (2V + 2P,) int64, as hexadecimal digits."""
-    words = [f"{number & (2**64 - 1):016x}" for number in checksums.tolist()]
+    words = list(map(word, checksums.tolist()))
     leaves, state = words[: 2 * virtual_ranks], words[2 * virtual_ranks :]
     half = len(state) // 2
     return events.Digests(
