@@ -231,9 +231,13 @@ def test_exact_needs_no_copy_of_the_gradient_besides() -> None:
 def test_layout_aligns_and_round_trips() -> None:
     model = odd_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    flat = Flat(model, world=3)
+    flat = Flat(model, most=3)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    assert flat.cut % BLOCK == flat.size % BLOCK == flat.length % (3 * BLOCK) == 0
+    assert flat.cut % BLOCK == flat.size % BLOCK == 0
+    for world in (1, 2, 3):
+        buckets = flat.buckets(2 * BLOCK * world, world)
+        assert flat.size <= buckets[-1][1] <= flat.length
+        assert all((end - begin) % (BLOCK * world) == 0 for begin, end in buckets)
     assert all(begin % 64 == 0 for begin, _, _ in flat.slots.values())
     flat.parameters.detach().zero_()
     assert all(parameter.abs().sum() == 0 for parameter in model.parameters())

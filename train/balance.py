@@ -33,13 +33,20 @@ class Balance:
 
     def __init__(self, config: Train, group: Group, reducer: Reducer, channel: Channel) -> None:
         self._config, self._group, self._reducer, self._channel = config, group, reducer, channel
-        self._follows = config.batch.weights == "auto" and group.world > 1
+        self._follows = config.batch.weights == "auto"
         self._seconds: list[list[float]] = []
 
-    def handshake(self, state: TrainState, parts: Parts) -> None:
+    def regrouped(self, state: TrainState, parts: Parts, joined: bool) -> None:
+        """The ranks have changed: share out anew; with newcomers among them, shake hands first."""
+        self._seconds = []
+        weights = self._config.batch.weights
+        if joined and self._group.world > 1:
+            self._handshake(state, parts)
+        if not isinstance(weights, str) and len(weights) == self._group.world > 1:
+            self._assign(state.step, self._shares(weights), "batch.weights")
+
+    def _handshake(self, state: TrainState, parts: Parts) -> None:
         """Compute the same micro-batch on all ranks: compare the bits, and take the first measure of their speeds."""
-        if self._group.world == 1:
-            return
         digest, seconds = _same_micro_batch(state, parts, TRIALS if self._follows else 1)
         mine = torch.tensor([digest, int(seconds * 1e9)], dtype=torch.int64)
         rows = self._group.all_gather(mine)
@@ -56,15 +63,16 @@ class Balance:
                     "result depends on the number of ranks and on who hosts what, which is therefore left as it is"
                 )
                 self._channel.send(events.Warned(rank=0, text=text))
-        if isinstance(self._config.batch.weights, str):
-            if self._follows:
-                self._follow(state.step, times, "measured at the start")
-        else:
-            self._assign(state.step, self._shares(self._config.batch.weights), "batch.weights")
+        if self._follows:
+            self._follow(state.step, times, "measured at the start")
+
+    def warm_up(self, state: TrainState, parts: Parts) -> None:
+        """Compute a micro-batch alone, so that compilers and caches have done their work before others wait."""
+        _same_micro_batch(state, parts, 1)
 
     def observe(self, step: int, seconds: list[float]) -> None:
         """Take what each rank needed for a leaf in a step; change the shares where the slowest wins enough by it."""
-        if not self._follows or 0.0 in seconds:
+        if not self._follows or 0.0 in seconds or len(seconds) != self._group.world:
             return
         self._seconds.append(seconds)
         if len(self._seconds) == WINDOW:

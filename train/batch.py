@@ -84,10 +84,13 @@ def missing(have: Collection[Node], node: Node) -> list[int]:
     return [node.first] if node.is_leaf else [v for child in children(node) for v in missing(have, child)]
 
 
-def spine(node: Node) -> tuple[list[Node], Node]:
-    """The last leaf under `node` and the left siblings on the way down to it: sum = l0 + (l1 + (… + leaf))."""
+def spine(node: Node, at_hand: Collection[Node] = ()) -> tuple[list[Node], Node]:
+    """The last leaf under `node`, or a subtree at hand before it, and the left siblings on the way down to it.
+
+    The sum is l0 + (l1 + (… + that)).
+    """
     lefts = []
-    while not node.is_leaf:
+    while not node.is_leaf and node not in at_hand:
         left, node = children(node)
         lefts.append(left)
     return lefts, node
@@ -124,6 +127,16 @@ def shares(virtual_ranks: int, ranks: int, speeds: Sequence[float] = ()) -> list
         }
     cuts = best[virtual_ranks][2]
     return [range(first, end) for first, end in pairwise(cuts)]
+
+
+def taken_over(kept: Sequence[Collection[int]], virtual_ranks: int) -> list[list[int]]:
+    """Who hosts what for the rest of a step whose ranks have changed: what it has finished, and a share of the rest.
+
+    `kept`: by rank, the virtual ranks whose sums it has. A rank may be left with none.
+    """
+    rest = [v for v in range(virtual_ranks) if not any(v in own for own in kept)]
+    cuts = [len(rest) * rank // len(kept) for rank in range(len(kept) + 1)]
+    return [sorted([*own, *rest[a:b]]) for own, (a, b) in zip(kept, pairwise(cuts), strict=True)]
 
 
 def _subtrees(first: int, end: int, node: Node) -> int:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from train.batch import micro_batch_seed, root, shares
+from train.batch import Node, micro_batch_seed, root, shares
 from train.clock import Clock
 from train.evidence import GRADIENT, PARAMETERS, Evidence, NoEvidence
 from train.flat import BLOCK, SLICE, Buffer, Flat, Range, chunk, squares
@@ -39,6 +40,7 @@ class Total:
     loss: Tensor  # () float64
     norm: Tensor  # () float64, L2, of the gradient
     stops: Tensor  # () float64: how many ranks were asked to stop
+    changes: Tensor  # () float64: how many ranks know of a change of the ranks
     seconds: Tensor  # (W,) float64: what each rank took for a leaf
     leaves: Tensor  # (V, 2) int64: checksums of the tokens and of the gradient of each virtual rank
     state: Tensor  # (2, 1) or (2, P) int64: checksums of the parameters before the step, and of the gradient
@@ -59,7 +61,7 @@ class Reducer(ABC):
         sharded: bool = False,
         evidence: Evidence | None = None,
     ) -> None:
-        """`flat` must have been laid out for `ranks.world`. Leaves are backward passes over `micro_batches` each.
+        """`flat` must have room for `ranks.world`. Leaves are backward passes over `micro_batches` each.
 
         `sharded`: each rank's optimizer owns its chunks only. `evidence`: what takes checksums; None takes none.
         """
@@ -68,22 +70,22 @@ class Reducer(ABC):
         self._evidence = evidence or NoEvidence(flat)
         self._free: list[Buffer] = []
         self._taken: list[Buffer] = []
-        self._buckets = flat.buckets(bucket_elements(bucket_bytes, ranks.world))
-        chunks = [[chunk(bucket, rank, ranks.world) for bucket in self._buckets] for rank in range(ranks.world)]
-        self._mine = chunks[ranks.rank]
-        if sharded:
-            flat.own(self._mine)
-        blocks = [[block for a, b in own for block in range(a // BLOCK, b // BLOCK)] for own in chunks]
-        self._most_blocks = max(map(len, blocks))
-        at = {block: rank * self._most_blocks + i for rank, own in enumerate(blocks) for i, block in enumerate(own)}
-        self._where = torch.tensor([at[block] for block in range(flat.size // BLOCK)], device=flat.device)
+        self._done: dict[Node, Buffer] = {}  # sums of whole subtrees of the step in flight
+        self._under_way = False  # a step has begun and is not summed up
+        self._bucket_bytes = bucket_bytes
         self._root = root(virtual_ranks)
         self._clock = Clock(flat.device)
+        self._tokens: dict[int, int] = {}
+        self._unready: list[int] = []  # gradients that each bucket still waits for
+        self.hosted: Sequence[Sequence[int]]  # by rank
+        self._regular: Sequence[Sequence[int]] | None = None  # to come back to after a step that was taken over
         self._last: Buffer
-        self._final: int
+        self._final: int | None
         self._most_losses: int
         self._watch_parameters()
-        self.assign(shares(virtual_ranks, ranks.world))
+        self.lay_out()
+        if sharded:
+            flat.own(self._mine)
 
     @classmethod
     def of(cls, model: nn.Module, virtual_ranks: int = 8, micro_batches: int = 1) -> Self:
@@ -96,15 +98,50 @@ class Reducer(ABC):
         if odd:
             raise ValueError(f"all parameters must be float32 and require gradients, not so {', '.join(odd)}")
         ranks = Ranks.default()
-        flat = Flat(model, ranks.world)
+        flat = Flat(model, virtual_ranks)
         ranks.broadcast(flat.parameters.detach())
         return cls(ranks, flat, virtual_ranks, micro_batches)
 
+    def lay_out(self) -> None:
+        """Cut everything for the ranks that there are, and share out the virtual ranks evenly among them."""
+        self._unready = []
+        ranks, flat = self.ranks, self.flat
+        self._buckets = flat.buckets(bucket_elements(self._bucket_bytes, ranks.world), ranks.world)
+        chunks = [[chunk(bucket, rank, ranks.world) for bucket in self._buckets] for rank in range(ranks.world)]
+        self._mine = chunks[ranks.rank]
+        blocks = [[block for a, b in own for block in range(a // BLOCK, b // BLOCK)] for own in chunks]
+        self._most_blocks = max(map(len, blocks))
+        at = {block: rank * self._most_blocks + i for rank, own in enumerate(blocks) for i, block in enumerate(own)}
+        self._where = torch.tensor([at[block] for block in range(flat.size // BLOCK)], device=flat.device)
+        self._inside = [
+            [i for i, (a, b) in enumerate(self._buckets) if a < start + n and start < b]
+            for start, n, _ in flat.slots.values()
+        ]
+        self._passes = [0] * len(self._buckets)  # gradients that make each bucket complete
+        for bucket in chain.from_iterable(self._inside):
+            self._passes[bucket] += self._micro_batches
+        self.assign(shares(self.virtual_ranks, ranks.world))
+
+    def kept(self) -> set[int]:
+        """The virtual ranks of the step in flight whose gradients this rank has finished and still has."""
+        return {v for node in self._done for v in range(*node)}
+
+    def forget(self) -> None:
+        """Drop what is kept of the step in flight."""
+        self._done = {}
+
+    def take_over(self, hosted: Sequence[Sequence[int]]) -> None:
+        """Let each rank host these virtual ranks for the rest of the step in flight."""
+        regular = self.hosted
+        self.assign(hosted)
+        self._regular = regular
+
     @abstractmethod
-    def assign(self, hosted: list[range]) -> None:
+    def assign(self, hosted: Sequence[Sequence[int]]) -> None:
         """Let each rank host these virtual ranks, from the next step on. It has no say in the bits."""
 
-    def _host(self, hosted: list[range]) -> None:
+    def _host(self, hosted: Sequence[Sequence[int]]) -> None:
+        self._regular = None
         self.hosted, widest = hosted, max(map(len, hosted))
         order = sorted((v, rank * widest + i) for rank, own in enumerate(hosted) for i, v in enumerate(own))
         self._places = torch.tensor([place for _, place in order], device=self.flat.device)  # of leaves, in rows of all
@@ -118,11 +155,16 @@ class Reducer(ABC):
         ready goes out. After `finish` they hold the sum.
         """
         self._clock.start()
-        self._free += self._taken
-        self._taken = []
-        self._tokens: dict[int, int] = {}
+        if not self._under_way:
+            self._free += self._taken
+            self._taken = []
+        else:  # it was interrupted; into what is not finished an abandoned collective may still write
+            self._taken = list(self._done.values())
+        self._under_way, self._unready = True, []
+        kept = self.kept()
+        self._tokens = {v: tokens for v, tokens in self._tokens.items() if v in kept}
         self._squares = [torch.zeros(0, device=self.flat.device)]
-        self._evidence.begin()
+        self._evidence.begin(kept)
         for a, b in self._mine:
             if a < b:
                 self._evidence.of_state(PARAMETERS, self.flat.stretch(a, b), a)
@@ -138,11 +180,16 @@ class Reducer(ABC):
                 torch.manual_seed(micro_batch_seed(seed, step, v, i))  # type: ignore[no-untyped-call]
                 yield v, i, buffer
 
-    def finish(self, stop: bool = False) -> Total:
-        """The sum over all ranks; `stop` says that this one was asked to."""
+    def finish(self, stop: bool = False, change: bool = False) -> Total:
+        """The sum over all ranks; this one was asked to stop, or knows of a `change` of the ranks."""
         self._clock.stop()
         self._drain()
-        return self._exchange_numbers(stop)
+        total = self._exchange_numbers(stop, change)
+        self.forget()
+        self._under_way = False
+        if self._regular is not None:
+            self.assign(self._regular)
+        return total
 
     def spread(self) -> None:
         """After the optimizer's step: bring every rank's part of the parameters to all of them, if it is sharded."""
@@ -176,33 +223,28 @@ class Reducer(ABC):
 
     def _watch_parameters(self) -> None:
         """Have every parameter say when its gradient is there: once a micro-batch."""
-        self._unready: list[int] = []
-        self._passes = [0] * len(self._buckets)
-        if self.ranks.world == 1:
-            return
-        for parameter, (start, n, _) in zip(self.flat.items, self.flat.slots.values(), strict=True):
-            inside = [i for i, (a, b) in enumerate(self._buckets) if a < start + n and start < b]
-            for bucket in inside:
-                self._passes[bucket] += self._micro_batches
-            parameter.register_post_accumulate_grad_hook(lambda _, inside=inside: self._ready(inside))  # type: ignore[no-untyped-call]
+        for index, parameter in enumerate(self.flat.items):
+            parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._ready(index))  # type: ignore[no-untyped-call]
 
     def _last_leaf(self) -> Iterator[tuple[int, Buffer]]:
         """The last hosted leaf, whose gradients are sent as they become ready."""
-        self._unready = list(self._passes)
+        assert self._final is not None
+        self._unready = list(self._passes) if self.ranks.world > 1 else []
         yield from self._leaf(self._final, self._last)
         self._unready = []  # what is left (parameters without a gradient) goes out in `finish`
 
-    def _ready(self, buckets: list[int]) -> None:
+    def _ready(self, parameter: int) -> None:
         """A parameter's gradient is there: send the buckets that are complete, in their order on every rank."""
         if self._unready:
-            for bucket in buckets:
+            for bucket in self._inside[parameter]:
                 self._unready[bucket] -= 1
             while self._next < len(self._buckets) and self._unready[self._next] == 0:
                 self._send()
 
     def _send(self) -> None:
         a, b = self._buckets[self._next]
-        self._evidence.of_leaf(self._final, self._last.tensor[a:b], a)
+        if self._final is not None:
+            self._evidence.of_leaf(self._final, self._last.tensor[a:b], a)
         self._finishing.append(self._exchange((a, b)))
         self._next += 1
         if len(self._finishing) == IN_FLIGHT:
@@ -253,12 +295,13 @@ class Reducer(ABC):
 
     # ---------------------------------------------------------------------------------------------- numbers
 
-    def _exchange_numbers(self, stop: bool) -> Total:
+    def _exchange_numbers(self, stop: bool, change: bool) -> Total:
         """The few numbers of a step that are not gradients, in one small all-gather: a row of int64 a rank."""
         device, hosted = self.flat.device, self.hosted[self.ranks.rank]
         losses, widest = self._losses(), max(map(len, self.hosted))
         missing = widest - len(hosted)
-        said = torch.tensor([float(stop), self._clock.seconds / len(hosted)], dtype=torch.float64).view(torch.int64)
+        seconds = self._clock.seconds / max(1, len(hosted))
+        said = torch.tensor([float(stop), float(change), seconds], dtype=torch.float64).view(torch.int64)
         tokens = torch.tensor([self._tokens[v] for v in hosted] + [0] * missing, dtype=torch.int64)
         from_host = torch.cat([said, tokens])
         if device.type == "cuda":  # a copy from memory that is not pinned would wait for the device
@@ -268,13 +311,13 @@ class Reducer(ABC):
         blocks[: mine.numel()] = mine
         parts = [
             from_host,
-            torch.stack([*losses, *[torch.zeros_like(losses[0])] * (self._most_losses - len(losses))]),
+            torch.stack([*losses, *[torch.zeros_like(self._last.loss)] * (self._most_losses - len(losses))]),
             torch.stack([self._evidence.leaf(v) for v in [*hosted, *[-1] * missing]]),
             self._evidence.state.view(-1),
             blocks,
         ]
         rows = self.ranks.all_gather(torch.cat([part.view(torch.int64) for part in parts]))
-        sizes = [2, widest, *(part.numel() for part in parts[1:])]
+        sizes = [3, widest, *(part.numel() for part in parts[1:])]
         said, tokens, loss, gradients, sums, squares_of = (part.contiguous() for part in rows.split(sizes, dim=1))  # type: ignore[no-untyped-call]
         said = said.view(torch.float64)
         total = squares_of.view(torch.float64).view(-1)[self._where].sum()
@@ -283,7 +326,8 @@ class Reducer(ABC):
             loss=self._loss(loss.view(torch.float64)),
             norm=total.sqrt(),
             stops=said[:, 0].sum(),
-            seconds=said[:, 1],
+            changes=said[:, 1].sum(),
+            seconds=said[:, 2],
             leaves=torch.stack([tokens.view(-1)[self._places], gradients.view(-1)[self._places]], dim=1),
             state=sums.view(self.ranks.world, 2, -1).sum(0),
         )

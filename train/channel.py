@@ -1,4 +1,4 @@
-"""A rank's end of the pipe to its supervisor: events go up, a request to stop comes down.
+"""A rank's end of the pipe to its supervisor: events go up; requests to stop, and who belongs together, come down.
 
 Lines of JSON, not pickles: what arrives from another process is data.
 
@@ -11,10 +11,13 @@ thread yet.
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import threading
 import time
 from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any, Self
 
 from train import events
 
@@ -26,6 +29,39 @@ REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # each asks to save 
 ECHO = 0.1  # seconds in which a request may arrive twice: `timeout` signals its child, then the child's whole group
 
 
+class Requests:
+    """What was asked of this process by signals, while it is entered: the first asks to stop, the next, at once.
+
+    Until `hold` is called there are no ranks that could save anything, and a signal raises KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._held = False
+        self._last = -ECHO
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._on_signal) for number in REQUESTS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def hold(self) -> None:
+        """From now on signals are only noted."""
+        self._held = True
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._last < ECHO:
+            return
+        self._last = now
+        self.names.append(signal.Signals(number).name)
+        if not self._held:
+            raise KeyboardInterrupt
+
+
 class Channel:
     """Used by all threads of a rank. Knows where it is: a failure can say in which phase of which step it was."""
 
@@ -33,6 +69,7 @@ class Channel:
         self._connection = connection
         self._sending = threading.Lock()  # a line goes up whole, whichever thread it is from
         self._stop = False
+        self._membership: dict[str, Any] | None = None
         self.where: tuple[str, int | None] = ("start", None)  # phase, steps committed
 
     def phase(self, name: str, step: int) -> None:
@@ -52,9 +89,17 @@ class Channel:
             self._take(word)
 
     def stop_requested(self) -> bool:
-        while not self._stop and self._connection.poll():
-            self._take(self._connection.recv_bytes())
+        self._hear()
         return self._stop
+
+    def membership(self) -> dict[str, Any] | None:
+        """The newest that the supervisor has sent."""
+        self._hear()
+        return self._membership
+
+    def _hear(self) -> None:
+        while self._connection.poll():
+            self._take(self._connection.recv_bytes())
 
     def heed_signals(self, rank: int) -> None:
         """From now on the first of `REQUESTS` asks this rank to stop, and the next one ends it. In the main thread."""
@@ -78,6 +123,8 @@ class Channel:
     def _take(self, word: bytes) -> None:
         if word == STOP:
             self._stop = True
+        elif word.startswith(b"{"):
+            self._membership = json.loads(word)
 
     def _send(self, message: bytes) -> None:
         with self._sending:

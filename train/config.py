@@ -356,6 +356,12 @@ COMPILES = ("auto", True, False)
 
 
 @dataclass(slots=True, kw_only=True)
+class Recovery:
+    in_place: bool = True  # when a rank is lost the others go on, and it is replaced; false: all start again
+    restarts: int = 3  # of all ranks, from the last checkpoint, with no step in between, before the run fails
+
+
+@dataclass(slots=True, kw_only=True)
 class Train:
     """A training run. `name` is its folder under `runs/`; the same name continues the run."""
 
@@ -381,6 +387,7 @@ class Train:
     evidence: Evidence = field(default_factory=Evidence)
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    recovery: Recovery = field(default_factory=Recovery)
     resume: Resume = MISSING
     log: Log = field(default_factory=Log)
     resume_from: str = ""  # a URL or folder of checkpoints; its newest is fetched where it is newer than what is here

@@ -18,12 +18,11 @@ from train.buckets import Reducer
 from train.config import ReduceMode, Train
 from train.data.prepare import Prepared
 from train.data.stream import Stream
-from train.group import Group, Place
+from train.group import Group
 from train.loop import Due, Parts, TrainState
 from train.models.build import build
 from train.models.language import LanguageModel
 from train.telemetry import Recorder
-from train.trained import precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +37,10 @@ class Engine:
 
     @classmethod
     def build(
-        cls, config: Train, prepared: Prepared, place: Place, threads: int, loggers: Sequence[Logger] = ()
+        cls, config: Train, prepared: Prepared, group: Group, threads: int, loggers: Sequence[Logger] = ()
     ) -> Engine:
-        """`threads` of this process, on a CPU. The process group must have been joined where the world is not 1."""
-        _numerics(config, place, threads)
-        group = Group(place, precision(config.precision, torch.device(place.device)))
+        """`threads` of this process, on a CPU. With `sharding=full` the group must have been joined."""
+        _numerics(config, group.root_device, threads)
         fabric = Fabric(accelerator=config.accelerator, devices=1, strategy=group, loggers=list(loggers))
         model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
         flat, reducer = reduce.build(config, group, model)
@@ -53,7 +51,7 @@ class Engine:
         self,
         recorder: Recorder,
         phase: Callable[[str, int], None] = lambda name, step: None,
-        stop_requested: Callable[[], bool] = lambda: False,
+        asked: Callable[[], tuple[bool, bool]] = lambda: (False, False),
         due: tuple[Due, ...] = (),
     ) -> Parts:
         """What a step is made of, and who watches it."""
@@ -67,7 +65,7 @@ class Engine:
             reducer=self.reducer,
             recorder=recorder,
             phase=phase,
-            stop_requested=stop_requested,
+            asked=asked,
             due=due,
         )
 
@@ -83,12 +81,12 @@ def stream(config: Train, prepared: Prepared) -> Stream:
     )
 
 
-def _numerics(config: Train, place: Place, threads: int) -> None:
+def _numerics(config: Train, device: torch.device, threads: int) -> None:
     """Fix what the bits depend on: threads on a CPU, deterministic kernels where the law is promised."""
-    if place.device == "cpu":
+    if device.type == "cpu":
         torch.set_num_threads(threads)
     else:
-        torch.cuda.set_device(place.device)
+        torch.cuda.set_device(device)
     exact = config.reduce.mode is ReduceMode.exact
     if exact:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first cuBLAS call; torch demands it

@@ -142,7 +142,7 @@ class Restored(Event):
 
 @dataclass(slots=True, kw_only=True)
 class Fault(Event):
-    """Something died or went wrong: which rank, in which phase of which step, and its cause in one line."""
+    """Something died or went wrong: which process (its number as a member), in which phase of which step, and why."""
 
     kind: ClassVar[str] = "fault"
     fault: str
@@ -150,6 +150,29 @@ class Fault(Event):
     rank: int
     step: int | None
     cause: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Ready(Event):
+    """A new process could take part: it waits to be made a member."""
+
+    kind: ClassVar[str] = "ready"
+    rank: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Regroup(Event):
+    """The ranks have changed and go on, all with the state after `step`."""
+
+    kind: ClassVar[str] = "regroup"
+    step: int
+    epoch: int
+    members: list[int]  # by rank
+    world: int
+    why: str  # "lost", "joined", "resized"
+    kept: int  # virtual ranks of the step in flight that need not be computed again
+    redone: int  # those that must
+    seconds: float  # for rank 0, from when it knew to here
 
 
 @dataclass(slots=True, kw_only=True)

@@ -6,6 +6,8 @@ pass over memory. By them two runs are compared, and a step that is computed aga
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,10 @@ class Evidence:
         self._leaves: dict[int, Tensor] = {}
         self._none = torch.zeros((), dtype=torch.int64, device=flat.device)
 
-    def begin(self) -> None:
+    def begin(self, kept: Collection[int]) -> None:
+        """A step, or the rest of one of which these virtual ranks' gradients are there already."""
         self.state.zero_()
-        self._leaves = {}
+        self._leaves = {v: checksum for v, checksum in self._leaves.items() if v in kept}
 
     def of_state(self, which: int, tensor: Tensor, start: int) -> None:
         """Count a stretch of the parameters or of the summed gradient, which lies from `start` on."""

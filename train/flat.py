@@ -3,7 +3,7 @@
 One layout serves the optimizer, the norm, the reduction, the checkpoint and the checksums:
 
     [ matrices, layer by layer | vectors … | zeros ]
-      decayed                    not decayed  up to a multiple of BLOCK·W: every bucket cuts into W equal chunks
+      decayed                    not decayed  room up to a multiple of BLOCK·W: buckets cut into W equal chunks
 
 Parameters stand in reverse order of registration, which is about the order in which their gradients become ready.
 Each starts at a multiple of 64 elements and each section ends at a multiple of 1,024, so that vector instructions
@@ -75,7 +75,8 @@ class Flat:
     this rank's optimizer updates, tensors of their own into the same memory: all of it unless `own` says otherwise.
     """
 
-    def __init__(self, model: nn.Module, world: int = 1) -> None:
+    def __init__(self, model: nn.Module, most: int = 1) -> None:
+        """`most`: the number of ranks among which it may be cut, now or later."""
         named = list(model.named_parameters())[::-1]
         matrices = [item for item in named if item[1].dim() >= 2]
         vectors = [item for item in named if item[1].dim() < 2]
@@ -93,7 +94,7 @@ class Flat:
             start = up(start, BLOCK)
             self.sections.append((layer, first, start))
         self.size = start
-        self.length = up(self.size, BLOCK * world)
+        self.length = self.size + BLOCK * (most - 1)
         self.device = named[0][1].device
         self.parameters = torch.zeros(self.length, dtype=torch.float32, device=self.device)
         for parameter, (begin, count, shape) in zip(self.items, self.slots.values(), strict=True):
@@ -102,7 +103,7 @@ class Flat:
             parameter.data = view
         # Checksums weigh every ALIGN elements with an odd number, so that no single change goes unseen.
         self._weights = torch.arange(self.length // ALIGN, device=self.device) * 2 + 1
-        self.own([(0, self.length)])
+        self.own([(0, self.size)])
 
     def own(self, ranges: Iterable[Range]) -> None:
         """Let the optimizer update these ranges only, all multiples of BLOCK. Call it before the optimizer is built."""
@@ -129,9 +130,10 @@ class Flat:
         """The parameters in [begin, end), of what this rank holds: a view."""
         return self.parameters.detach()[begin:end]
 
-    def buckets(self, elements: int) -> list[Range]:
-        """The layout cut into pieces of at most `elements`, a multiple of BLOCK·W."""
-        return [(a, min(a + elements, self.length)) for a in range(0, self.length, elements)]
+    def buckets(self, elements: int, world: int) -> list[Range]:
+        """The layout cut into pieces of at most `elements`, each a multiple of BLOCK·W."""
+        end = up(self.size, BLOCK * world)
+        return [(a, min(a + elements, end)) for a in range(0, end, elements)]
 
     def pieces(self) -> list[Piece]:
         """The parameters that this rank holds: here, all of them whole."""

@@ -1,8 +1,12 @@
-"""Membership: which ranks there are, and how a rank joins them.
+"""Membership: which ranks there are, how a rank joins them, and how it leaves a group that has lost one.
 
-The supervisor gives each rank its place (`Place`); the ranks meet at a TCP store that rank 0 hosts. On one host
-the store listens on loopback only: `TCPStore` would listen on all interfaces even when told 127.0.0.1, so it is
-handed a socket that is bound already.
+The supervisor alone says who belongs together: it sends each rank a `Membership`, numbered by epochs, whenever that
+changes. A rank joins by making a new process group from it; the old one is abandoned. It may be in the middle of a
+collective that will never end: so every wait is cut in slices, between which the rank looks for a newer epoch, and
+goes on to that by raising `Changed`. Nothing else is interrupted.
+
+Ranks meet at a TCP store that the first of them hosts; each has a socket for one from its birth. On one host it
+listens on loopback only: `TCPStore` would listen on all interfaces even when told 127.0.0.1.
 
 `Group` is a Lightning Fabric strategy as well: one device a rank, nothing wrapped, nothing reduced behind the
 loop's back. Fabric brings devices, precision and loggers; the sum of the gradients is `train.reduce`'s.
@@ -13,9 +17,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import queue
 import socket
+import stat
 import struct
 import sys
+import threading
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,38 +35,192 @@ import torch.distributed as dist
 from lightning.fabric.plugins import Precision
 from lightning.fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from train.config import Refused
 from train.ranks import Ranks
 
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
-TIMEOUT = timedelta(minutes=30)  # a collective that takes longer has lost a rank; the supervisor sees that first
+TIMEOUT = timedelta(minutes=30)  # of a collective; whom it waits for is the supervisor's business, which acts sooner
+MEETING = timedelta(seconds=30)  # in which all ranks of an epoch must have come, where the epochs may change
+SLICE = timedelta(milliseconds=50)  # of waiting, between two looks for a newer epoch
+PATIENCE = 60.0  # seconds in which the supervisor must say how it goes on after a collective has failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a rank stands: among all ranks, on its host, on which device, and where the ranks meet."""
+    """Where a rank stands: which process of the run it is, on which device, and how the ranks talk to each other."""
 
-    rank: int
-    world: int
+    member: int  # unique in the run's life: a replacement is a new one
     local_rank: int
     device: str  # "cpu", "cuda:3"
-    host: str  # of the store
-    port: int
     loopback: bool  # all ranks are on this host
     backend: str  # "gloo", "nccl"
+    heals: bool  # the supervisor replaces the membership when a rank is lost
+
+    @classmethod
+    def alone(cls, device: str = "cpu") -> Place:
+        """Of a process that trains, or computes again, by itself."""
+        return cls(member=0, local_rank=0, device=device, loopback=True, backend="gloo", heals=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """Who belongs together from now on, as the supervisor says."""
+
+    epoch: int
+    members: list[int]  # by rank
+    host: str  # where the first of them hosts the store
+    port: int
+    recorded: int = 0  # the last step whose event the supervisor has
+    boundary: bool = False  # nobody is lost: go on to it together, between two steps
+    why: str = "start"  # "start", "lost", "joined", "resized"
+
+
+class Changed(Exception):
+    """The ranks are not what they were: this group is to be left for the next epoch's."""
+
+
+class Dismissed(Exception):
+    """This rank is not a member any more."""
 
 
 class Group(Ranks, Strategy):
-    """The ranks of a run, as a strategy of Fabric's."""
+    """The ranks of a run, as a strategy of Fabric's. Alone until it joins others."""
 
-    def __init__(self, place: Place, precision: Precision) -> None:
+    def __init__(
+        self,
+        place: Place,
+        precision: Precision,
+        listener: socket.socket | None = None,
+        news: Callable[[], Membership | None] = lambda: None,
+    ) -> None:
+        """`listener`: bound and listening, for the store that this rank hosts when it is the first. `news`: the newest
+        membership that it was sent."""
         Strategy.__init__(self, precision=precision)
+        self._place, self._listener, self._news = place, listener, news
         self._device = torch.device(place.device)
         wire = torch.device("cpu") if place.backend == "gloo" else self._device
-        Ranks.__init__(self, place.rank, place.world, wire)
-        self.global_rank, self.local_rank, self.world_size = place.rank, place.local_rank, place.world
+        Ranks.__init__(self, 0, 1, wire)
+        self.local_rank = place.local_rank
+        self.membership = Membership(epoch=0, members=[place.member], host="", port=0)
+        self.store: Store = HashStore()
+        self._server: Store | None = None
+        self._sockets: set[tuple[int, int]] = set()  # of the process group: number, inode
+
+    @property
+    def global_rank(self) -> int:
+        return self.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.world
+
+    # Membership.
+
+    def wait(self, work: Any) -> None:
+        if self.wire.type != "cpu" or not self._place.heals:
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(SLICE)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    try:
+                        work.wait()  # it may have come to its end since
+                        return
+                    except RuntimeError as error:
+                        raise Changed(str(error)) from error
+            self.look()
+
+    def look(self) -> None:
+        """Raise Changed where there is a newer membership that does not wait for the end of the step."""
+        news = self._news()
+        if news is not None and news.epoch > self.membership.epoch and not news.boundary:
+            raise Changed(f"epoch {news.epoch}")
+
+    def change_announced(self) -> bool:
+        """Is there a newer membership?"""
+        news = self._news()
+        return news is not None and news.epoch > self.membership.epoch
+
+    def join(self) -> None:
+        """Leave this group for the newest one, once there is a newer. Raises Changed where that has changed again."""
+        self._abandon()
+        until = time.monotonic() + PATIENCE
+        while (new := self._news()) is None or new.epoch <= self.membership.epoch:
+            if time.monotonic() > until:
+                raise TimeoutError("the group has failed, and the supervisor does not say how to go on")
+            time.sleep(0.001)
+        if self._place.member not in new.members:
+            raise Dismissed
+        self.membership = new
+        self.rank, self.world = new.members.index(self._place.member), len(new.members)
+        if self.world == 1:
+            self.store = HashStore()
+            return
+        before = _sockets()
+        made: queue.Queue[Any] = queue.Queue()
+        threading.Thread(target=self._meet, args=(new, made), daemon=True, name="meet").start()
+        while made.empty():
+            self.look()
+            time.sleep(0.001)
+        self._sockets = _sockets() - before
+        met = made.get()
+        if isinstance(met, RuntimeError) and self._place.heals:
+            raise Changed(str(met)) from met
+        if isinstance(met, Exception):
+            raise met
+        self.store, self.processes = met
+
+    def _meet(self, new: Membership, made: queue.Queue[Any]) -> None:
+        """Make the process group; in a thread, since it waits for all members, and one may be lost meanwhile."""
+        try:
+            _choose_interface(self._place, new)
+            if self._server is None and self._listener is not None and self.rank == 0:
+                self._server = TCPStore(
+                    new.host,
+                    new.port,
+                    is_master=True,
+                    wait_for_workers=False,
+                    timeout=TIMEOUT,
+                    master_listen_fd=self._listener.detach(),
+                )
+            client = TCPStore(new.host, new.port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
+            store = PrefixStore(str(new.epoch), client)
+            if self.wire.type == "cpu":
+                limit = MEETING if self._place.heals else TIMEOUT
+                processes: Any = dist.ProcessGroupGloo(store, self.rank, self.world, limit)
+                processes._set_default_timeout(TIMEOUT)
+            else:
+                dist.init_process_group("nccl", store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT)
+                processes = dist.group.WORLD
+            made.put((store, processes))
+        except Exception as error:
+            made.put(error)
+
+    def _abandon(self) -> None:
+        """Leave the process group, whatever it is stuck in.
+
+        gloo has no way to end a collective but its time-out, and would write into our tensors when what it waits for
+        arrives after all. Shutting its connections down ends every collective at once, here and at the other ends.
+        """
+        for number, inode in self._sockets:
+            with contextlib.suppress(OSError):  # closed already; its number may be another's by now
+                if os.fstat(number).st_ino == inode:
+                    with socket.socket(fileno=os.dup(number)) as connection:
+                        if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                            connection.shutdown(socket.SHUT_RDWR)
+        self._sockets = set()
+        self.processes = None
+        self.world = 1
+
+    def leave(self) -> None:
+        if self.processes is not None and dist.is_initialized():
+            dist.destroy_process_group()
+        self.processes = None
 
     # What Fabric asks of a strategy.
 
@@ -72,12 +235,12 @@ class Group(Ranks, Strategy):
     def module_to_device(self, module: nn.Module) -> None:
         module.to(self._device)
 
-    def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """In place on the wire's device; the returned tensor holds the result on the tensor's own."""
+    def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = None) -> Tensor:
+        """The sum, in place on the wire's device; the returned tensor holds the result on the tensor's own."""
         if self.world == 1:
             return tensor
         on_wire = tensor.to(self.wire)
-        dist.all_reduce(on_wire, op=reduce_op)
+        self.wait(self.sum_up(on_wire))
         return on_wire.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:
@@ -91,29 +254,24 @@ class Group(Ranks, Strategy):
         raise NotImplementedError("nothing is sharded by Fabric here")
 
 
-def join(place: Place, listener: socket.socket | None) -> Store:
-    """Meet the other ranks: after this, torch.distributed's default group is this run's. Returns the store.
+def _sockets() -> set[tuple[int, int]]:
+    """The sockets that this process has open, where the system tells."""
+    found = set()
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # closed since it was listed
+                status = os.fstat(int(name))
+                if stat.S_ISSOCK(status.st_mode):
+                    found.add((int(name), status.st_ino))
+    return found
 
-    `listener` is rank 0's socket for the store, bound and listening.
-    """
-    if place.world == 1:
-        return HashStore()
-    # Left to itself, gloo binds to what the host's own name resolves to, which is often 127.0.0.1, on every host.
+
+def _choose_interface(place: Place, new: Membership) -> None:
+    """Left to itself, gloo binds to what the host's own name resolves to: often 127.0.0.1, on every host."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
-    interface = loopback if place.loopback else _interface(place.host, place.port)
+    interface = loopback if place.loopback else _interface(new.host, new.port)
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ[variable] = interface if place.loopback else os.environ.get(variable, interface)
-    store = TCPStore(
-        place.host,
-        place.port,
-        world_size=place.world,
-        is_master=listener is not None,
-        timeout=TIMEOUT,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach() if listener is not None else None,
-    )
-    dist.init_process_group(place.backend, store=store, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
-    return store
 
 
 def _interface(host: str, port: int) -> str:
@@ -127,8 +285,3 @@ def _interface(host: str, port: int) -> str:
                 if socket.inet_ntoa(request[20:24]) == address:
                     return name
     raise Refused("nodes", f"no network interface has the address {address}, which reaches {host}")
-
-
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -45,6 +45,7 @@ class Keeper:
         self.recorder.flush()
         whole = step == self.config.steps
         score = evaluate(self.model, self.validation(0 if whole else self.config.eval.tokens), self.fabric)
+        self.scores[step] = score.loss
         if self.fabric.is_global_zero:
             event = events.Evaluated(
                 step=step,
@@ -55,7 +56,6 @@ class Keeper:
                 seconds=time.perf_counter() - started,
             )
             self.channel.send(event)
-            self.scores[step] = score.loss
             bpb = {"val/bpb": score.bpb} if score.bpb is not None else {}
             self.fabric.log_dict({"val/loss": score.loss} | bpb, step=step)
         self.recorder.resume_clock()

@@ -7,6 +7,7 @@ them asynchronously and reads them when they have arrived.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from train.buckets import Reducer, Total
 from train.config import Train
 from train.data.stream import Stream
 from train.flat import Buffer, Flat, Piece
+from train.group import Changed
 from train.telemetry import Recorder
 
 
@@ -30,13 +32,14 @@ class TrainState:
     step: int  # steps committed so far
     flat: Flat  # parameters
     optimizer: torch.optim.Optimizer
+    handled: int = sys.maxsize  # how many of the things that were due after the last step are done
 
     def pieces(self) -> list[Piece]:
         """All of the state that this rank holds: parameters, and the moments of those that it updates."""
         return self.flat.pieces() + optim.pieces(self.optimizer, self.flat)
 
     def restored(self, step: int) -> None:
-        self.step = step
+        self.step, self.handled = step, sys.maxsize
         optim.set_step(self.optimizer, step)
         self.flat.release()
 
@@ -66,39 +69,45 @@ class Parts:
     reducer: Reducer
     recorder: Recorder
     phase: Callable[[str, int], None]  # says what comes next, in case it fails
-    stop_requested: Callable[[], bool]  # has the supervisor asked this rank to stop?
+    asked: Callable[[], tuple[bool, bool]]  # was this rank asked to stop, does it know of a change of the ranks?
     due: tuple[Due, ...]  # evaluation, checkpoint: in this order
 
 
 def fit(state: TrainState, parts: Parts) -> bool:
-    """Train from `state.step` to the last step. Returns whether it stopped before that, on request."""
-    steps = parts.config.steps
-    while state.step < steps:
+    """Train from `state.step` to the last step. Returns whether it stopped before that, on request.
+
+    Raises Changed from any wait for other ranks, and between two steps where all of them know of a change: what is
+    called again afterwards goes on with what was not done.
+    """
+    steps, recorder = parts.config.steps, parts.recorder
+    while True:
+        for due in parts.due[state.handled :]:
+            due.run(state.step, steps, recorder.stopping)
+            state.handled += 1
+        if state.step >= steps or recorder.stopping:
+            return state.step < steps
+        if recorder.changing:
+            raise Changed
         total, rate = step(state, parts)
-        stop = parts.recorder.step(state.step, total, rate)
-        for due in parts.due:
-            due.run(state.step, steps, stop)
-        if stop:
-            break
-    return state.step < steps
+        recorder.step(state.step, total, rate)
 
 
 def step(state: TrainState, parts: Parts) -> tuple[Total, float]:
     """One step of training: what the virtual ranks added up to, and the learning rate that was used."""
     config, reducer = parts.config, parts.reducer
-    parts.phase("forward/backward", state.step)
     for v, buffer in reducer.leaves():
         virtual_rank(v, buffer, state, parts)
 
     parts.phase("reduce", state.step)
-    total = reducer.finish(parts.stop_requested())
+    total = reducer.finish(*parts.asked())
 
     parts.phase("optimizer", state.step)
     rate = optim.learning_rate(config.optimizer, config.schedule, state.step, config.steps)
     optim.set_learning_rate(state.optimizer, rate)
     state.flat.step(state.optimizer, total.gradient, total.norm, config.optimizer.clip_norm)
     reducer.spread()
-    state.step += 1
+    parts.phase("commit", state.step)
+    state.step, state.handled = state.step + 1, 0
     return total, rate
 
 
@@ -113,12 +122,14 @@ def virtual_rank(v: int, buffer: Buffer, state: TrainState, parts: Parts) -> Non
 
 def micro_batch(v: int, i: int, buffer: Buffer, state: TrainState, parts: Parts) -> None:
     config, device = parts.config, parts.fabric.device
+    parts.phase("forward", state.step)
     parts.generator.manual_seed(micro_batch_seed(config.seed, state.step, v, i))
     read = parts.stream.micro_batch(state.step, v, i)
     tokens = torch.from_numpy(read).to(device, non_blocking=True)
     with parts.fabric.autocast():
         nats = parts.model(tokens[:, :-1], tokens[:, 1:])
     loss = nats / config.tokens_per_step
+    parts.phase("backward", state.step)
     parts.fabric.backward(loss)
     buffer.loss += loss.detach()
     buffer.tokens = checksum(read.tobytes(), buffer.tokens)

@@ -38,7 +38,7 @@ def build(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
 
 def pieces(optimizer: torch.optim.Optimizer, flat: Flat) -> list[Piece]:
     """The optimizer's moments that this rank holds, by their name and the parameter's."""
-    replicated = flat.ranges == [(0, flat.length)]
+    replicated = flat.ranges == [(0, flat.size)]
     return [
         piece
         for half in flat.owned

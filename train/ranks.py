@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 Wait = Callable[[], object]
 
 
 class Ranks:
     """This rank among the others: what the sum of the gradients needs to know of them."""
 
-    def __init__(self, rank: int, world: int, wire: torch.device) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int, world: int, wire: torch.device, processes: Any = None) -> None:
+        """`processes`: torch's process group, or a bare backend; None where the world is 1."""
+        self.rank, self.world, self.processes = rank, world, processes
         self.wire = wire  # where tensors must lie to travel: gloo's in the host's memory, nccl's in the device's own
 
     @classmethod
@@ -26,7 +26,11 @@ class Ranks:
         if not dist.is_initialized():
             return cls(0, 1, torch.device("cpu"))
         wire = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-        return cls(dist.get_rank(), dist.get_world_size(), torch.device(wire))
+        return cls(dist.get_rank(), dist.get_world_size(), torch.device(wire), dist.group.WORLD)
+
+    def wait(self, work: Any) -> None:
+        """For the end of a collective. Every one is waited for here."""
+        work.wait()
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """(…) on each rank -> (W, …) on all of them."""
@@ -34,18 +38,26 @@ class Ranks:
             return tensor.unsqueeze(0)
         sent = tensor.contiguous().to(self.wire)
         gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
-        gather_flat(gathered.view(-1), sent.view(-1))
+        self.wait(self.processes._allgather_base(gathered.view(-1), sent.view(-1)))
         return gathered.to(tensor.device)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Tensors only: objects would travel as pickles."""
+        """Tensors only: objects would travel as pickles. What was there stays until all of it has arrived."""
         if not isinstance(obj, Tensor):
             raise TypeError(f"only tensors are broadcast, not {type(obj).__name__}")
         if self.world > 1:
-            on_wire = obj.to(self.wire)
-            dist.broadcast(on_wire, src)
+            on_wire = obj.to(self.wire, copy=True)
+            self.wait(self.processes.broadcast(on_wire, src))
             obj.copy_(on_wire)
         return obj
+
+    def sum_up(self, tensor: Tensor) -> Any:
+        """Start to add up a tensor on the wire, in place and in the backend's own order."""
+        return self.processes.allreduce(tensor)
+
+    def exchange(self, received: Tensor, sent: Tensor, from_each: Sequence[int], to_each: Sequence[int]) -> Any:
+        """Start an all-to-all of 1-D tensors on the wire, cut into so many elements from and to each rank."""
+        return self.processes.alltoall_base(received, sent, from_each, to_each)
 
 
 def gather(ranks: Ranks, target: Tensor, chunk: Tensor) -> Wait:
@@ -53,10 +65,10 @@ def gather(ranks: Ranks, target: Tensor, chunk: Tensor) -> Wait:
     direct = target.device == ranks.wire and target.dtype == chunk.dtype
     gathered = target if direct else torch.empty(target.shape, dtype=chunk.dtype, device=ranks.wire)
     chunk = chunk.to(ranks.wire)
-    work = gather_flat(gathered, chunk, async_op=True)
+    work = ranks.processes._allgather_base(gathered, chunk)
 
     def wait(sent: Tensor = chunk) -> None:  # which must live until it has been sent
-        work.wait()
+        ranks.wait(work)
         if not direct:
             target.copy_(gathered)
 

@@ -9,7 +9,8 @@ are spread instead. With one subtree a rank that is 2(W-1)/W of the gradient's b
 all-reduce sends.
 
 The sum is written over the last leaf, which has been sent by then; nothing else is overwritten before the step is
-committed, and there is no buffer besides. A rank that must begin the sum again computes one leaf anew.
+committed, and there is no buffer besides. When a rank is lost, the others keep the subtrees that they have finished:
+the same step is begun again, with other ranks, and what is at hand is not computed twice.
 
 With `reduce.dtype=bf16` every node of the tree is rounded, leaves included, not every message: the law holds.
 
@@ -22,10 +23,9 @@ gradients; TBIK (arXiv 2511.17826) orders the adds of tensor-parallel matrix pro
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.batch import Node, children, fold, maximal, spine
@@ -40,30 +40,42 @@ from train.shard import ShardedFlat
 class ExactReducer(Reducer):
     """Bitwise the same sum for every world size from 1 to V, however the leaves are shared out."""
 
-    def assign(self, hosted: list[range]) -> None:
+    def assign(self, hosted: Sequence[Sequence[int]]) -> None:
         self._host(hosted)
         self._subtrees = [maximal(own, self._root) for own in hosted]
         self._most_losses = max(map(len, self._subtrees))
-        *self._before, last = self._subtrees[self.ranks.rank]
-        self._path, leaf = spine(last)
-        self._final = leaf.first
 
     def _leaves(self) -> Iterator[tuple[int, Buffer]]:
         self._parts: list[Buffer] = []
         self._lefts: list[Buffer] = []
-        for node in self._before:
+        self._final = None
+        subtrees = self._subtrees[self.ranks.rank]
+        path, end = spine(subtrees[-1], self._done) if subtrees else ([], None)
+        for node in subtrees[:-1]:
             self._parts.append((yield from self._subtree(node)))
-        for node in self._path:
+        for node in path:
             self._lefts.append((yield from self._subtree(node)))
         self._last = self._zeros()
-        yield from self._last_leaf()
+        if end in self._done:
+            self._last.tensor.copy_(self._done[end].tensor)
+            self._last.loss.copy_(self._done[end].loss)
+        elif end is not None:
+            self._final = end.first
+            yield from self._last_leaf()
 
     def _subtree(self, node: Node) -> Generator[tuple[int, Buffer], None, Buffer]:
         """`fold`, with the leaves computed by whoever iterates. log2(n) + 1 buffers are alive at most."""
-        if not node.is_leaf:
-            left, right = children(node)
-            left_sum = yield from self._subtree(left)
-            return self._add(left_sum, (yield from self._subtree(right)))
+        if node not in self._done:
+            if node.is_leaf:
+                self._done[node] = yield from self._whole_leaf(node)
+            else:
+                left, right = children(node)
+                yield from self._subtree(left)
+                yield from self._subtree(right)
+                self._done[node] = self._add(self._done.pop(left), self._done.pop(right))
+        return self._done[node]
+
+    def _whole_leaf(self, node: Node) -> Generator[tuple[int, Buffer], None, Buffer]:
         buffer = self._zeros()
         yield from self._leaf(node.first, buffer)
         self._evidence.of_leaf(node.first, buffer.tensor, 0)
@@ -83,13 +95,13 @@ class ExactReducer(Reducer):
 
     def _exchange(self, bucket: Range) -> Started:
         a, b = bucket
-        value = self._last.tensor[a:b].to(self.dtype)
+        value = self._last.tensor[a:b].to(self.dtype)  # zeros that nobody is sent, where this rank hosts none
         for left in reversed(self._lefts):
             value.add_(left.tensor[a:b])  # left + value: two numbers have the same sum either way round
         if self.ranks.world == 1:
             self._finish_chunk(value, a)
             return lambda: lambda: None
-        sent = [part.tensor[a:b] for part in self._parts] + [value]
+        sent = [part.tensor[a:b] for part in self._parts] + [value] * bool(self._subtrees[self.ranks.rank])
         exchange = _Exchange(self.ranks, self._subtrees, sent, bucket, self.dtype)
         c, _ = chunk(bucket, self.ranks.rank, self.ranks.world)
 
@@ -111,7 +123,7 @@ class ExactReducer(Reducer):
         last = self._last.loss
         for left in reversed(self._lefts):
             last = left.loss + last
-        return [part.loss for part in self._parts] + [last]
+        return [part.loss for part in self._parts] + [last] * bool(self._subtrees[self.ranks.rank])
 
     def _loss(self, losses: Tensor) -> Tensor:
         sums = {node: losses[r, i] for r, nodes in enumerate(self._subtrees) for i, node in enumerate(nodes)}
@@ -135,17 +147,17 @@ class _Exchange:
         self._sent = packed.to(ranks.wire)
         self._nodes = [node for of_rank in subtrees for node in of_rank]
         self._received = torch.empty(len(self._nodes), own, dtype=dtype, device=ranks.wire)
-        self._work = dist.all_to_all_single(
+        self._ranks = ranks
+        self._work = ranks.exchange(
             self._received.view(-1),
             self._sent,
-            output_split_sizes=[len(of_rank) * own for of_rank in subtrees],
-            input_split_sizes=[len(sent) * size for size in sizes],
-            async_op=True,
+            from_each=[len(of_rank) * own for of_rank in subtrees],
+            to_each=[len(sent) * size for size in sizes],
         )
 
     def sums(self) -> dict[Node, Tensor]:
         """Wait; this rank's chunk of every subtree's sum."""
-        self._work.wait()
+        self._ranks.wait(self._work)
         return dict(zip(self._nodes, self._received, strict=True))
 
 
@@ -157,7 +169,7 @@ class RoundReducer(ExactReducer):
     compute leaf 0 once more, since the others need them to gather the parameters; it is not sent.
     """
 
-    def assign(self, hosted: list[range]) -> None:
+    def assign(self, hosted: Sequence[Sequence[int]]) -> None:
         world, leaves = self.ranks.world, self.virtual_ranks
         self._rounds = [range(first, min(first + world, leaves)) for first in range(0, leaves, world)]
         self._host([range(rank, leaves, world) for rank in range(world)])
@@ -208,7 +220,7 @@ class FastReducer(Reducer):
 
     _most_losses = 1
 
-    def assign(self, hosted: list[range]) -> None:
+    def assign(self, hosted: Sequence[Sequence[int]]) -> None:
         self._host(hosted)
         self._final = hosted[self.ranks.rank][-1]
 
@@ -226,10 +238,10 @@ class FastReducer(Reducer):
             self._summed(whole, a)
             return lambda: lambda: None
         on_wire = whole.to(self.ranks.wire, self.dtype)
-        work = dist.all_reduce(on_wire, async_op=True)
+        work = self.ranks.sum_up(on_wire)
 
         def go_on() -> Wait:
-            work.wait()
+            self.ranks.wait(work)
             whole.copy_(on_wire)  # nothing to do where they are the same tensor
             self._summed(self._last.tensor[c:d], c)
             return lambda: None
@@ -252,7 +264,7 @@ def build(config: Train, ranks: Ranks, model: nn.Module) -> tuple[Flat, Reducer]
     if config.sharding is Sharding.full and ranks.world > 1:
         flat, kind = ShardedFlat(model, ranks, bucket_elements(size, ranks.world)), RoundReducer
     else:
-        flat = Flat(model, ranks.world)
+        flat = Flat(model, config.batch.virtual_ranks)
     reducer = kind(
         ranks,
         flat,

@@ -22,7 +22,7 @@ from train.engine import Engine
 from train.fingerprint import fingerprint
 from train.flat import Buffer
 from train.folder import read_json
-from train.group import Place
+from train.group import Group, Place
 from train.telemetry import NotFinite, Recorder
 
 # What is compared of a step, causes before effects -> its bits: a number, digits, or a list of them by virtual rank.
@@ -177,16 +177,16 @@ class Rerun:
             raise Refused("step", f"{step} of {self.run.name} {why}")
         on = trained.device(config.accelerator)
         named = "cuda:0" if on.type == "cuda" else "cpu"
-        place = Place(rank=0, world=1, local_rank=0, device=named, host="", port=0, loopback=True, backend="gloo")
+        group = Group(Place.alone(named), trained.precision(config.precision, on))
         before = self.engine.state if self._settings else None
-        self.engine = Engine.build(config, self.prepared, place, threads)
+        self.engine = Engine.build(config, self.prepared, group, threads)
         state = self.engine.state
         if before is not None:
             for piece, old in zip(state.pieces(), before.pieces(), strict=True):
                 piece.data.copy_(old.data)
             state.restored(before.step)
         fabric = self.engine.fabric
-        recorder = Recorder(config, fabric, lambda e: take(self.computed, e.record()), self.prepared.vocab, None)
+        recorder = Recorder(config, fabric, lambda e: take(self.computed, e.record()), self.prepared.vocab)
         self.parts = self.engine.parts(recorder)
         self._settings = config, threads
         here, there = fingerprint(config, fabric.device), start.get("fingerprint", {})

@@ -27,22 +27,23 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.csv_logs import CSVLogger
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-from torch._C._distributed_c10d import Store
 
 from train import events, flops, hardware, plan
 from train.balance import Balance
 from train.channel import Channel
-from train.config import Refused, Train, read_train
+from train.config import Refused, Sharding, Train, read_train
 from train.data.prepare import Prepared
 from train.data.stream import Validation
 from train.engine import Engine
 from train.fingerprint import fingerprint
 from train.folder import LOCAL, identity, plain_identity
-from train.group import Group, Place, join, leave
+from train.group import Changed, Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
-from train.loop import Due, Parts, TrainState, fit
+from train.loop import Due, fit
+from train.recovery import Recovery
 from train.saver import Saver
 from train.telemetry import Recorder, matmul_peak
+from train.trained import precision
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -56,6 +57,7 @@ class Order:
     threads: int  # of this rank, on a CPU
     writer_epoch: int  # how many times this run has been started
     resume: bool  # go on from the newest checkpoint; rank 0's word counts
+    joins: bool  # a run that is under way: get ready, then wait to be made a member
 
     @classmethod
     def from_json(cls, text: str) -> Order:
@@ -66,42 +68,59 @@ class Order:
 def worker(order_json: str, connection: Connection, listener: socket.socket | None) -> None:
     """The life of a rank. Exits with 0, or with 1 after a `fault` event that says why."""
     order, channel = Order.from_json(order_json), Channel(connection)
+    member = order.place.member
     os.setsid()
-    channel.heed_signals(order.place.rank)
+    channel.heed_signals(member)
     _die_with_parent()
-    _log_to(Path(order.folder) / "logs" / f"rank-{order.place.rank}.log")
+    _log_to(Path(order.folder) / "logs" / f"rank-{member}.log")
     try:
-        store = join(order.place, listener)
-        state, parts, keeper = assemble(order, channel, store)
-        stopped = fit(state, parts)
-        parts.recorder.flush()
-        keeper.finish(stopped)
-        channel.send(events.Left(rank=order.place.rank, step=state.step, stopped=stopped))
-        leave()
+        recovery = assemble(order, channel, listener)
+        stopped = _train(recovery)
+        channel.send(events.Left(rank=member, step=recovery.state.step, stopped=stopped))
+        recovery.group.leave()
+    except Dismissed:
+        channel.send(events.Left(rank=member, step=recovery.state.step, stopped=False))
     except BaseException as error:
         traceback.print_exc()
         phase, step = channel.where
         fault, cause = _cause(error)
-        channel.send(events.Fault(fault=fault, phase=phase, rank=order.place.rank, step=step, cause=cause))
+        channel.send(events.Fault(fault=fault, phase=phase, rank=member, step=step, cause=cause))
         sys.stderr.flush()
         os._exit(1)  # no collective may be waited for on the way out
 
 
-def assemble(order: Order, channel: Channel, store: Store) -> tuple[TrainState, Parts, Keeper]:
-    """Everything a rank trains with, put together; its state restored, the start of the run reported."""
-    folder, place = Path(order.folder), order.place
+def _train(recovery: Recovery) -> bool:
+    """Train to the end, whatever becomes of the other ranks; returns whether it stopped before that, on request."""
+    while True:
+        recovery.regroup()
+        try:
+            stopped = fit(recovery.state, recovery.parts)
+            recovery.parts.recorder.flush()
+            recovery.keeper.finish(stopped)
+            return stopped
+        except Changed as change:
+            print(f"leaving epoch {recovery.group.membership.epoch}: {change}", flush=True)
+
+
+def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> Recovery:
+    """Everything a rank trains with, put together; it has no state yet."""
+    folder = Path(order.folder)
     config = read_train(folder / "config.yaml")
     prepared = Prepared.from_json((folder / "data.json").read_text())
-    loggers = _loggers(config, folder, order.writer_epoch) if place.rank == 0 else []
-    engine = Engine.build(config, prepared, place, order.threads, loggers)
-    group, fabric, state = engine.group, engine.fabric, engine.state
-    _agree(config, prepared, group)
-    numerics = fingerprint(config, fabric.device)
-    restore(state, folder / "checkpoints", group, channel, order.resume, numerics)
 
-    peak, peak_source = _peak(config, fabric, group)
+    def news() -> Membership | None:
+        sent = channel.membership()
+        return Membership(**sent) if sent else None
+
+    group = Group(order.place, precision(config.precision, torch.device(order.place.device)), listener, news)
+    if sharded := config.sharding is not Sharding.none:
+        group.join()  # who has which part of the state depends on the ranks
+    loggers = _loggers(config, folder, order.writer_epoch, order.place.member)
+    engine = Engine.build(config, prepared, group, order.threads, loggers)
+    fabric, state = engine.fabric, engine.state
+    numerics = fingerprint(config, fabric.device)
     balance = Balance(config, group, engine.reducer, channel)
-    recorder = Recorder(config, fabric, channel.send, prepared.vocab, peak, on_seconds=balance.observe)
+    recorder = Recorder(config, fabric, channel.send, prepared.vocab, on_seconds=balance.observe)
 
     @functools.cache  # opening the set verifies it: once for the part, once for the whole
     def validation(tokens: int) -> Validation:
@@ -119,9 +138,7 @@ def assemble(order: Order, channel: Channel, store: Store) -> tuple[TrainState, 
         group=group,
         saver=Saver(
             folder / "checkpoints",
-            store,
             group,
-            state.pieces(),
             about={
                 "fingerprint": numerics,
                 "config": _digest(identity(config)),
@@ -130,24 +147,41 @@ def assemble(order: Order, channel: Channel, store: Store) -> tuple[TrainState, 
                 "data": prepared.digest,
             },
             policy=config.checkpoint,
-            restored=state.step,
             send=channel.send,
         ),
     )
     parts = engine.parts(
         recorder,
         phase=channel.phase,
-        stop_requested=channel.stop_requested,
+        asked=lambda: (channel.stop_requested(), group.change_announced()),
         due=(
             Due(config.eval.every, keeper.evaluate),
             Due(config.checkpoint.every, keeper.save, when_stopping=True),
         ),
     )
-    if fabric.is_global_zero:
-        channel.send(_start(config, prepared.vocab, state.step, place.world, numerics, peak, peak_source))
-    balance.handshake(state, parts)
-    recorder.resume_clock()
-    return state, parts, keeper
+
+    def begin() -> None:
+        _agree(config, prepared, group)
+        restore(state, folder / "checkpoints", group, channel, order.resume, numerics)
+        recorder.peak, source = _peak(config, fabric, group)
+        if fabric.is_global_zero:
+            channel.send(_start(config, prepared.vocab, state.step, group.world, numerics, recorder.peak, source))
+
+    if order.joins:
+        recorder.peak, _ = _peak(config, fabric, group)
+        balance.warm_up(state, parts)
+        channel.send(events.Ready(rank=order.place.member))
+    return Recovery(
+        group=group,
+        state=state,
+        parts=parts,
+        reducer=engine.reducer,
+        keeper=keeper,
+        balance=balance,
+        channel=channel,
+        begin=begin,
+        joined=sharded,
+    )
 
 
 def _start(
@@ -160,7 +194,7 @@ def _start(
         micro_batch=int(config.batch.micro_batch),
         micro_batches=config.batch.micro_batches,
         device=str(numerics["device"]),
-        peak_flops=peak,
+        peak_flops=peak and peak * world,
         peak_source=peak_source,
         precision=config.precision,
         compiled=config.compile is True,
@@ -189,14 +223,18 @@ def _agree(config: Train, prepared: Prepared, group: Group) -> None:
         raise Refused("nodes", f"rank {group.rank} has another configuration or corpus than rank 0: make them equal")
 
 
-def _loggers(config: Train, folder: Path, epoch: int) -> list[Logger]:
-    """Fabric's loggers. Each start of a run writes a CSV of its own, since the logger overwrites what it finds."""
+def _loggers(config: Train, folder: Path, epoch: int, member: int) -> list[Logger]:
+    """Fabric's loggers, which rank 0 uses, whoever that is: until then they open nothing.
+
+    Each start of a run, and each rank 0, writes a CSV of its own, since the logger overwrites what it finds.
+    """
     loggers: list[Logger] = []
     for name in config.logger:
         if name == "tensorboard":
             loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
         elif name == "csv":
-            loggers.append(CSVLogger(folder, name="csv", version=f"start-{epoch}"))
+            version = f"start-{epoch}" + (f"-rank-{member}" if member else "")
+            loggers.append(CSVLogger(folder, name="csv", version=version))
         else:
             from lightning.pytorch.loggers import WandbLogger  # an extra; imported only where it is asked for
 
@@ -205,7 +243,7 @@ def _loggers(config: Train, folder: Path, epoch: int) -> list[Logger]:
 
 
 def _peak(config: Train, fabric: Fabric, group: Group) -> tuple[float | None, str]:
-    """Dense peak FLOP/s of all ranks' devices together and where the figure is from; None where one is unknown."""
+    """Dense peak FLOP/s of a rank's device, their mean, and where the figure is from; None where one is unknown."""
     bf16 = config.precision == "bf16"
     mine: float | None
     if fabric.device.type == "cpu":
@@ -215,7 +253,7 @@ def _peak(config: Train, fabric: Fabric, group: Group) -> tuple[float | None, st
         name = torch.cuda.get_device_name(fabric.device)
         mine, source = hardware.peak_flops(name, config.precision), "datasheet"
     total = group.all_reduce(torch.tensor([mine if mine else float("nan")], dtype=torch.float64)).item()
-    return (total, source) if total == total else (None, "unknown device")
+    return (total / group.world, source) if total == total else (None, "unknown device")
 
 
 def _cause(error: BaseException) -> tuple[str, str]:

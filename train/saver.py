@@ -9,6 +9,7 @@ What goes wrong here (a full disk, an error of the disk, a rank that does not an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -55,33 +56,54 @@ def find_writers(root: Path, pieces: Sequence[Piece], group: Group) -> list[int]
 
 
 class Saver:
-    """One rank's part in saving. `about` is what every manifest says; `restored` the step that the run began at."""
+    """One rank's part in saving. `about` is what every manifest says."""
 
     def __init__(
         self,
         root: Path,
-        store: Store,
         group: Group,
-        pieces: Sequence[Piece],
         *,
         about: Mapping[str, Any],
         policy: Checkpoint,
-        restored: int,
         send: Callable[[events.Event], None],
     ) -> None:
-        self._root, self._store, self._group = root, store, group
+        self._root, self._group = root, group
         self._about, self._policy, self._send = about, policy, send
-        self._writers = find_writers(root, pieces, group)
-        self._snapshot = checkpoint.Snapshot(checkpoint.deal(pieces, group.rank, self._writers))
         self._thread: threading.Thread | None = None
-        self._restored, self._committed = restored, set[int]()
+        self._restored: int | None = None
+        self._committed: set[int] = set()
         self._failed: str | None = None  # what is to be said of the last save, if it failed
-        mirrors = group.rank == 0 and policy.store
-        self._mirror = Mirror(root, policy, self._trusted, self._warn) if mirrors else None
+        self._given_up = threading.Event()
+        self._mirror: Mirror | None = None
+
+    def regrouped(self, pieces: Sequence[Piece], step: int) -> None:
+        """The ranks are new, and with them who writes what; `step` is where the run, or this rank, begins."""
+        self._restored = step if self._restored is None else self._restored
+        group, epoch = self._group, self._about["writer_epoch"]
+        self._writers = find_writers(self._root, pieces, group)
+        self._snapshot = checkpoint.Snapshot(checkpoint.deal(pieces, group.rank, self._writers))
+        if group.rank != 0:
+            return
+        for draft in self._root.glob(f".draft-step-*-{epoch}.*"):  # of the ranks that there were
+            shutil.rmtree(draft, ignore_errors=True)
+        for path in manifest.candidates(self._root):  # what another rank 0 has committed
+            with contextlib.suppress(manifest.Damaged):
+                found = manifest.read(path)
+                self._committed |= {found["step"]} if found["writer_epoch"] == epoch else set()
+        if self._policy.store and self._mirror is None:
+            self._mirror = Mirror(self._root, self._policy, self._trusted, self._warn)
+
+    def give_up(self) -> bool:
+        """The ranks have changed: do not wait for those that are gone. Returns whether a save was lost by that."""
+        under_way = self._thread is not None and self._thread.is_alive()
+        self._given_up.set()
+        self._join()
+        self._given_up.clear()
+        return under_way and self._failed is not None
 
     def _trusted(self, step: int) -> bool:
         """What is newer than the checkpoint that the run began at, and is not this run's, was damaged then."""
-        return step <= self._restored or step in self._committed
+        return step <= (self._restored or 0) or step in self._committed
 
     def save(self, step: int, pieces: Sequence[Piece], more: Mapping[str, Any]) -> None:
         """Copy this rank's share and let the thread write it. Waits for the save before, if that is not done yet."""
@@ -89,7 +111,8 @@ class Saver:
         self._join()
         share = self._snapshot.take(checkpoint.deal(pieces, self._group.rank, self._writers))
         waited = time.perf_counter() - started
-        self._thread = threading.Thread(target=self._work, args=(step, share, more, waited), daemon=True)
+        where = self._group.store, self._group.membership.epoch
+        self._thread = threading.Thread(target=self._work, args=(*where, step, share, more, waited), daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
@@ -108,21 +131,24 @@ class Saver:
 
     # ------------------------------------------------------------------------------------- in the thread
 
-    def _work(self, step: int, share: Sequence[Piece], more: Mapping[str, Any], waited: float) -> None:
+    def _work(
+        self, store: Store, epoch: int, step: int, share: Sequence[Piece], more: Mapping[str, Any], waited: float
+    ) -> None:
         rank, started = self._group.rank, time.perf_counter()
         about = {**self._about, **more}
-        draft = self._root / f".draft-{manifest.folder_name(step)}-{about['writer_epoch']}"
+        draft = self._root / f".draft-{manifest.folder_name(step)}-{about['writer_epoch']}.{epoch}"
         key = f"save/{about['writer_epoch']}/{step}"
         if rank in self._writers:
             try:
                 report = checkpoint.write(draft, rank, share)
             except Exception as error:
                 report = {"error": reason(error)}
-            self._store.set(f"{key}/{rank}", json.dumps(report))
+            with contextlib.suppress(RuntimeError):  # the first rank, and the store with it, is gone
+                store.set(f"{key}/{rank}", json.dumps(report))
         if rank != 0:
             return
         try:
-            reports = self._collect(key)
+            reports = self._collect(store, key)
             errors = {writer: report["error"] for writer, report in reports.items() if "error" in report}
             if not errors:
                 path, size = checkpoint.commit(self._root, draft, step, reports.values(), about)
@@ -145,16 +171,18 @@ class Saver:
         if self._mirror is not None:
             self._mirror.update(step)
 
-    def _collect(self, key: str) -> dict[int, dict[str, Any]]:
+    def _collect(self, store: Store, key: str) -> dict[int, dict[str, Any]]:
         """What each writer says of its files; an error for one that says nothing in time."""
         reports = {writer: {"error": f"no answer within {LIMIT:.0f} s"} for writer in self._writers}
         until = time.monotonic() + LIMIT
         for writer in self._writers:
-            while not (there := self._store.check([f"{key}/{writer}"])) and time.monotonic() < until:
-                time.sleep(POLL)
+            while not (there := store.check([f"{key}/{writer}"])) and time.monotonic() < until:
+                if self._given_up.wait(POLL):
+                    reports[writer] = {"error": "a rank was lost meanwhile"}
+                    break
             if there:
-                reports[writer] = json.loads(self._store.get(f"{key}/{writer}"))
-                self._store.delete_key(f"{key}/{writer}")
+                reports[writer] = json.loads(store.get(f"{key}/{writer}"))
+                store.delete_key(f"{key}/{writer}")
         return reports
 
     def _warn(self, text: str, step: int, rank: int = 0) -> None:

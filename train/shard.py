@@ -111,7 +111,7 @@ class ShardedFlat(Flat):
         """One of this rank's chunks, by where it begins."""
         return self._mine[begin][: end - begin] if self._mine else super().stretch(begin, end)  # not cut yet
 
-    def buckets(self, elements: int) -> list[Range]:
+    def buckets(self, elements: int, world: int) -> list[Range]:
         return self._buckets
 
     def pieces(self) -> list[Piece]:

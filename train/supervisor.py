@@ -2,69 +2,36 @@
 
 It never imports torch. While the data is prepared, a forkserver imports torch and lightning once; ranks are forked from
 it. This process is the only writer of `events.jsonl`. The first SIGINT, SIGTERM or SIGUSR1, here or at any rank, or
-`stop_after`, makes the ranks agree on a step, save and stop; the second one here ends them at once. A rank that dies
-ends the run, with its cause in one line; nothing is left behind.
+`stop_after`, makes the ranks agree on a step, save and stop; the second one here ends them at once.
+
+It alone says which processes are the ranks of the run. When one is lost it tells the others, who go on without it, and
+forks another, which joins them when it is ready. Where no rank can go on, all start again from the last checkpoint;
+where that leads nowhere, the run ends, with the cause in one line; nothing is left behind.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib
 import json
-import multiprocessing
-import multiprocessing.resource_tracker
-import signal
-import socket
 import time
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, ForkServerProcess
-from multiprocessing.forkserver import ensure_running
-from types import FrameType
-from typing import Any, Self
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
+from typing import Any
 
 from train import events, folder, hardware, mirror, nodes, plan
-from train.channel import ECHO, MARK, RECORDED, REQUESTS, STOP
-from train.config import DONE, FAILED, REFUSED, STOPPED, Refused, ResumeMode, Train, seconds
+from train.channel import STOP, Requests
+from train.config import DONE, FAILED, REFUSED, STOPPED, Refused, ResumeMode, Sharding, Train, seconds
 from train.console import Console
 from train.data.prepare import prepare
 from train.data.writing import Preparer
+from train.processes import Rank, forkserver
 from train.summary import summarize
 
 MOURNING = 1.0  # seconds in which the others may say what a dead rank did to them, before it is named
-
-
-class Requests:
-    """What was asked of this process by signals, while it is entered: the first asks to stop, the next, at once.
-
-    Until `hold` is called there are no ranks that could save anything, and a signal raises KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._held = False
-        self._last = -ECHO
-
-    def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._on_signal) for number in REQUESTS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def hold(self) -> None:
-        """From now on signals are only noted."""
-        self._held = True
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if now - self._last < ECHO:
-            return
-        self._last = now
-        self.names.append(signal.Signals(number).name)
-        if not self._held:
-            raise KeyboardInterrupt
+GOES_ON = -1  # no exit code: the ranks that are left take over
+QUICK = 20  # steps: who dies again within so many is suspected of a reason of its own
+LIVES = 3  # deaths in so few steps after which a place is left empty
+BACK_OFF = 1.0  # seconds before the second replacement; twice as many before each further one
 
 
 def train(config: Train) -> int:
@@ -93,7 +60,7 @@ def _train(config: Train, run: folder.RunFolder, console: Console, requests: Req
     if finished is not None:
         console.finished_already(config, finished)
         return DONE
-    context = _forkserver()
+    context = forkserver()
     prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
     try:
         run.write(config, json.loads(prepared.to_json()))
@@ -107,34 +74,12 @@ def _train(config: Train, run: folder.RunFolder, console: Console, requests: Req
             preparer.stop()
 
 
-def _forkserver() -> ForkServerContext:
-    """Start the process that ranks are forked from; its imports go on while this one prepares the data.
-
-    It has the requests' signals blocked for life, so that one that goes to all processes of a job does not end it, and
-    the ranks with it. A rank begins like that too, and unblocks nothing until there is somebody to heed them.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.run", "train.supervisor"])
-    multiprocessing.resource_tracker.ensure_running()  # here, because it leaves these signals unblocked
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
-    try:
-        ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return context
-
-
-def _rank(order: str, connection: Connection, listener: socket.socket | None) -> None:
-    """Where a forked rank begins. Only there is `train.run` imported: this module stays free of torch."""
-    importlib.import_module("train.run").worker(order, connection, listener)
-
-
 @dataclasses.dataclass(slots=True)
-class Rank:
-    number: int
-    process: ForkServerProcess
-    connection: Connection
-    left: bool = False  # it has said its last word
+class Slot:
+    """A place for a rank on this node."""
+
+    deaths: list[int] = dataclasses.field(default_factory=list)  # the last recorded step, at each
+    due: float = 0.0  # when a replacement may be forked, on the monotonic clock
 
 
 class Supervisor:
@@ -152,10 +97,17 @@ class Supervisor:
         self._node = nodes.here(config.nodes)
         self._ranks: list[Rank] = []
         self._log = events.EventLog(run.events_path)
-        self._faults: list[dict[str, Any]] = []
         self._asked = self._stopped = False
         limit = seconds(config.stop_after)
         self._deadline = None if limit is None else time.monotonic() + limit
+        self._members: list[int] = []
+        self._slots = {local: Slot() for local in range(int(config.devices))}
+        self._next_member = self._epoch = self._writer_epoch = 0
+        self._recorded = 0  # the last step whose event is here
+        self._causes: set[tuple[Any, ...]] = set()  # of faults that were survived
+        self._futile = 0  # restarts of all ranks since the last step
+        whole = config.sharding is Sharding.none and config.accelerator == "cpu" and config.nodes == 1
+        self._heals = config.recovery.in_place and whole
 
     def fetch(self, origin: mirror.Origin, data: str) -> bool:
         """Bring in the newest checkpoint of `resume_from`, if it is newer than this folder's; whether there was one."""
@@ -188,9 +140,11 @@ class Supervisor:
         """Start the ranks, watch them to their end, write the summary."""
         try:
             self._start(resume)
-            code = self._watch()
+            while (code := self._watch()) is None:
+                self._end_all()
+                self._start(self._run.checkpointed())
         finally:
-            self._kill()
+            self._end_all()
             self._console.close()
         if self._node.index == 0 and code in (DONE, STOPPED):
             records = list(self._run.events())
@@ -200,86 +154,106 @@ class Supervisor:
         self._log.close()
         return code
 
-    # ------------------------------------------------------------------------------------------ starting
+    # ------------------------------------------------------------------------------------------ processes
 
     def _start(self, resume: bool) -> None:
-        epoch = 1 + sum(record["kind"] == "start" for record in self._run.events())
-        per_node = int(self._config.devices)
-        world = per_node * self._config.nodes
-        listener = nodes.listen(self._node) if self._node.index == 0 and world > 1 else None
-        port = listener.getsockname()[1] if listener else self._node.port
-        gpus = len(hardware.gpus()) if self._config.accelerator == "cuda" else 0
-        for local in range(per_node):
-            number = self._node.index * per_node + local
-            order = {
-                "folder": str(self._run.path),
-                "threads": 1,
-                "writer_epoch": epoch,
-                "resume": resume,
-                "place": {
-                    "rank": number,
-                    "world": world,
-                    "local_rank": local,
-                    "device": f"cuda:{local % gpus}" if gpus else "cpu",
-                    "host": self._node.host,
-                    "port": port,
-                    "loopback": self._config.nodes == 1,
-                    "backend": self._config.backend,
-                },
-            }
-            self._ranks.append(self._fork(number, order, listener if number == 0 else None))
-        if listener is not None:
-            listener.close()  # rank 0 holds its own copy
+        """All ranks anew, from the newest checkpoint or from the beginning."""
+        self._writer_epoch = 1 + sum(record["kind"] == "start" for record in self._run.events())
+        self._next_member = self._node.index * len(self._slots)
+        for slot in self._slots:
+            self._fork(slot, resume, joins=False)
+        self._members = list(range(len(self._slots) * self._config.nodes))
+        self._publish("start")
 
-    def _fork(self, number: int, order: dict[str, Any], listener: socket.socket | None) -> Rank:
-        ours, theirs = self._context.Pipe()
-        arguments = (json.dumps(order), theirs, listener)
-        process = self._context.Process(target=_rank, args=arguments, name=f"rank-{number}")
-        process.start()
-        theirs.close()
-        return Rank(number, process, ours)
+    def _fork(self, slot: int, resume: bool, joins: bool) -> None:
+        config, member = self._config, self._next_member
+        self._next_member += 1
+        hosts = config.nodes == 1 or member == 0
+        listener = nodes.listen(self._node) if hosts else None
+        gpus = len(hardware.gpus()) if config.accelerator == "cuda" else 0
+        order = {
+            "folder": str(self._run.path),
+            "threads": 1,
+            "writer_epoch": self._writer_epoch,
+            "resume": resume,
+            "joins": joins,
+            "place": {
+                "member": member,
+                "local_rank": slot,
+                "device": f"cuda:{slot % gpus}" if gpus else "cpu",
+                "loopback": config.nodes == 1,
+                "backend": config.backend,
+                "heals": self._heals,
+            },
+        }
+        port = listener.getsockname()[1] if listener else 0
+        self._ranks.append(Rank.fork(self._context, slot, order, listener, port))
 
-    # ------------------------------------------------------------------------------------------ watching
+    def _publish(self, why: str) -> None:
+        """Tell the ranks who belongs together from now on."""
+        self._epoch += 1
+        first = next((rank for rank in self._ranks if rank.member == self._members[0]), None)
+        membership = {
+            "epoch": self._epoch,
+            "members": self._members,
+            "host": self._node.host,
+            "port": first.port if first else self._node.port,
+            "recorded": self._recorded,
+            "boundary": why in ("joined", "resized"),
+            "why": why,
+        }
+        for rank in self._ranks:
+            if rank.ready:
+                rank.tell(json.dumps(membership).encode())
 
-    def _watch(self) -> int:
-        while any(rank.process.is_alive() for rank in self._ranks):
-            alive = [rank for rank in self._ranks if rank.process.is_alive()]
-            wait(
-                [r.connection for r in alive if not r.connection.closed] + [r.process.sentinel for r in alive],
-                timeout=0.2,
-            )
+    def _end_all(self) -> None:
+        for rank in self._ranks:
+            rank.end()
+        self._ranks = []
+
+    # ------------------------------------------------------------------------------------------- watching
+
+    def _watch(self) -> int | None:
+        """Until the run is over; returns its exit code. None: all ranks must be started again."""
+        while True:
+            connections = [rank.connection for rank in self._ranks if not rank.connection.closed]
+            wait([*connections, *(rank.process.sentinel for rank in self._ranks)], timeout=0.2)
+            dead = [rank for rank in self._ranks if not rank.process.is_alive()]
             self._hear()
             if len(self._requests.names) > 1:
                 self._console.say(f"stopped at once ({self._requests.names[1]}); the last checkpoint stands")
                 return FAILED
             self._ask_to_stop()
-            failure = self._failure()
-            if failure is not None:
-                return failure
-        self._hear()
-        failure = self._failure()
-        return failure if failure is not None else STOPPED if self._stopped else DONE
+            if self._preparer is not None and (error := self._preparer.poll()):
+                self._console.error(f"the data: {error}")
+                return FAILED
+            lost = [rank for rank in dead if not (rank.left and rank.process.exitcode == 0)]
+            if lost and not self._heals:
+                lost = [self._culprit(lost)]
+            self._ranks = [rank for rank in self._ranks if rank not in dead]
+            if lost and (verdict := self._bury(lost)) is not GOES_ON:
+                return verdict
+            if not any(rank.member in self._members for rank in self._ranks):
+                return STOPPED if self._stopped else DONE
+            self._replace()
 
     def _hear(self) -> None:
-        """Take in all that the ranks have sent."""
         for rank in self._ranks:
-            try:
-                while not rank.connection.closed and rank.connection.poll():
-                    message = rank.connection.recv_bytes()
-                    if message == MARK:
-                        self._log.sync()
-                        rank.connection.send_bytes(RECORDED)
-                    else:
-                        self._record(json.loads(message), rank)
-            except (EOFError, ConnectionError):
-                rank.connection.close()
+            rank.hear(self._record, self._log.sync)
 
     def _record(self, record: dict[str, Any], rank: Rank | None = None) -> None:
-        if rank is not None and record["kind"] == "left":
+        kind = record["kind"]
+        if kind == "step":
+            self._recorded, self._futile = record["step"], 0
+        elif rank is not None and kind == "left":
             rank.left = True
             self._stopped = self._stopped or record["stopped"]
-        if record["kind"] == "fault":
-            self._faults.append(record)
+        elif rank is not None and kind == "fault":
+            rank.fault = record
+        elif rank is not None and kind == "ready":
+            rank.ready = True
+            self._members.append(rank.member)
+            self._publish("joined")
         self._log.append(record)
         self._console.event(record)
 
@@ -291,25 +265,70 @@ class Supervisor:
         by = self._requests.names[0] if self._requests.names else f"stop_after={self._config.stop_after}"
         self._record(events.Asked(rank=None, by=by).record())
         for rank in self._ranks:
-            with contextlib.suppress(OSError):  # it has ended by itself
-                rank.connection.send_bytes(STOP)
+            rank.tell(STOP)
 
-    def _failure(self) -> int | None:
-        """The exit code of a run in which something has failed, once it is said who and why; else None."""
-        if self._preparer is not None and (error := self._preparer.poll()):
-            self._console.error(f"the data: {error}")
-            return FAILED
-        dead = [r for r in self._ranks if not r.process.is_alive() and not (r.left and r.process.exitcode == 0)]
-        if not dead:
-            return None
+    # ------------------------------------------------------------------------------------ losses, and after
+
+    def _bury(self, lost: list[Rank]) -> int | None:
+        """What becomes of the run now that these ranks are gone: GOES_ON, None for a new start, or an exit code."""
+        now = time.monotonic()
+        for rank in lost:
+            if rank.fault is None:
+                cause = rank.died_of()
+                fault = events.Fault(fault="lost", phase="a step", rank=rank.member, step=None, cause=cause)
+                rank.fault = fault.record()
+                self._record(rank.fault)
+            known = tuple(rank.fault[key] for key in ("fault", "phase", "step", "cause"))
+            again = rank.fault["step"] is not None and known in self._causes  # not bad luck
+            if again or rank.fault["fault"] == "refused":
+                return self._fail(rank.fault)
+            self._causes.add(known)
+            deaths = self._slots[rank.slot].deaths
+            deaths.append(self._recorded)
+            recent = sum(self._recorded - step < QUICK for step in deaths)
+            self._slots[rank.slot].due = now + (BACK_OFF * 2 ** (recent - 2) if recent > 1 else 0)
+            if recent == LIVES:
+                text = f"its place is left empty: {LIVES} processes died there within {QUICK} steps"
+                self._record(events.Warned(rank=rank.member, text=text).record())
+        gone = {rank.member for rank in lost}
+        alive = {rank.member for rank in self._ranks}
+        if self._heals and any(member in alive for member in self._members):
+            if gone & set(self._members):
+                self._members = [member for member in self._members if member in alive]
+                self._publish("lost")
+            return GOES_ON
+        if self._futile >= self._config.recovery.restarts or self._config.nodes > 1 or self._asked:
+            assert lost[0].fault is not None
+            return self._fail(lost[0].fault)
+        self._futile += 1
+        self._console.say("no rank is left that could go on: all start again from the last checkpoint")
+        return None
+
+    def _replace(self) -> None:
+        """Fork a process for each place that has none, unless too many have died there."""
+        if not self._heals or self._asked or self._stopped or any(rank.left for rank in self._ranks):
+            return
+        for number, slot in self._slots.items():
+            recent = sum(self._recorded - step < QUICK for step in slot.deaths)
+            taken = any(rank.slot == number for rank in self._ranks)
+            if not taken and recent < LIVES and time.monotonic() >= slot.due:
+                self._fork(number, resume=self._run.checkpointed(), joins=True)
+
+    def _culprit(self, lost: list[Rank]) -> Rank:
+        """The rank from whose fault the others follow: one killed from outside, else the first that spoke."""
         until = time.monotonic() + MOURNING
-        while time.monotonic() < until and not any(rank.process.exitcode in (None, 0) for rank in dead):
+        while time.monotonic() < until and not any((rank.process.exitcode or 0) < 0 for rank in self._ranks):
             self._hear()
-            if self._faults or any((rank.process.exitcode or 0) < 0 for rank in dead):
+            if any(rank.fault for rank in self._ranks):
                 break
             time.sleep(0.02)
         self._hear()
-        fault = self._culprit()
+        killed = [rank for rank in self._ranks if (rank.process.exitcode or 0) < 0]
+        said = sorted((r for r in self._ranks if r.fault), key=lambda rank: rank.fault["time"])  # type: ignore[index]
+        return (killed or said or lost)[0]
+
+    def _fail(self, fault: dict[str, Any]) -> int:
+        """Say why the run ends."""
         refused = fault["fault"] == "refused"
         at = f" at step {fault['step']}" if fault["step"] is not None else ""
         log = self._run.path / "logs" / f"rank-{fault['rank']}.log"
@@ -319,31 +338,3 @@ class Supervisor:
             else f"rank {fault['rank']} failed{at} in {fault['phase']}: {fault['cause']} (see {log})"
         )
         return REFUSED if refused else FAILED
-
-    def _culprit(self) -> dict[str, Any]:
-        """The fault from which the others follow: a rank killed from outside, else the first that spoke."""
-        killed = [rank for rank in self._ranks if (rank.process.exitcode or 0) < 0]
-        if self._faults and not killed:
-            return min(self._faults, key=lambda fault: fault["time"])
-        rank = (killed or [r for r in self._ranks if not r.process.is_alive() and not r.left])[0]
-        code = rank.process.exitcode or 0
-        cause = f"ended with exit code {code}"
-        if code < 0:
-            cause = f"killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            cause += (
-                "; if nobody did that, the machine ran out of memory: use a smaller batch.micro_batch or fewer devices"
-            )
-        fault = events.Fault(fault="lost", phase="a step", rank=rank.number, step=None, cause=cause).record()
-        self._log.append(fault)
-        return fault
-
-    # -------------------------------------------------------------------------------------------- ending
-
-    def _kill(self) -> None:
-        for rank in self._ranks:
-            if rank.process.is_alive():
-                rank.process.kill()
-        for rank in self._ranks:
-            rank.process.join()
-            rank.connection.close()

@@ -41,7 +41,8 @@ class NotFinite(Exception):
 class _Pending:
     step: int
     rate: float
-    numbers: Tensor  # (3 + W + 2V + 2P,) int64 – in pinned memory where they come from a GPU
+    numbers: Tensor  # (4 + 2V + 2P + W,) int64 – in pinned memory where they come from a GPU
+    world: int
     ready: torch.cuda.Event | None
 
 
@@ -54,19 +55,21 @@ class Recorder:
         fabric: Fabric,
         send: Send,
         vocab: int,
-        peak: float | None,
         on_seconds: Callable[[int, list[float]], None] = lambda step, seconds: None,
     ) -> None:
         """`on_seconds` is told, on every rank at the same step, how long each rank took for a leaf."""
         self._config, self._fabric, self._send, self._on_seconds = config, fabric, send, on_seconds
-        self._vocab, self._peak = vocab, peak
+        self._vocab = vocab
+        self.peak: float | None = None  # dense FLOP/s of a rank's device
         self._on_gpu = fabric.device.type == "cuda"
         self._pending: deque[_Pending] = deque()
-        self._speaks = fabric.is_global_zero
         self._step_end = self._log_start = time.perf_counter()
         self._log_step: int | None = None
         self._lag = LAG if self._on_gpu else 0
-        self._stop_step: int | None = None  # the first step in which a rank was asked to stop
+        self._heed: dict[str, int] = {}  # the step from which a request is heeded, by all ranks alike
+        self._step = 0
+        self._recent: deque[events.Event] = deque(maxlen=2 * LAG + 4)  # of the last steps
+        self.last: _Pending | None = None
 
     def resume_clock(self) -> None:
         """Time spent outside steps (evaluation, saving) is not the next step's."""
@@ -74,22 +77,43 @@ class Recorder:
         self._log_start += now - self._step_end
         self._step_end = now
 
-    def step(self, step: int, total: Total, rate: float) -> bool:
-        """Take the numbers of a committed step; returns whether the ranks have agreed to stop.
+    @property
+    def stopping(self) -> bool:
+        """Have the ranks agreed to stop? They have, when each of them heeds the request after the same step."""
+        return self._step >= self._heed.get("stop", sys.maxsize)
 
-        They agree because all of them heed a step's flag the same number of steps later, whenever they read it.
-        """
-        floats = torch.cat([torch.stack([total.loss, total.norm, total.stops]), total.seconds])
-        numbers = torch.cat([floats.view(torch.int64), total.leaves.view(-1), total.state.view(-1)])
+    @property
+    def changing(self) -> bool:
+        """Do all ranks know of a change of the ranks?"""
+        return self._step >= self._heed.get("change", sys.maxsize)
+
+    def step(self, step: int, total: Total, rate: float) -> None:
+        """Take the numbers of a committed step."""
+        floats = torch.stack([total.loss, total.norm, total.stops, total.changes]).view(torch.int64)
+        numbers = torch.cat([floats, total.leaves.view(-1), total.state.view(-1), total.seconds.view(torch.int64)])
         ready = None
         if self._on_gpu:
             pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             pinned.copy_(numbers, non_blocking=True)
             numbers, ready = pinned, torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        self._pending.append(_Pending(step, rate, numbers, ready))
+        self._pending.append(_Pending(step, rate, numbers, total.seconds.numel(), ready))
+        self._step = step
         self._read(keep=self._lag)
-        return self._stop_step is not None and step >= self._stop_step + self._lag
+
+    def catch_up(self, step: int, rate: float, numbers: Tensor, world: int) -> None:
+        """Take the numbers of the last step from a rank that has committed it."""
+        self._pending.append(_Pending(step, rate, numbers, world, None))
+        self._step = step
+        self.flush()
+
+    def regrouped(self, recorded: int | None) -> None:
+        """The ranks have changed; say the steps after `recorded` again, if this rank speaks for the run from now on."""
+        self._heed.pop("change", None)
+        for event in self._recent if recorded is not None else ():
+            if event.step > recorded:  # type: ignore[attr-defined]
+                self._send(event)
+        self.resume_clock()
 
     def flush(self) -> None:
         """Read all that is under way: before a checkpoint, and at the end."""
@@ -100,25 +124,32 @@ class Recorder:
             pending = self._pending.popleft()
             if pending.ready is not None:
                 pending.ready.synchronize()
-            floats = 3 + self._fabric.world_size
-            loss, norm, stops, *seconds = pending.numbers[:floats].view(torch.float64).tolist()
-            if stops > 0 and self._stop_step is None:
-                self._stop_step = pending.step
+            self.last, world = pending, pending.world
+            loss, norm, stops, changes = pending.numbers[:4].view(torch.float64).tolist()
+            seconds = pending.numbers[-world:].view(torch.float64).tolist()
+            if stops > 0:
+                self._heed.setdefault("stop", pending.step + self._lag)
+            if changes == world:
+                self._heed.setdefault("change", pending.step + self._lag)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFinite(f"loss {loss}, gradient norm {norm} in step {pending.step}: try a lower optimizer.lr")
             self._on_seconds(pending.step, seconds)
             self._record(pending, loss, norm)
-            if self._config.evidence.digests and self._speaks:
-                self._send(_digests(pending.step, pending.numbers[floats:], self._config.batch.virtual_ranks))
+            if self._config.evidence.digests:
+                self._say(_digests(pending.step, pending.numbers[4:-world], self._config.batch.virtual_ranks))
+
+    def _say(self, event: events.Event) -> None:
+        """Rank 0 speaks for all; the others remember, in case that it is lost before it could."""
+        self._recent.append(event)
+        if self._fabric.is_global_zero:
+            self._send(event)
 
     def _record(self, pending: _Pending, loss: float, norm: float) -> None:
-        if not self._speaks:
-            return
         now = time.perf_counter()
         step, seconds = pending.step, now - self._step_end
         self._step_end = now
         tokens = step * self._config.tokens_per_step
-        self._send(
+        self._say(
             events.Step(
                 step=step,
                 loss=loss,
@@ -127,9 +158,11 @@ class Recorder:
                 grad_norm=norm,
                 tokens=tokens,
                 seconds=seconds,
-                world=self._fabric.world_size,
+                world=pending.world,
             )
         )
+        if not self._fabric.is_global_zero:
+            return
         if self._log_step is None:  # the first step of a process pays for warming up, and is left out
             self._log_step, self._log_start = step, now
         elif step % self._config.log.every == 0 or step == self._config.steps:
@@ -138,7 +171,8 @@ class Recorder:
     def _log(self, step: int, loss: float, norm: float, rate: float, now: float) -> None:
         assert self._log_step is not None
         per_second = (step - self._log_step) * self._config.tokens_per_step / (now - self._log_start)
-        mfu = flops.mfu(self._config.model, self._vocab, per_second, self._peak)
+        peak = self.peak and self.peak * self._fabric.world_size
+        mfu = flops.mfu(self._config.model, self._vocab, per_second, peak)
         self._log_step, self._log_start = step, now
         self._send(events.Throughput(step=step, tokens_per_s=per_second, mfu=mfu, memory_bytes=self._memory()))
         numbers = {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "perf/tokens_per_second": per_second}

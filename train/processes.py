@@ -1,0 +1,105 @@
+"""The processes that ranks live in: forked from one forkserver that has imported torch and lightning once.
+
+No torch here. A process gets its orders when it is forked, and from then on through its pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import multiprocessing.resource_tracker
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import ensure_running
+from typing import Any
+
+from train.channel import MARK, RECORDED, REQUESTS
+
+
+def forkserver() -> ForkServerContext:
+    """Start the process that ranks are forked from; its imports go on while this one prepares the data.
+
+    It has the requests' signals blocked for life, so that one that goes to all processes of a job does not end it, and
+    the ranks with it. A rank begins like that too, and unblocks nothing until there is somebody to heed them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.run", "train.supervisor"])
+    multiprocessing.resource_tracker.ensure_running()  # here, because it leaves these signals unblocked
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+    try:
+        ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return context
+
+
+def _begin(order: str, connection: Connection, listener: socket.socket | None) -> None:
+    """Where a forked process begins. Only there is `train.run` imported: this module stays free of torch."""
+    importlib.import_module("train.run").worker(order, connection, listener)
+
+
+@dataclass(slots=True, eq=False)
+class Rank:
+    """A process that is a rank, or is to become one."""
+
+    member: int
+    slot: int  # its place on this node, and its device; a replacement takes it over
+    port: int  # of the store that it hosts when it is the first of the group
+    process: ForkServerProcess
+    connection: Connection
+    ready: bool  # it may be made a member
+    left: bool = False  # it has said its last word
+    fault: dict[str, Any] | None = None  # what it says has ended it
+
+    @classmethod
+    def fork(
+        cls, context: ForkServerContext, slot: int, order: dict[str, Any], listener: socket.socket | None, port: int
+    ) -> Rank:
+        ours, theirs = context.Pipe()
+        member = order["place"]["member"]
+        process = context.Process(target=_begin, args=(json.dumps(order), theirs, listener), name=f"rank-{member}")
+        process.start()
+        theirs.close()
+        if listener is not None:
+            listener.close()  # the process has its own copy
+        return cls(member, slot, port, process, ours, ready=not order["joins"])
+
+    def tell(self, message: bytes) -> None:
+        with contextlib.suppress(OSError):  # it has ended by itself
+            self.connection.send_bytes(message)
+
+    def hear(self, take: Callable[[dict[str, Any], Rank], None], sync: Callable[[], None]) -> None:
+        """Take in all that it has sent. Where it asks whether that is on the disk, make it so and answer."""
+        try:
+            while not self.connection.closed and self.connection.poll():
+                message = self.connection.recv_bytes()
+                if message == MARK:
+                    sync()
+                    self.tell(RECORDED)
+                else:
+                    take(json.loads(message), self)
+        except (EOFError, ConnectionError):
+            self.connection.close()
+
+    def died_of(self) -> str:
+        """Why the process has ended, in one line."""
+        code = self.process.exitcode or 0
+        if code >= 0:
+            return f"ended with exit code {code}"
+        cause = f"killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            cause += (
+                "; if nobody did that, the machine ran out of memory: use a smaller batch.micro_batch or fewer devices"
+            )
+        return cause
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
