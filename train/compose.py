@@ -27,6 +27,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from train.commands import register
 from train.config import CONFIGS, STOPPED, Refused, Train
+from train.faults.plan import plan
 
 TEXT = {
     "prompt",
@@ -123,6 +124,7 @@ def _checked(composed: DictConfig) -> Any:
         for key in checked.resume.allowed():
             if key not in keys:
                 raise Refused("resume.allow", f"there is no key {key}{did_you_mean(key, keys)}")
+        plan(checked)  # refuses bad faults
     return checked
 
 

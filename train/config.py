@@ -348,6 +348,21 @@ class Log:
         require(self.every >= 1, "log.every", "must be at least 1")
 
 
+@dataclass(slots=True, kw_only=True)
+class Faults:
+    """Faults on order, drawn once from these keys: see train/faults/plan.py, which checks them."""
+
+    at: list[str] = field(default_factory=list)  # just these: KIND:RANK[+RANK…]@PHASE:STEP[:AMOUNT[:STEPS]]
+    count: int = 0  # so many more, spread evenly over steps, ranks, kinds and phases
+    kinds: list[str] = field(default_factory=list)  # of those
+    phases: list[str] = field(default_factory=list)  # in which drawn faults strike
+    table: dict[str, Any] = field(default_factory=dict)  # more of them, at random, at the rates of a published table
+    gpus: int = 0  # table: the machine whose faults are drawn
+    days: float = 0.0  # table: of that machine's life, compressed into the run
+    node: int = 2  # ranks that a fault of a whole node takes at once, though never all
+    seed: int = 0
+
+
 LOGGERS = ("tensorboard", "csv", "wandb")
 ACCELERATORS = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
@@ -389,6 +404,7 @@ class Train:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     recovery: Recovery = field(default_factory=Recovery)
     resume: Resume = MISSING
+    faults: Faults = field(default_factory=Faults)
     log: Log = field(default_factory=Log)
     resume_from: str = ""  # a URL or folder of checkpoints; its newest is fetched where it is newer than what is here
     sample: str = ""  # a prompt to continue at the end of the run; empty: the corpus's own beginning
@@ -463,6 +479,7 @@ def seconds(text: str) -> float | None:
 
 MODELS: dict[str, type[Model]] = {"llama": Llama}
 GROUPS = {"data": Data, "optimizer": Optimizer, "schedule": Schedule, "reduce": Reduce, "resume": Resume}
+GROUPS |= {"faults": Faults}
 
 
 def to_yaml(config: Any) -> str:

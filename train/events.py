@@ -29,6 +29,15 @@ class Event:
 
 
 @dataclass(slots=True, kw_only=True)
+class Launch(Event):
+    """The supervisor begins to start ranks: so many are wanted from here on."""
+
+    kind: ClassVar[str] = "launch"
+    world: int
+    again: bool  # all of them anew after a loss; else the command was given
+
+
+@dataclass(slots=True, kw_only=True)
 class Start(Event):
     """The ranks are up and the state is in place: what runs, where, from which step."""
 
@@ -173,6 +182,19 @@ class Regroup(Event):
     kept: int  # virtual ranks of the step in flight that need not be computed again
     redone: int  # those that must
     seconds: float  # for rank 0, from when it knew to here
+
+
+@dataclass(slots=True, kw_only=True)
+class Injected(Event):
+    """A fault on order, said before it strikes: `id` is the injection's in the plan, `rank` the one it names there."""
+
+    kind: ClassVar[str] = "injected"
+    id: str
+    fault: str
+    rank: int
+    member: int  # the process that it strikes
+    phase: str
+    step: int
 
 
 @dataclass(slots=True, kw_only=True)

@@ -28,7 +28,8 @@ LOCAL = (
 # What may change when a run is continued: nothing here has a say in the bits.
 FREE = (
     *LOCAL,
-    *("nodes", "eval", "checkpoint", "recovery", "evidence", "sharding", "batch.weights", "reduce.bucket_mib"),
+    *("nodes", "eval", "checkpoint", "recovery", "faults", "evidence", "sharding"),
+    *("batch.weights", "reduce.bucket_mib"),
 )
 PINNED = ("precision", "compile", "accelerator", "batch.micro_batch")  # `auto` means: as this run has it
 

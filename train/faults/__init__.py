@@ -1,0 +1,1 @@
+"""Faults on order: which, when and where; and how they strike."""
