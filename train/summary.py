@@ -6,50 +6,40 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from train.ledger import ledger
+
 
 def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """At least: steps final_loss val_bpb tokens tokens_per_s mfu world_sizes state_sha256 goodput.
 
-    A step that was computed again after a restart counts once as a step, and as redone work in `goodput`, whose parts
-    are seconds: of steps that count, of steps redone, of evaluation, of checkpoints, and the rest of the wall time
-    (start-up, warming up, pauses between stop and restart). What lies behind the step that a restart went on from is
-    no longer part of the run: its steps are redone work, its evaluations and its end do not count.
+    A step that was computed again after a restart counts once. What lies behind the step that a restart went on from
+    is no longer part of the run: its steps are redone work in `goodput`, its evaluations and its end do not count.
     """
+    records = list(records)
     steps: dict[int, dict[str, Any]] = {}
     speeds: list[float] = []
     mfus: list[float] = []
     worlds: list[int] = []
     scores: dict[int, dict[str, Any]] = {}
     finished: dict[str, Any] | None = None
-    spent = {"redone": 0.0, "evaluation": 0.0, "checkpoint": 0.0}
-    begin = end = None
     for record in records:
         kind = record["kind"]
-        begin, end = record["time"] if begin is None else begin, record["time"]
         if kind == "step":
-            if record["step"] in steps:
-                spent["redone"] += steps[record["step"]]["seconds"]
             steps[record["step"]] = record
         elif kind == "throughput":
             speeds.append(record["tokens_per_s"])
             mfus += [record["mfu"]] if record["mfu"] is not None else []
         elif kind == "start":
             worlds.append(record["world"])
-            spent["redone"] += sum(steps.pop(step)["seconds"] for step in list(steps) if step > record["step"])
+            steps = {number: step for number, step in steps.items() if number <= record["step"]}
             scores = {step: score for step, score in scores.items() if step <= record["step"]}
             finished = None
         elif kind == "eval":
             scores[record["step"]] = record
-            spent["evaluation"] += record["seconds"]
-        elif kind == "checkpoint":
-            spent["checkpoint"] += record["seconds"]
         elif kind == "end":
             finished = record
     newest = steps[max(steps)] if steps else None
     score = scores[max(scores)] if scores else None
-    useful = sum(record["seconds"] for record in steps.values())
-    wall = (end - begin) if begin is not None and end is not None else 0.0
-    rest = max(0.0, wall - useful - sum(spent.values()))
     return {
         "steps": newest["step"] if newest else 0,
         "stopped": finished["stopped"] if finished else True,
@@ -62,9 +52,5 @@ def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "world_sizes": worlds,
         "state_sha256": finished["state_sha256"] if finished else None,
         "yardsticks": finished["yardsticks"] if finished else {},
-        "goodput": {
-            "wall_s": wall,
-            "share": useful / wall if wall else 0.0,
-            "seconds": {"steps": useful, **spent, "other": rest},
-        },
+        "goodput": ledger(records),
     }
