@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system bench bench-save bench-price bench-exact bench-evidence gpu-check clean
+.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-exact bench-evidence gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -41,6 +41,13 @@ check: setup ## Lint, format and types
 
 test-system: setup ## Run the tests that need root or system packages; they say why where they skip
 	@$(BIN)/python -m pytest -m system -rs $(ARGS)
+
+drill: setup ## A run under 24 faults of 8 kinds and its twin without any: equal bits (about 3 minutes; ARGS: any key=value)
+	@rm -rf runs/drill runs/drill-twin
+	@$(BIN)/colossus drill $(ARGS)
+
+soak: setup ## The same with Llama 3's schedule, as on 100,000 GPUs for 24 days: more than 1,000 faults (hours)
+	@$(BIN)/colossus drill faults=colossus_100k faults.days=24 name=soak steps=20000 $(ARGS)
 
 bench: setup ## Measure: our loop beside a bare one, interleaved (minutes; results in tests/bench/results)
 	@$(BIN)/python -m tests.bench.loop_overhead $(ARGS)

@@ -13,15 +13,15 @@ PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
     ("config", "events", "batch", "flops", "hardware"),
-    ("commands",),
+    ("commands", "ledger"),
     ("data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
-    ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console"),
+    ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults"),
     ("shard", "buckets"),
     ("reduce", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify"),
     ("loop",),
     ("keeper", "balance", "engine"),
     ("run", "rerun"),
-    ("supervisor", "runs", "replay", "diff"),
+    ("supervisor", "runs", "replay", "diff", "drill"),
     ("compose", "cli", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -35,6 +35,9 @@ WITHOUT_TORCH += [
     "manifest",
     "mirror",
     "verify",
+    "faults.plan",
+    "ledger",
+    "drill",
     "data.prepare",
     "data.stream",
 ]

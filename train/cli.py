@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_type_hints
 from train import compose
 from train.channel import REQUESTS
 from train.commands import SCHEMAS
-from train.config import DONE, MODELS, REFUSED, Refused
+from train.config import DONE, MODELS, REFUSED, Refused, Train
 
 INTERRUPTED = 130  # Ctrl-C, or another request to stop, in a command that saves nothing or has not begun
 
@@ -32,6 +32,7 @@ COMMANDS = {
         "train a model, or go on with a run of the same name", "train.supervisor:train", "model=llama_mini"
     ),
     "plan": Command("what a training run would be: parameters, FLOPs, memory", "train.plan:plan", "model=llama_1b"),
+    "drill": Command("a run under faults and its twin without: are the bits equal?", "train.drill:drill", "devices=4"),
     "sample": Command("continue a prompt with a run's model", "train.sample:sample", "run=llama_nano prompt='def f('"),
     "eval": Command("bits per byte of a run's model, beside gzip's", "train.evaluate:main", "run=llama_nano"),
     "verify": Command("read every byte of a run's checkpoints", "train.verify:verify", "run=llama_nano"),
@@ -40,7 +41,7 @@ COMMANDS = {
     "runs": Command("list the runs", "train.runs:runs", "format=json"),
 }
 
-GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "experiment")
+GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "faults", "experiment")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,7 +108,7 @@ def help_text(name: str) -> str:
     lines = [f"colossus {name} [key=value …]    {command.summary}", "", f"  {doc}", ""]
     lines += [f"  e.g.  colossus {name} {command.example}", ""]
     with compose.hydra():
-        groups = {group: compose.options(group) for group in GROUPS if name in ("train", "plan")}
+        groups = {group: compose.options(group) for group in GROUPS if issubclass(schema, Train)}
         values = compose.values(name)
     if groups:
         lines += ["Groups (group=variant):"]

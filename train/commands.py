@@ -25,6 +25,20 @@ class Plan(Train):
 
 
 @dataclass(slots=True, kw_only=True)
+class Drill(Train):
+    """`colossus drill`: a run under faults on order and its twin without any, as runs/NAME and runs/NAME-twin.
+
+    Exit code 0 where every fault has struck and was survived, and not one bit of the result has changed.
+    """
+
+    format: str = "table"
+
+    def __post_init__(self) -> None:
+        Train.__post_init__(self)
+        choice(self.format, "format", FORMATS)
+
+
+@dataclass(slots=True, kw_only=True)
 class Sample:
     """`colossus sample`: continue a prompt with a run's model."""
 
@@ -122,7 +136,7 @@ class Diff:
 
 
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
-SCHEMAS |= {"verify": Verify, "replay": Replay, "diff": Diff}
+SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff}
 
 
 def register() -> None:

@@ -93,6 +93,14 @@ class Console:
         shares = ", ".join(map(str, record["shares"]))
         self.say(f"step {record['step']}: the ranks host {shares} virtual ranks ({record['why']})")
 
+    def _on_injected(self, record: dict[str, Any]) -> None:
+        self.say(f"step {record['step']}: a fault on order, {record['id']}")
+
+    def _on_regroup(self, record: dict[str, Any]) -> None:
+        ranks = f"{record['world']} rank{'s' * (record['world'] > 1)}"
+        lost = f", {record['redone']} of {record['kept'] + record['redone']} leaves again" * (record["why"] == "lost")
+        self.say(f"step {record['step']}: {record['why']}: {ranks} go on after {record['seconds']:.2f} s{lost}")
+
     def _on_throughput(self, record: dict[str, Any]) -> None:
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.0f} %"
         self._speed, self._mfu = f"{record['tokens_per_s']:,.0f} tokens/s", f"MFU {mfu}"
