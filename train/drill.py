@@ -66,7 +66,7 @@ def report(run: Sequence[Record], twin: Sequence[Record], planned: Sequence[Inje
         "state_sha256": hashes,
         "first_difference": parted,
         "goodput": [summary["goodput"] for summary in summaries],
-        "efficiency": walls[1] / walls[0] if walls[0] else None,  # the twin's wall time by the run's
+        "efficiency": walls[1] / walls[0] if all(walls) else None,  # the twin's wall time by the run's
         "timeline": timeline,
         "passed": equal and not dead and all(one.id in ids for one in planned),
     }
