@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, Self
 
 from train import events
+from train.pulse import Pulse
 
 STOP = b"stop"  # what the supervisor sends to a rank that shall save and stop
 MARK = b"mark"  # a rank's question whether all that it sent is in the run's record
@@ -65,8 +66,8 @@ class Requests:
 class Channel:
     """Used by all threads of a rank. Knows where it is: a failure can say in which phase of which step it was."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, pulse: Pulse) -> None:
+        self._connection, self._pulse = connection, pulse
         self._sending = threading.Lock()  # a line goes up whole, whichever thread it is from
         self._stop = False
         self._membership: dict[str, Any] | None = None
@@ -74,6 +75,7 @@ class Channel:
 
     def phase(self, name: str, step: int) -> None:
         self.where = (name, step)
+        self._pulse.beat(name)
 
     def send(self, event: events.Event) -> None:
         self._send(events.line(event.record()).encode())
@@ -97,7 +99,12 @@ class Channel:
         self._hear()
         return self._membership
 
+    def beat(self) -> None:
+        """What goes on takes long, and is alive."""
+        self._pulse.beat()
+
     def _hear(self) -> None:
+        self._pulse.beat()  # whoever listens is alive: it is done in every slice of a wait for others
         while self._connection.poll():
             self._take(self._connection.recv_bytes())
 

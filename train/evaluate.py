@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,13 +40,17 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, validation: Validation, fabric: Fabric) -> Score:
+def evaluate(
+    model: nn.Module, validation: Validation, fabric: Fabric, beat: Callable[[], object] = lambda: None
+) -> Score:
+    """The score on all ranks together; `beat` is called with every micro-batch."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(validation.micro_batches, dtype=torch.float64, device=fabric.device)
     last = validation.micro_batches - 1
     for first in range(0, last + 1, fabric.world_size):
         # As many on every rank, since they may need each other to gather parameters: what is too much is not counted.
+        beat()
         i = first + fabric.global_rank
         inputs, targets = (torch.from_numpy(array).to(fabric.device) for array in validation.micro_batch(min(i, last)))
         with fabric.autocast():

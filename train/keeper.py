@@ -33,6 +33,7 @@ class Keeper:
     fabric: Fabric
     validation: Callable[[int], Validation]  # so many tokens of it; 0: the whole set
     channel: Channel
+    phase: Callable[[str, int], None]  # says what comes next
     recorder: Recorder
     group: Group
     saver: Saver
@@ -41,10 +42,11 @@ class Keeper:
     def evaluate(self, step: int) -> None:
         """Score the validation set: a fixed part of it on the way, the whole of it at the end."""
         started = time.perf_counter()
-        self.channel.phase("evaluation", step)
+        self.phase("evaluation", step)
         self.recorder.flush()
         whole = step == self.config.steps
-        score = evaluate(self.model, self.validation(0 if whole else self.config.eval.tokens), self.fabric)
+        part = self.validation(0 if whole else self.config.eval.tokens)
+        score = evaluate(self.model, part, self.fabric, self.channel.beat)
         self.scores[step] = score.loss
         if self.fabric.is_global_zero:
             event = events.Evaluated(
@@ -62,7 +64,7 @@ class Keeper:
 
     def save(self, step: int) -> None:
         """Begin a checkpoint, which is written in the background. What is saved has been seen to be finite."""
-        self.channel.phase("checkpoint", step)
+        self.phase("checkpoint", step)
         self.recorder.flush()
         if self.fabric.is_global_zero:
             self.channel.settle()

@@ -8,18 +8,25 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import mmap
 import multiprocessing
 import multiprocessing.resource_tracker
+import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ensure_running
+from pathlib import Path
 from typing import Any
 
+from train import pulse
 from train.channel import MARK, RECORDED, REQUESTS
+
+DUMP = 0.1  # seconds in which a stack is written
 
 
 def forkserver() -> ForkServerContext:
@@ -53,6 +60,7 @@ class Rank:
     port: int  # of the store that it hosts when it is the first of the group
     process: ForkServerProcess
     connection: Connection
+    pulse: mmap.mmap
     ready: bool  # it may be made a member
     left: bool = False  # it has said its last word
     fault: dict[str, Any] | None = None  # what it says has ended it
@@ -63,12 +71,13 @@ class Rank:
     ) -> Rank:
         ours, theirs = context.Pipe()
         member = order["place"]["member"]
+        heart = pulse.create(Path(order["folder"]) / "logs" / f"rank-{member}.pulse")
         process = context.Process(target=_begin, args=(json.dumps(order), theirs, listener), name=f"rank-{member}")
         process.start()
         theirs.close()
         if listener is not None:
             listener.close()  # the process has its own copy
-        return cls(member, slot, port, process, ours, ready=not order["joins"])
+        return cls(member, slot, port, process, ours, heart, ready=not order["joins"])
 
     def tell(self, message: bytes) -> None:
         with contextlib.suppress(OSError):  # it has ended by itself
@@ -98,6 +107,13 @@ class Rank:
                 "; if nobody did that, the machine ran out of memory: use a smaller batch.micro_batch or fewer devices"
             )
         return cause
+
+    def dump(self) -> None:
+        """Have it write all its threads' stacks to its log; one that is stopped does so when it goes on."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid or 0, signal.SIGUSR2)
+            os.kill(self.process.pid or 0, signal.SIGCONT)
+            time.sleep(DUMP)
 
     def end(self) -> None:
         self.process.kill()

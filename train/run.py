@@ -7,6 +7,7 @@ terminal reaches the supervisor only; it dies with its supervisor; and it says w
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import functools
 import hashlib
 import json
@@ -35,11 +36,14 @@ from train.config import Refused, Sharding, Train, read_train
 from train.data.prepare import Prepared
 from train.data.stream import Validation
 from train.engine import Engine
+from train.faults import inject
+from train.faults import plan as faults
 from train.fingerprint import fingerprint
 from train.folder import LOCAL, identity, plain_identity
 from train.group import Changed, Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
 from train.loop import Due, fit
+from train.pulse import Pulse
 from train.recovery import Recovery
 from train.saver import Saver
 from train.telemetry import Recorder, matmul_peak
@@ -67,12 +71,14 @@ class Order:
 
 def worker(order_json: str, connection: Connection, listener: socket.socket | None) -> None:
     """The life of a rank. Exits with 0, or with 1 after a `fault` event that says why."""
-    order, channel = Order.from_json(order_json), Channel(connection)
-    member = order.place.member
+    order = Order.from_json(order_json)
+    member, logs = order.place.member, Path(order.folder) / "logs"
+    channel = Channel(connection, Pulse(logs / f"rank-{member}.pulse"))
     os.setsid()
     channel.heed_signals(member)
     _die_with_parent()
-    _log_to(Path(order.folder) / "logs" / f"rank-{member}.log")
+    _log_to(logs / f"rank-{member}.log")
+    faulthandler.register(signal.SIGUSR2)  # how the supervisor asks for the stack of a rank that hangs
     try:
         recovery = assemble(order, channel, listener)
         stopped = _train(recovery)
@@ -122,6 +128,9 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     balance = Balance(config, group, engine.reducer, channel)
     recorder = Recorder(config, fabric, channel.send, prepared.vocab, on_seconds=balance.observe)
 
+    wanted, record = int(config.devices) * config.nodes, folder / "events.jsonl"
+    phase = inject.armed(faults.plan(config), group, wanted, order.place.member, channel, record)
+
     @functools.cache  # opening the set verifies it: once for the part, once for the whole
     def validation(tokens: int) -> Validation:
         context, rows = config.model.context, config.eval.micro_batch
@@ -134,6 +143,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         fabric=fabric,
         validation=validation,
         channel=channel,
+        phase=phase,
         recorder=recorder,
         group=group,
         saver=Saver(
@@ -148,11 +158,12 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
             },
             policy=config.checkpoint,
             send=channel.send,
+            beat=channel.beat,
         ),
     )
     parts = engine.parts(
         recorder,
-        phase=channel.phase,
+        phase=phase,
         asked=lambda: (channel.stop_requested(), group.change_announced()),
         due=(
             Due(config.eval.every, keeper.evaluate),

@@ -66,9 +66,11 @@ class Saver:
         about: Mapping[str, Any],
         policy: Checkpoint,
         send: Callable[[events.Event], None],
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
+        """`beat` is called again and again while a step waits for the save before."""
         self._root, self._group = root, group
-        self._about, self._policy, self._send = about, policy, send
+        self._about, self._policy, self._send, self._beat = about, policy, send, beat
         self._thread: threading.Thread | None = None
         self._restored: int | None = None
         self._committed: set[int] = set()
@@ -126,8 +128,9 @@ class Saver:
             raise NotSaved(f"{self._failed}; the last checkpoint is {found[0] if found else 'none'}")
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        while self._thread is not None and self._thread.is_alive():
+            self._beat()
+            self._thread.join(1.0)
 
     # ------------------------------------------------------------------------------------- in the thread
 

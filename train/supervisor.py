@@ -18,12 +18,13 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-from train import events, folder, hardware, mirror, nodes, plan
+from train import events, folder, hardware, mirror, nodes, plan, pulse
 from train.channel import STOP, Requests
 from train.config import DONE, FAILED, REFUSED, STOPPED, Refused, ResumeMode, Sharding, Train, seconds
 from train.console import Console
 from train.data.prepare import prepare
 from train.data.writing import Preparer
+from train.faults.plan import plan as planned
 from train.processes import Rank, forkserver
 from train.summary import summarize
 
@@ -51,6 +52,7 @@ def _train(config: Train, run: folder.RunFolder, console: Console, requests: Req
     origin = mirror.Origin(config.resume_from, "resume_from") if config.resume_from else None
     elsewhere = next(origin.manifests(), None) if origin else None
     config = plan.resolve(run.pinned(config, elsewhere))
+    planned(config)
     resume = run.admit(config, elsewhere)
     if (store := config.checkpoint.store) and (
         held := next(mirror.Origin(store, "checkpoint.store").manifests(), None)
@@ -142,7 +144,7 @@ class Supervisor:
             self._start(resume)
             while (code := self._watch()) is None:
                 self._end_all()
-                self._start(self._run.checkpointed())
+                self._start(self._run.checkpointed(), again=True)
         finally:
             self._end_all()
             self._console.close()
@@ -156,8 +158,9 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------ processes
 
-    def _start(self, resume: bool) -> None:
+    def _start(self, resume: bool, again: bool = False) -> None:
         """All ranks anew, from the newest checkpoint or from the beginning."""
+        self._record(events.Launch(world=len(self._slots) * self._config.nodes, again=again).record())
         self._writer_epoch = 1 + sum(record["kind"] == "start" for record in self._run.events())
         self._next_member = self._node.index * len(self._slots)
         for slot in self._slots:
@@ -210,6 +213,8 @@ class Supervisor:
         for rank in self._ranks:
             rank.end()
         self._ranks = []
+        for left in (self._run.path / "logs").glob("*.pulse"):
+            left.unlink()
 
     # ------------------------------------------------------------------------------------------- watching
 
@@ -227,6 +232,7 @@ class Supervisor:
             if self._preparer is not None and (error := self._preparer.poll()):
                 self._console.error(f"the data: {error}")
                 return FAILED
+            self._end_silence()
             lost = [rank for rank in dead if not (rank.left and rank.process.exitcode == 0)]
             if lost and not self._heals:
                 lost = [self._culprit(lost)]
@@ -236,6 +242,18 @@ class Supervisor:
             if not any(rank.member in self._members for rank in self._ranks):
                 return STOPPED if self._stopped else DONE
             self._replace()
+
+    def _end_silence(self) -> None:
+        """A rank that gives no sign of life any more says where it is stuck, and is killed: the others wait for it."""
+        for rank in self._ranks:
+            if rank.fault is None and rank.process.is_alive() and (found := pulse.silent(rank.pulse)):
+                seconds, phase = found
+                cause = f"no sign of life for {seconds:.1f} s: killed; where it was stuck is at the end of its log"
+                fault = events.Fault(fault="hang", phase=phase, rank=rank.member, step=None, cause=cause)
+                rank.fault = fault.record()
+                self._record(rank.fault)
+                rank.dump()
+                rank.process.kill()
 
     def _hear(self) -> None:
         for rank in self._ranks:

@@ -134,9 +134,9 @@ class Recorder:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFinite(f"loss {loss}, gradient norm {norm} in step {pending.step}: try a lower optimizer.lr")
             self._on_seconds(pending.step, seconds)
-            self._record(pending, loss, norm)
-            if self._config.evidence.digests:
+            if self._config.evidence.digests:  # said first: a step whose event is there has all of its events
                 self._say(_digests(pending.step, pending.numbers[4:-world], self._config.batch.virtual_ranks))
+            self._record(pending, loss, norm)
 
     def _say(self, event: events.Event) -> None:
         """Rank 0 speaks for all; the others remember, in case that it is lost before it could."""

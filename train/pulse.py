@@ -1,0 +1,58 @@
+"""Signs of life: how a rank that hangs is told from one that waits for it, or has much to do.
+
+A rank notes the time in a few bytes of memory that it shares with the supervisor, whenever it comes to another phase
+and in every slice of a wait for others: so whoever waits is alive, and who is silent is the culprit. How long silence
+may last is learnt, by phase: many times the longest that was seen there, and at least a few seconds.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import time
+from pathlib import Path
+
+LAYOUT = struct.Struct("dd16s")  # time of the last sign (monotonic); seconds of silence that are in order; phase
+LEAST = 4.0  # seconds of silence that are always in order
+OFTEN = 10.0  # times the longest silence seen in the phase
+AT_FIRST = 600.0  # where none was seen yet: compilers, cold caches
+UNWATCHED = ("start", "end")  # model building, last words: they take what they take
+
+
+def create(path: Path) -> mmap.mmap:
+    """The supervisor's side of a rank's pulse."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(LAYOUT.pack(time.monotonic(), float("inf"), b"start"))
+    return _map(path)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("r+b") as file:
+        return mmap.mmap(file.fileno(), LAYOUT.size)
+
+
+def silent(memory: mmap.mmap) -> tuple[float, str] | None:
+    """For how many seconds a rank has given no sign of life, and in which phase, if that is too long; else None."""
+    last, limit, phase = LAYOUT.unpack_from(memory)
+    seconds = time.monotonic() - last
+    return (seconds, phase.rstrip(b"\0").decode()) if seconds > limit else None
+
+
+class Pulse:
+    """A rank's side."""
+
+    def __init__(self, path: Path) -> None:
+        self._memory = _map(path)
+        self._last, self._phase = time.monotonic(), "start"
+        self._longest: dict[str, float] = {}
+
+    def beat(self, phase: str | None = None) -> None:
+        """A sign of life, in a phase that begins or, without one, in the phase that goes on."""
+        now = time.monotonic()
+        if self._phase not in UNWATCHED:
+            self._longest[self._phase] = max(self._longest.get(self._phase, 0.0), now - self._last)
+        self._last, self._phase = now, phase or self._phase
+        seen = self._longest.get(self._phase)
+        limit = AT_FIRST if seen is None else max(LEAST, OFTEN * seen)
+        limit = float("inf") if self._phase in UNWATCHED else limit
+        LAYOUT.pack_into(self._memory, 0, now, limit, self._phase[:16].encode())
