@@ -13,9 +13,6 @@ Aims: wait at most 1.5 copies; extra at most 1.15 times copy + CPU time where th
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,14 +26,13 @@ from lightning.fabric.plugins import Precision
 from torch._C._distributed_c10d import HashStore
 
 from tests import dist
+from tests.bench import report
 from train import checkpoint
 from train.config import Checkpoint
 from train.flat import Piece
 from train.group import Group, Place
-from train.hardware import processor
 from train.saver import Saver
 
-RESULTS = Path(__file__).parent / "results" / "background_save.json"
 LAYERS, WIDTH = 24, 2048  # 24 x 2048 x 2048 = 100.7 M parameters
 ROUNDS = 3
 
@@ -144,16 +140,7 @@ def main() -> int:
             f"  whole after {middle['wall_s']:.2f} s, which cost {middle['extra_s']:.2f} s of the loop's time:", end=" "
         )
         print(f"copy + CPU of writing and hashing are {middle['paid_s']:.2f} s")
-    report = {
-        "command": "make bench-save",
-        "date": datetime.date.today().isoformat(),
-        "cpu": processor()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "results": results,
-    }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {RESULTS}")
+    report.write("background_save", "make bench-save", results=results)
     return 0
 
 

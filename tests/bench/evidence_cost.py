@@ -8,26 +8,21 @@ noise of a whole step all the same, the passes over memory that checksums are ma
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.bench import report
 from tests.bench.loop_overhead import ours
 from train import compose, plan
 from train.config import Train
 from train.flat import Flat
-from train.hardware import processor
 from train.models.build import build
 
-RESULTS = Path(__file__).parent / "results" / "evidence_cost.json"
 CASES = {"off": ["evidence.digests=false"], "steps": [], "parameters": ["evidence.parameters=true"]}
 STEPS, TURNS = 3, 14
 
@@ -75,29 +70,24 @@ def main() -> int:
             "ratio_quartiles": [statistics.quantiles(ratios, n=4)[0], statistics.quantiles(ratios, n=4)[2]],
             "ratio_range": [min(ratios), max(ratios)],
         }
-    report = {
-        "command": "make bench-evidence",
-        "date": datetime.date.today().isoformat(),
-        "cpu": processor()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "model": "llama_nano",
-        "precision": configs["off"].precision,
-        "tokens_per_step": tokens,
-        "steps_a_turn": STEPS,
-        "turns": TURNS,
-        "results": results,
-        "step_cpu_s": step,
-        "checksums_cpu_s": alone,
-        "checksums_share_of_a_step": alone / step,
-    }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     for case, result in results.items():
         low, high = result["ratio_quartiles"]
         ratio = f"{result['ratio_median']:.3f} ({low:.3f} … {high:.3f})"
         print(f"{case:10} {result['tokens_per_cpu_s']:,.0f} tokens per CPU second, {ratio} of what there is without")
     print(f"the checksums by themselves: {1e3 * alone:.2f} ms a step, {100 * alone / step:.2f} % of it")
-    print(f"written to {RESULTS}")
+    report.write(
+        "evidence_cost",
+        "make bench-evidence",
+        model="llama_nano",
+        precision=configs["off"].precision,
+        tokens_per_step=tokens,
+        steps_a_turn=STEPS,
+        turns=TURNS,
+        results=results,
+        step_cpu_s=step,
+        checksums_cpu_s=alone,
+        checksums_share_of_a_step=alone / step,
+    )
     return 0
 
 

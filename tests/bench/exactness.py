@@ -9,22 +9,16 @@ the tree: it must be broken, or the table could not tell.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
 import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from tests.bench import report
 from train import cli, events
 from train.folder import read_json
-from train.hardware import processor
-
-RESULTS = Path(__file__).parent / "results" / "exactness.json"
 
 ODD = ["model=llama_micro", "model.layers=2", "model.width=42", "model.heads=3", "model.kv_heads=1", "model.ffn=57"]
 DEEP = ["model=llama_micro", "model.layers=3", "model.width=40", "model.heads=2", "model.kv_heads=2", "model.ffn=99"]
@@ -105,17 +99,7 @@ def main(arguments: list[str]) -> int:
             )
             print(f"{row:40} {len(results):3} runs  {'one state' if equal else 'DIFFERENT'}  {shown}", flush=True)
     if not arguments:
-        report = {
-            "command": "make bench-exact",
-            "date": datetime.date.today().isoformat(),
-            "cpu": processor()[0],
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "steps": 30,
-            "rows": rows,
-        }
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {RESULTS}")
+        report.write("exactness", "make bench-exact", steps=30, rows=rows)
     return 0 if all(row["as_it_should"] for row in rows) else 1
 
 

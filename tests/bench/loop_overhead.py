@@ -11,9 +11,7 @@ Aims: at 10 M parameters at least 0.97 of the bare loop's tokens/s; on a tiny mo
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,18 +24,16 @@ import lightning
 import torch
 from torch._C._distributed_c10d import HashStore
 
+from tests.bench import report
 from train import compose, events, folder, optim, plan
 from train.channel import Channel
 from train.config import Train
 from train.data.prepare import prepare
 from train.data.stream import Stream
 from train.group import Place
-from train.hardware import processor
 from train.loop import fit
 from train.models.build import build
 from train.run import Order, assemble
-
-RESULTS = Path(__file__).parent / "results" / "loop_overhead.json"
 
 CASES = {  # name: overrides, steps a turn, turns
     "tiny": (
@@ -165,23 +161,13 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as workspace:
         results = [measure(case, Path(workspace)) for case in CASES]
-    report = {
-        "command": "make bench",
-        "date": datetime.date.today().isoformat(),
-        "cpu": processor()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "results": results,
-    }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     for result in results:
         low, high = result["ratio_range"]
         print(f"{result['case']}: {result['parameters'] / 1e6:.2f} M parameters, {result['precision']}")
         print(f"  ours {result['ours_tokens_per_s']:,.0f}, bare {result['bare_tokens_per_s']:,.0f} tokens/s")
         print(f"  ratio {result['ratio_median']:.3f} ({low:.3f} … {high:.3f})", end=", ")
         print(f"{result['overhead_ms_per_step_median']:+.2f} ms a step")
-    print(f"written to {RESULTS}")
+    report.write("loop_overhead", "make bench", lightning=lightning.__version__, results=results)
     return 0
 
 

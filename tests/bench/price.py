@@ -9,28 +9,23 @@ of neighbouring steps. On a GPU deterministic kernels are a part of their own; o
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests import dist
+from tests.bench import report
 from train import compose, optim, plan, reduce
 from train.batch import micro_batch_seed
 from train.config import Train
 from train.group import Place
-from train.hardware import processor
 from train.models.build import build
 from train.ranks import Ranks
 
-RESULTS = Path(__file__).parent / "results" / "price.json"
 SEQUENCES, LARGEST = 64, 8  # of the global batch; of a forward pass: more were not faster here
 TURNS = 8
 BEST = "fast sum, free micro-batch"
@@ -130,16 +125,6 @@ def report_of(world: int) -> dict[str, Any]:
 def main() -> int:
     dist.TIMEOUT = 3600.0
     results = [report_of(world) for world in (2, 4)]
-    report = {
-        "command": "make bench-price",
-        "date": datetime.date.today().isoformat(),
-        "cpu": processor()[0],
-        "cores": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "results": results,
-    }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     for result in results:
         print(f"{result['ranks']} ranks, {result['tokens_per_step']:,} tokens a step, {result['precision']}")
         for row in result["variants"]:
@@ -147,7 +132,7 @@ def main() -> int:
             print(f"  {row['variant']:28} {row['tokens_per_s']:8,.0f} tokens/s", end="")
             print(f"  {row['of_best_median']:.3f} of the best (quartiles {low:.3f} … {high:.3f})", end="")
             print(f"  {row['gradient_buffers_bytes'] / 2**20:.0f} MiB of gradients")
-    print(f"written to {RESULTS}")
+    report.write("price", "make bench-price", cores=torch.get_num_threads(), results=results)
     return 0
 
 
