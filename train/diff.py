@@ -23,7 +23,7 @@ from train.data.tokenizer import Tokenizer
 from train.engine import stream
 from train.evidence import word
 from train.flat import Flat
-from train.folder import flatten, identity, locate, plain_identity, read_json
+from train.folder import differences, flatten, identity, locate, plain_identity, read_json
 from train.models.build import build
 from train.rerun import Record, Rerun, different, read, total
 
@@ -44,13 +44,13 @@ def diff(config: Config) -> int:
     step, wrong = next(((at, wrong) for at, wrong in wrongs if wrong), (None, {}))
     configs = [run.config(max(run.steps)) for run in runs]
     bits = {key for one in configs for key in identity(one)}
-    settings = _unequal(*(dict(flatten(asdict(one))) for one in configs))
+    settings = differences(*(dict(flatten(asdict(one))) for one in configs))
     report: dict[str, Any] = {
         "a": a.name,
         "b": b.name,
         "settings": [{"key": k, "a": x, "b": y, "harmless": k not in bits} for k, (x, y) in settings.items()],
         "data": [(read_json(run.folder / "data.json") or {}).get("digest") for run in runs],
-        "fingerprint": _unequal(*(run.starts[max(run.steps)].get("fingerprint", {}) for run in runs)),
+        "fingerprint": differences(*(run.starts[max(run.steps)].get("fingerprint", {}) for run in runs)),
         "handshakes": [f"{run.name}, step {event['step']}" for run in runs for event in run.unequal],
         "steps": {"a": len(a.steps), "b": len(b.steps), "common": len(common)},
         "compared": sorted(a.steps[common[0]].keys() & b.steps[common[0]].keys()),
@@ -227,15 +227,10 @@ class Parting:
                 return
 
     def _why(self) -> str:
-        settings = ", ".join(_unequal(*map(plain_identity, self.configs)))
-        prints = ", ".join(_unequal(*(run.start(self.step).get("fingerprint", {}) for run in self.runs)))
+        settings = ", ".join(differences(*map(plain_identity, self.configs)))
+        prints = ", ".join(differences(*(run.start(self.step).get("fingerprint", {}) for run in self.runs)))
         why = f"settings: {settings}" if settings else "their settings are equal"
         return f"{why}; fingerprints: {prints}" if prints else why
-
-
-def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values are not the same -> both."""
-    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
 def _list(numbers: Iterable[int]) -> str:

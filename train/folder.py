@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -60,13 +60,17 @@ def plain_identity(config: Train) -> dict[str, Any]:
     return value
 
 
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ, in order -> both values, None where there is none."""
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+
+
 def compare(old: dict[str, Any], config: Train, whose: str, otherwise: str) -> None:
     """Raises Refused where `config` would train another model than that with the plain identity `old`."""
-    new, allowed = plain_identity(config), config.resume.allowed()
-    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    refused = [key for key in different if not _among(key, allowed)]
+    allowed, different = config.resume.allowed(), differences(old, plain_identity(config))
+    refused = {key: both for key, both in different.items() if not _among(key, allowed)}
     if refused:
-        changes = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in refused)
+        changes = ", ".join(f"{key}: {before} -> {now}" for key, (before, now) in refused.items())
         names = [*allowed, *refused]
         allow = names[0] if len(names) == 1 else f"[{','.join(names)}]"
         raise Refused(whose, f"{changes}: {otherwise} or allow it with resume.allow={allow}")

@@ -17,6 +17,7 @@ from train.config import Refused, Train
 from train.data.stream import Validation
 from train.data.yardstick import yardsticks
 from train.evaluate import evaluate
+from train.folder import differences
 from train.group import Group
 from train.loop import TrainState
 from train.models.language import LanguageModel
@@ -113,10 +114,8 @@ def restore(
             raise Refused(str(root), f"no checkpoint is whole ({refused[0]}): remove the folder to start anew")
         step[0] = found.step
         channel.send(events.Restored(step=found.step, path=str(found.path), refused=refused))
-        old = found.manifest.get("fingerprint", {})
-        keys = [key for key in sorted(old.keys() | numerics.keys()) if old.get(key) != numerics.get(key)]
-        if keys:
-            changes = ", ".join(f"{key} {old.get(key)} -> {numerics.get(key)}" for key in keys)
+        if different := differences(found.manifest.get("fingerprint", {}), numerics):
+            changes = ", ".join(f"{key} {old} -> {here}" for key, (old, here) in different.items())
             channel.send(events.Warned(rank=0, step=found.step, text=f"bitwise equality ends here: {changes}"))
     group.broadcast(step)
     if step.item() == 0:
