@@ -66,6 +66,12 @@ def save(all_of_them: list[Saver], step: int, value: float) -> None:
         one.save(step, cut(state(value), rank, world), {})
 
 
+def wait(all_of_them: list[Saver]) -> None:
+    """Wait until the last save has been written, or given up."""
+    for one in all_of_them:
+        one._join()
+
+
 def finish(all_of_them: list[Saver]) -> None:
     for one in reversed(all_of_them):
         one.finish()
@@ -119,8 +125,7 @@ def test_a_rank_that_cannot_write_costs_a_checkpoint_and_no_more(
     root = tmp_path / "c"
     ranks = savers(root, 2, heard)
     save(ranks, 1, 1.0)
-    for one in ranks:
-        one._join()
+    wait(ranks)
     write, real, troubled = checkpoint._write_file, getattr(os, call), threading.local()
 
     def full(path: Path, mine: Any) -> dict[str, Any]:
@@ -139,8 +144,7 @@ def test_a_rank_that_cannot_write_costs_a_checkpoint_and_no_more(
         patch.setattr(checkpoint, "_write_file", full)
         patch.setattr(os, call, fails)
         save(ranks, 2, 2.0)
-        for one in ranks:
-            one._join()
+        wait(ranks)
     (warning,) = [event for event in heard if isinstance(event, events.Warned)]
     assert (warning.step, warning.rank) == (2, culprit)
     assert "No space left on device" in warning.text
@@ -159,14 +163,12 @@ def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path, mon
     root = tmp_path / "c"
     ranks = savers(root, 3, heard)
     save(ranks, 1, 1.0)
-    for one in ranks:
-        one._join()
+    wait(ranks)
     for silent in (1, 2):
         for rank, one in enumerate(ranks):
             if rank != silent:
                 one.save(1 + silent, cut(state(2.0), rank, 3), {})
-        for one in ranks:
-            one._join()
+        wait(ranks)
         warning = heard[-1]
         assert isinstance(warning, events.Warned)
         assert (warning.step, warning.rank) == (1 + silent, silent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from tests import dist
 from train import optim, reduce
-from train.config import Batch, Llama, Optimizer, OptimizerKind, Reduce, ReduceMode, Sharding
+from train.config import Batch, Evidence, Llama, Optimizer, OptimizerKind, Reduce, ReduceMode, Sharding
 from train.group import Place
 from train.models.build import build
 from train.ranks import Ranks
@@ -21,7 +22,7 @@ VOCAB = 97
 
 def train(place: Place, sharding: str, virtual_ranks: int = 8, micro_batches: int = 2, **more: Any) -> dict[str, Any]:
     """Four steps of a two-layer model with dropout; losses, norms, checksums and the parameters' digest."""
-    config = more_like_train(sharding, virtual_ranks, micro_batches, **more)
+    config = configuration(sharding, virtual_ranks, micro_batches, **more)
     model = build(config.model, VOCAB, seed=1, device=torch.device("cpu"))
     flat, reducer = reduce.build(config, Ranks.default(), model)
     optimizer = optim.build(config.optimizer, flat)
@@ -52,16 +53,9 @@ def train(place: Place, sharding: str, virtual_ranks: int = 8, micro_batches: in
     return {"record": record, "digest": digest, "held": held, "resident": any(resident)}
 
 
-class Config:
-    def __init__(self, **fields: Any) -> None:
-        self.__dict__ |= fields
-
-
-def more_like_train(sharding: str, virtual_ranks: int, micro_batches: int, dtype: str = "fp32") -> Any:
-    """The part of a run's configuration that matters here."""
-    from train.config import Evidence
-
-    return Config(
+def configuration(sharding: str, virtual_ranks: int, micro_batches: int, dtype: str = "fp32") -> Any:
+    """What `reduce.build` and `optim.build` read of a run's configuration."""
+    return SimpleNamespace(
         model=Llama(layers=2, width=24, heads=2, kv_heads=1, ffn=40, context=16, dropout=0.1, tied=False),
         optimizer=Optimizer(kind=OptimizerKind.adamw, lr=0.01),
         reduce=Reduce(mode=ReduceMode.exact, dtype=dtype, bucket_mib=0.02),
