@@ -1,4 +1,4 @@
-"""The configuration: every key that a user can set, its type, its default and its checks.
+"""The configuration of a training run: every key that a user can set, its type, its default and its checks.
 
 YAML under `configs/` holds values, in groups; the dataclasses below are the schema above them. A command's
 configuration is composed once, in the process that the user started, before torch is imported: a bad key is
