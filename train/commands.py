@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from train.config import ACCELERATORS, GROUPS, MODELS, Train, choice, require
+from train.config import ACCELERATORS, GROUPS, MODELS, Train, at_least, choice, require
 
-FORMATS = ("table", "json")
+
+class Format(Enum):
+    table = "table"
+    json = "json"
 
 
 @dataclass(slots=True, kw_only=True)
 class Plan(Train):
     """`colossus plan`: a training run, by arithmetic alone."""
 
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        Train.__post_init__(self)
-        choice(self.format, "format", FORMATS)
+    format: Format = Format.table
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,10 +54,7 @@ class Sample:
     accelerator: str = "auto"
 
     def __post_init__(self) -> None:
-        require(self.tokens >= 1, "tokens", "must be at least 1")
-        require(self.count >= 1, "count", "must be at least 1")
-        require(self.temperature >= 0, "temperature", "must not be negative (0: always the likeliest token)")
-        require(self.top_k >= 0, "top_k", "must not be negative (0: off)")
+        at_least(self, "", tokens=1, count=1, temperature=0, top_k=0)
         require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is not in (0, 1]")
         choice(self.accelerator, "accelerator", ACCELERATORS)
 
@@ -71,13 +68,11 @@ class Evaluate:
     tokens: int = 0  # of the validation set; 0: all
     micro_batch: int = 8
     accelerator: str = "auto"
-    format: str = "table"
+    format: Format = Format.table
 
     def __post_init__(self) -> None:
-        require(self.tokens >= 0, "tokens", "must not be negative (0: all)")
-        require(self.micro_batch >= 1, "micro_batch", "must be at least 1")
+        at_least(self, "", tokens=0, micro_batch=1)
         choice(self.accelerator, "accelerator", ACCELERATORS)
-        choice(self.format, "format", FORMATS)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,10 +80,7 @@ class Runs:
     """`colossus runs`: the runs under a folder, a line each."""
 
     runs: str = "runs"
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        choice(self.format, "format", FORMATS)
+    format: Format = Format.table
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,10 +89,7 @@ class Verify:
 
     run: str = MISSING
     step: int = -1  # -1: all
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        choice(self.format, "format", FORMATS)
+    format: Format = Format.table
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,12 +102,11 @@ class Replay:
     run: str = MISSING  # a folder, or a name under runs/
     step: int = MISSING
     virtual_rank: int = -1  # this part of the step only; -1: all of it
-    format: str = "table"
+    format: Format = Format.table
 
     def __post_init__(self) -> None:
         require(self.step >= 1, "step", f"{self.step} is no step: the first one is 1")
         require(self.virtual_rank >= -1, "virtual_rank", f"{self.virtual_rank} is no virtual rank (-1: all)")
-        choice(self.format, "format", FORMATS)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,12 +115,11 @@ class Diff:
 
     run: Any = MISSING  # [a,b]: folders, or names under runs/
     recompute: bool = True  # compute steps again where the records do not say enough
-    format: str = "table"
+    format: Format = Format.table
 
     def __post_init__(self) -> None:
         two = isinstance(self.run, list) and len(self.run) == 2
         require(two, "run", f"'{self.run}' does not name two runs: write run=[a,b]")
-        choice(self.format, "format", FORMATS)
 
 
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}

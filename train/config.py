@@ -42,6 +42,13 @@ def require(condition: bool, key: str, why: str) -> None:
         raise Refused(key, why)
 
 
+def at_least(config: Any, group: str, **least: int) -> None:
+    """Refuse a number below its least value."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        require(value >= low, f"{group}{name}", f"{value} is too small: use {low} or more")
+
+
 def choice(value: Any, key: str, choices: tuple[Any, ...]) -> None:
     shown = ", ".join(str(c).lower() for c in choices)
     require(value in choices, key, f"'{value}' is unknown: choose from {shown}")
@@ -59,7 +66,7 @@ class Model:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.context >= 2, "model.context", f"{self.context} is no context length: use 2 or more")
+        at_least(self, "model.", context=2)
         require(0 <= self.dropout < 1, "model.dropout", f"{self.dropout} is not in [0, 1)")
 
 
@@ -79,8 +86,7 @@ class Llama(Model):
 
     def __post_init__(self) -> None:
         Model.__post_init__(self)
-        for name in ("layers", "width", "heads", "kv_heads", "ffn"):
-            require(getattr(self, name) >= 1, f"model.{name}", "must be at least 1")
+        at_least(self, "model.", layers=1, width=1, heads=1, kv_heads=1, ffn=1)
         require(self.width % self.heads == 0, "model.heads", f"{self.heads} heads do not divide width {self.width}")
         require((self.width // self.heads) % 2 == 0, "model.heads", "rotary positions need an even head size")
         require(self.heads % self.kv_heads == 0, "model.kv_heads", f"{self.kv_heads} do not divide {self.heads} heads")
@@ -166,11 +172,8 @@ class Data(Source):
         mixed = [name for name, part in self.parts.items() if part.kind is SourceKind.mix]
         require(not mixed, "data.parts", f"'{', '.join(mixed)}' is itself a mix: give each part a kind of its own")
         Source.__post_init__(self)
-        require(
-            0 < self.validation <= 0.5, "data.validation", f"{self.validation} is not a share above 0 and up to 0.5"
-        )
-        require(self.shard_tokens >= 1024, "data.shard_tokens", "must be at least 1024")
-        require(self.synthetic_tokens >= 1024, "data.synthetic_tokens", "must be at least 1024")
+        require(0 < self.validation <= 0.5, "data.validation", f"{self.validation} is no share above 0 and up to 0.5")
+        at_least(self, "data.", shard_tokens=1024, synthetic_tokens=1024)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -187,16 +190,12 @@ class Batch:
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, str):
-            require(
-                self.weights in ("even", "auto"),
-                "batch.weights",
-                f"'{self.weights}' is neither even, auto nor a list of numbers",
-            )
+            known = self.weights in ("even", "auto")
+            require(known, "batch.weights", f"'{self.weights}' is neither even, auto nor a list of numbers")
         else:
             numbers = all(isinstance(w, int | float) and w > 0 for w in self.weights)
             require(numbers, "batch.weights", f"{list(self.weights)} are no weights: use numbers above 0")
-        require(self.virtual_ranks >= 1, "batch.virtual_ranks", f"{self.virtual_ranks} is too few: use 1 or more")
-        require(self.sequences >= 1, "batch.sequences", f"{self.sequences} is too few: use 1 or more")
+        at_least(self, "batch.", virtual_ranks=1, sequences=1)
         require(
             self.sequences % self.virtual_ranks == 0,
             "batch.sequences",
@@ -239,8 +238,7 @@ class Optimizer:
         require(0 <= self.beta1 < 1, "optimizer.beta1", f"{self.beta1} is not in [0, 1)")
         require(0 <= self.beta2 < 1, "optimizer.beta2", f"{self.beta2} is not in [0, 1)")
         require(self.eps > 0, "optimizer.eps", f"{self.eps} must be above 0")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", f"{self.weight_decay} must not be negative")
-        require(self.clip_norm >= 0, "optimizer.clip_norm", f"{self.clip_norm} must not be negative (0: off)")
+        at_least(self, "optimizer.", weight_decay=0, clip_norm=0)
 
 
 class ScheduleKind(Enum):
@@ -257,7 +255,7 @@ class Schedule:
     floor: float = 0.0  # where the decay ends, as a share of optimizer.lr
 
     def __post_init__(self) -> None:
-        require(self.warmup_steps >= 0, "schedule.warmup_steps", "must not be negative")
+        at_least(self, "schedule.", warmup_steps=0)
         require(0 <= self.decay <= 1, "schedule.decay", f"{self.decay} is not a share between 0 and 1")
         require(0 <= self.floor <= 1, "schedule.floor", f"{self.floor} is not a share between 0 and 1")
 
@@ -299,9 +297,7 @@ class Eval:
     micro_batch: int = 8
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "eval.every", "must not be negative")
-        require(self.tokens >= 1, "eval.tokens", "must be at least 1")
-        require(self.micro_batch >= 1, "eval.micro_batch", "must be at least 1")
+        at_least(self, "eval.", every=0, tokens=1, micro_batch=1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -313,9 +309,7 @@ class Checkpoint:
     store: str = ""  # a URL that checkpoints are copied to: s3://bucket/run, gs://…, file://…; empty: nowhere
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "checkpoint.every", "must not be negative")
-        require(self.keep >= 1, "checkpoint.keep", "must be at least 1")
-        require(self.keep_every >= 0, "checkpoint.keep_every", "must not be negative (0: off)")
+        at_least(self, "checkpoint.", every=0, keep=1, keep_every=0)
         _no_secret(self.store, "checkpoint.store")
 
 
@@ -345,7 +339,7 @@ class Log:
     every: int = 10  # steps between lines on the console and in the loggers
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "log.every", "must be at least 1")
+        at_least(self, "log.", every=1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -410,14 +404,10 @@ class Train:
     sample: str = ""  # a prompt to continue at the end of the run; empty: the corpus's own beginning
 
     def __post_init__(self) -> None:
-        require(
-            self.name != "" and Path(self.name).name == self.name and self.name not in (".", ".."),
-            "name",
-            f"'{self.name}' cannot be a folder's name under {self.runs}/",
-        )
+        folder = Path(self.name).name == self.name and self.name not in ("", ".", "..")
+        require(folder, "name", f"'{self.name}' cannot be a folder's name under {self.runs}/")
         require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
-        require(self.steps >= 1, "steps", f"{self.steps} is too few: use 1 or more")
-        require(self.nodes >= 1, "nodes", f"{self.nodes} is too few: use 1 or more")
+        at_least(self, "", steps=1, nodes=1)
         choice(self.accelerator, "accelerator", ACCELERATORS)
         choice(self.backend, "backend", BACKENDS)
         choice(self.precision, "precision", PRECISIONS)
@@ -425,7 +415,7 @@ class Train:
         for logger in self.logger:
             choice(logger, "logger", LOGGERS)
         if isinstance(self.devices, int):
-            require(self.devices >= 1, "devices", f"{self.devices} is too few: use 1 or more")
+            at_least(self, "", devices=1)
             ranks = self.devices * self.nodes
             require(
                 ranks <= self.batch.virtual_ranks,
@@ -433,11 +423,10 @@ class Train:
                 f"{ranks} ranks are more than batch.virtual_ranks={self.batch.virtual_ranks}: "
                 f"use at most that many ranks, or batch.virtual_ranks={ranks}",
             )
+            given = ranks if isinstance(self.batch.weights, str) else len(self.batch.weights)
+            require(given == ranks, "batch.weights", f"{given} weights for {ranks} ranks: give each rank one")
         else:
             require(self.devices == "auto", "devices", f"'{self.devices}' is neither auto nor a number")
-        if isinstance(self.devices, int) and not isinstance(self.batch.weights, str):
-            given, ranks = len(self.batch.weights), self.devices * self.nodes
-            require(given == ranks, "batch.weights", f"{given} weights for {ranks} ranks: give each rank one")
         require(
             self.sharding is Sharding.none or self.reduce.mode is ReduceMode.exact,
             "sharding",
@@ -445,11 +434,8 @@ class Train:
         )
         full = self.sharding is Sharding.full
         require(not (full and self.compile is True), "compile", "true does not go with sharding=full: use false")
-        require(
-            not full or self.batch.weights == "even",
-            "batch.weights",
-            "sharding=full gives every rank as many virtual ranks as it can: use even",
-        )
+        fitting, why = not full or self.batch.weights == "even", "gives every rank as many virtual ranks as it can"
+        require(fitting, "batch.weights", f"sharding=full {why}: use even")
         seconds(self.stop_after)
         _no_secret(self.resume_from, "resume_from")
         never = bool(self.resume_from) and self.resume.mode is ResumeMode.never

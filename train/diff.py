@@ -18,6 +18,7 @@ from torch import Tensor
 
 from train.batch import checksum
 from train.commands import Diff as Config
+from train.commands import Format
 from train.config import DONE, FAILED, ReduceMode, Refused, Train
 from train.data.tokenizer import Tokenizer
 from train.engine import stream
@@ -61,7 +62,7 @@ def diff(config: Config) -> int:
     if step is not None:
         parting = Parting(runs, step, wrong, config)
         report["findings"] = parting.findings(agreed_before=step - 1 in common)
-    if config.format == "json":
+    if config.format is Format.json:
         print(json.dumps(report))
     else:
         _show(report)
@@ -73,7 +74,7 @@ class Parting:
 
     def __init__(self, runs: list[Record], step: int, wrong: dict[str, list[int]], config: Config) -> None:
         self.runs, self.step, self.wrong = runs, step, wrong
-        self._recompute, self._quiet = config.recompute, config.format == "json"
+        self._recompute, self._quiet = config.recompute, config.format is Format.json
         self.configs = [run.config(step) for run in runs]
         self.recorded = [run.steps[step] for run in runs]
         self.known = all("tokens" in recorded for recorded in self.recorded)

@@ -16,7 +16,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from train import trained
-from train.commands import Evaluate
+from train.commands import Evaluate, Format
 from train.data.stream import Validation
 from train.data.yardstick import yardsticks
 from train.folder import locate
@@ -79,7 +79,7 @@ def main(config: Evaluate) -> int:
         "bytes": score.bytes,
         **yardsticks(validation),
     }
-    if config.format == "json":
+    if config.format is Format.json:
         print(json.dumps(facts))
         return 0
     meaning = {"loss": "nats per token", "bpb": "bits per byte", "gzip_windows": "gzip -9, windows of the context"}

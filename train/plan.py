@@ -15,7 +15,7 @@ from rich.table import Table
 
 from train import flops, hardware
 from train.batch import buffers, shares
-from train.commands import Plan
+from train.commands import Format, Plan
 from train.config import ReduceMode, Refused, Sharding, TokenizerKind, Train
 
 MAX_RANKS = 8  # that `devices=auto` starts on one node
@@ -131,7 +131,7 @@ def plan(config: Plan) -> int:
         "bytes_there": there,
         "fits": needed.total <= there,
     }
-    if config.format == "json":
+    if config.format is Format.json:
         print(json.dumps(facts))
         return 0
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 
+from train.commands import Format
 from train.commands import Replay as Config
 from train.config import DONE, FAILED, Refused
 from train.data.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def norms(again: Rerun, flat_tensor: Tensor) -> dict[str, float]:
 def replay(config: Config) -> int:
     """Exit code 0 where all bits agree, 1 where one differs."""
     run = read(config.run, locate(config.run))
-    step, v, shown = config.step, config.virtual_rank, config.format == "table"
+    step, v, shown = config.step, config.virtual_rank, config.format is Format.table
     count = run.start(step).get("virtual_ranks", 0)
     if v >= count:
         raise Refused("virtual_rank", f"{v} is none of the {count} of this run, 0 … {count - 1}")

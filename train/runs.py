@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from train import events
-from train.commands import Runs
+from train.commands import Format, Runs
 from train.folder import read_json
 from train.summary import summarize
 
 
 def runs(config: Runs) -> int:
     found = [_describe(path.parent) for path in sorted(Path(config.runs).expanduser().glob("*/config.yaml"))]
-    if config.format == "json":
+    if config.format is Format.json:
         print(json.dumps(found))
         return 0
     if not found:

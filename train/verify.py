@@ -9,7 +9,7 @@ from rich.console import Console as Rich
 from rich.table import Table
 
 from train import manifest
-from train.commands import Verify
+from train.commands import Format, Verify
 from train.config import DONE, FAILED, Refused
 from train.console import Console
 from train.folder import locate
@@ -30,7 +30,7 @@ def verify(config: Verify) -> int:
     def progress(count: int) -> None:
         nonlocal done
         done += count
-        if config.format == "table":
+        if config.format is Format.table:
             console.progress("verifying", done, total)
 
     found: list[dict[str, Any]] = []
@@ -43,7 +43,7 @@ def verify(config: Verify) -> int:
         step = manifest.step_of(path.name)
         found.append({"step": step, "files": len(sizes), "bytes": sum(sizes), "whole": not why, "why": why})
     console.close()
-    if config.format == "json":
+    if config.format is Format.json:
         print(json.dumps(found))
     else:
         table = Table(box=None)
