@@ -9,7 +9,7 @@ import pytest
 
 from train import hardware
 from train.config import Refused
-from train.hardware import Gpu, cores, devices, gpus, machine, memory, peak_flops, processor
+from train.hardware import Gpu, cores, devices, gpus, memory, peak_flops, processor
 
 GIB = 2**30
 
@@ -28,10 +28,9 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_this_machine_answers() -> None:
-    here = machine()
-    assert here.cores >= 1
-    assert here.memory > 0
-    assert here.cpu
+    assert cores() >= 1
+    assert memory() > 0
+    assert processor()[0]
 
 
 CPUINFO = "processor : 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: fpu avx512f {} sse\n\nprocessor : 1\n"

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from train.config import Llama, Model, Refused
+from train.config import Llama, Model, choice
 
 ROWS = 64  # vocabularies are padded to a multiple: 50,257 rows are slower than 50,304 on every tensor core
 CPU_TOKENS = 2048  # of a micro-batch, see auto_micro_batch
@@ -41,8 +42,7 @@ class Sizes:
     scores: int  # the same, per key that a query sees, where attention keeps its scores (CPU)
 
 
-def _llama(model: Model, vocab: int) -> Sizes:
-    assert isinstance(model, Llama)
+def _llama(model: Llama, vocab: int) -> Sizes:
     d, f = model.width, model.ffn
     kv = model.width // model.heads * model.kv_heads
     matrices = model.layers * (d * (d + 2 * kv) + d * d + 3 * d * f)
@@ -63,13 +63,12 @@ def _llama(model: Model, vocab: int) -> Sizes:
     )
 
 
-FAMILIES: dict[str, Callable[[Model, int], Sizes]] = {"llama": _llama}
+FAMILIES: dict[str, Callable[[Any, int], Sizes]] = {"llama": _llama}  # each takes its own config
 
 
 def sizes(model: Model, vocab: int) -> Sizes:
     """Raises Refused for a family that is not in FAMILIES."""
-    if model.family not in FAMILIES:
-        raise Refused("model.family", f"'{model.family}' is unknown: choose from {', '.join(sorted(FAMILIES))}")
+    choice(model.family, "model.family", tuple(FAMILIES))
     return FAMILIES[model.family](model, vocab)
 
 
@@ -151,27 +150,20 @@ def auto_micro_batch(
     *,
     budget_bytes: int | None = None,
     accelerator: str = "cpu",
-    precision: str = "bf16",
-    gradient_buffers: int = 1,
+    **conditions: Any,
 ) -> int:
     """Sequences a forward pass: the largest divisor of a virtual rank's `share` that fits and that helps.
 
     On CPU a larger micro-batch stops helping once the matrices are tall enough: 4 layers of width 256 ran 4,200
     tokens/s on one core at 256 tokens, 4,700 at 512, 5,000 to 5,300 from 1,024 to 4,096, and 4,700 at 8,192, where
     the logits alone are 200 MB; width 384 the same. So 2,048. On a GPU the cap is assumed. Without a budget memory is
-    not asked. Where not even one sequence fits the answer is 1, and `plan` says that it does not fit.
+    not asked; `conditions` are those of `memory`. Where not even one sequence fits the answer is 1, and `plan` says
+    that it does not fit.
     """
     cap = max(1, (CPU_TOKENS if accelerator == "cpu" else CUDA_TOKENS) // model.context)
     for size in range(min(share, cap), 1, -1):
         if share % size == 0:
-            need = memory(
-                model,
-                vocab,
-                micro_batch=size,
-                precision=precision,
-                accelerator=accelerator,
-                gradient_buffers=gradient_buffers,
-            )
+            need = memory(model, vocab, micro_batch=size, accelerator=accelerator, **conditions)
             if budget_bytes is None or need.total <= budget_bytes:
                 return size
     return 1

@@ -1,4 +1,4 @@
-"""What this machine is, and what its devices could do at best. No torch: `plan` and `scale` ask too.
+"""What this machine is, and what its devices could do at best. No torch: `plan` asks too.
 
 Cores and memory are those that this process may use: a container's quota, not the host's plate. GPUs are asked of
 `nvidia-smi`, so that the parent process never opens CUDA. Peaks come from `configs/hardware/*.yaml`, each with its
@@ -21,7 +21,7 @@ import yaml
 
 from train.config import CONFIGS, Refused
 
-BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # x86; of Arm's flags: bf16
+BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is Arm's; without any bf16 is slower than fp32
 PEAKS = ("bf16", "tf32", "fp32")
 MIB = 2**20
 
@@ -32,28 +32,13 @@ class Gpu:
     memory: int  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    cpu: str
-    cores: int  # usable by this process
-    bf16: tuple[str, ...]  # the CPU's instructions for it; without any, bf16 is slower than fp32
-    memory: int  # bytes that can still be taken
-    gpus: tuple[Gpu, ...]
-
-
-def machine() -> Machine:
-    """This machine, now."""
-    cpu, flags = processor()
-    return Machine(cpu=cpu, cores=cores(), bf16=flags, memory=memory(), gpus=gpus())
-
-
 def processor(root: Path = Path("/")) -> tuple[str, tuple[str, ...]]:
     """The CPU's name ("unknown" where /proc does not say) and those of its flags that mean bf16."""
     text = _read(root / "proc/cpuinfo")
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     known = flags[1].split() if flags else []
-    return (name[1].strip() if name else "unknown"), tuple(f for f in (*BF16_FLAGS, "bf16") if f in known)
+    return (name[1].strip() if name else "unknown"), tuple(flag for flag in BF16_FLAGS if flag in known)
 
 
 def cores(root: Path = Path("/")) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from train import trained
@@ -19,42 +21,27 @@ def continue_text(
     tokenizer: Tokenizer,
     prompt: str,
     *,
-    tokens: int = TOKENS,
-    count: int = 1,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 0.95,
     seed: int = 0,
+    tokens: int = TOKENS,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    **options: Any,
 ) -> list[str]:
-    """`count` texts: the prompt and what the model makes of it, up to the end of the document if it comes."""
+    """The prompt and what the model makes of it, up to the end of the document if it comes: as often as `count`.
+
+    `options` are further ones of `generate`.
+    """
     ids = tokenizer.encode(prompt) if prompt else [tokenizer.eot]  # the end of a document begins one
     generator = torch.Generator().manual_seed(seed)
-    rows = generate(
-        model,
-        ids,
-        count=count,
-        tokens=tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=generator,
-    ).tolist()
+    drawn = generate(model, ids, tokens=tokens, temperature=temperature, top_p=top_p, generator=generator, **options)
+    rows = drawn.tolist()
     return [prompt + tokenizer.decode(row[: row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
 
 
 def sample(config: Sample) -> int:
     on = trained.device(config.accelerator)
     run = trained.load(locate(config.run), config.step, on)
-    texts = continue_text(
-        run.model,
-        run.tokenizer,
-        config.prompt,
-        tokens=config.tokens,
-        count=config.count,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
+    options = {key: getattr(config, key) for key in ("seed", "tokens", "temperature", "top_p", "top_k", "count")}
+    texts = continue_text(run.model, run.tokenizer, config.prompt, **options)
     print("\n────\n".join(texts))
     return 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train.config import Llama, Model, Refused
-from train.models.build import build, decays, initial
+from train.models.build import build, initial
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = {"context": 32, "layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "ffn": 48}
@@ -82,10 +82,3 @@ def test_vocabulary_is_padded_to_64() -> None:
 def test_unknown_family_is_refused_by_name() -> None:
     with pytest.raises(Refused, match=r"model\.family: 'mamba' is unknown: choose from llama"):
         build(Model(family="mamba"), 100, seed=0, device=CPU)
-
-
-def test_decay_is_for_matrices() -> None:
-    model = build(small(), 100, seed=0, device=META)
-    undecayed = {name for name, p in model.named_parameters() if not decays(p)}
-    norms = {f"blocks.{i}.{n}_norm.weight" for i in range(2) for n in ("attention", "ffn")} | {"norm.weight"}
-    assert undecayed == norms

@@ -11,21 +11,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from train.config import Llama, Model, Refused
+from train.config import Model, choice
 from train.models import llama
 from train.models.language import LanguageModel
 
-
-def _llama(config: Model, vocab: int) -> LanguageModel:
-    assert isinstance(config, Llama)
-    return llama.Llama(config, vocab)
-
-
-FAMILIES: dict[str, Callable[[Model, int], LanguageModel]] = {"llama": _llama}
+FAMILIES: dict[str, Callable[[Any, int], LanguageModel]] = {"llama": llama.Llama}  # each takes its own config
 
 
 def build(config: Model, vocab: int, *, seed: int, device: torch.device) -> LanguageModel:
@@ -33,8 +28,7 @@ def build(config: Model, vocab: int, *, seed: int, device: torch.device) -> Lang
 
     On the meta device it has shapes and no values. Raises Refused for a family that is not in FAMILIES.
     """
-    if config.family not in FAMILIES:
-        raise Refused("model.family", f"'{config.family}' is unknown: choose from {', '.join(sorted(FAMILIES))}")
+    choice(config.family, "model.family", tuple(FAMILIES))
     with device:
         model = FAMILIES[config.family](config, vocab)
     if device.type != "meta":
@@ -58,8 +52,3 @@ def initial(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
     return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
-
-
-def decays(parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to the gains of norms."""
-    return parameter.dim() >= 2
