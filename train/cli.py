@@ -28,9 +28,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command(
-        "train a model, or go on with a run of the same name", "train.supervisor:train", "model=llama_mini"
-    ),
+    "train": Command("train a model, or go on with a run of its name", "train.supervisor:train", "model=llama_mini"),
     "plan": Command("what a training run would be: parameters, FLOPs, memory", "train.plan:plan", "model=llama_1b"),
     "drill": Command("a run under faults and its twin without: are the bits equal?", "train.drill:drill", "devices=4"),
     "sample": Command("continue a prompt with a run's model", "train.sample:sample", "run=llama_nano prompt='def f('"),
@@ -93,11 +91,8 @@ def _guarded(run: Callable[[], int]) -> int:
 def overview() -> str:
     lines = ["colossus COMMAND [key=value …]    data-parallel LLM training, exact for any number of ranks", ""]
     lines += [f"  {name:8} {command.summary}" for name, command in COMMANDS.items()]
-    lines += [
-        "",
-        "  colossus train                        the main job: a small model on real text, on all cores or GPUs",
-    ]
-    lines += ["  colossus train --help                 its keys; --cfg prints the configuration, --multirun sweeps"]
+    lines += ["", "  colossus train           the main job: a small model on real text, on all cores or GPUs"]
+    lines += ["  colossus train --help    its keys; --cfg prints the configuration, --multirun sweeps"]
     return "\n".join(lines)
 
 
@@ -131,12 +126,9 @@ def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
             kind = MODELS["llama"]
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _keys(kind, f"{prefix}{item.name}.")
-            continue
-        if isinstance(kind, type) and issubclass(kind, Enum):
-            meaning = comments.get(item.name, "") or " | ".join(choice.name for choice in kind)
         else:
-            meaning = comments.get(item.name, "")
-        yield f"{prefix}{item.name}", meaning
+            choices = kind if isinstance(kind, type) and issubclass(kind, Enum) else ()
+            yield f"{prefix}{item.name}", comments.get(item.name, "") or " | ".join(choice.name for choice in choices)
 
 
 def _line(key: str, values: dict[str, Any], meaning: str) -> str:

@@ -29,16 +29,8 @@ from train.commands import register
 from train.config import CONFIGS, STOPPED, Refused, Train
 from train.faults.plan import plan
 
-TEXT = {
-    "prompt",
-    "sample",
-    "table",
-    "out",
-    "from",
-    "store",
-    "resume_from",
-}  # the last part of keys whose values are text, quoted whole
-PATHS = {"path", "run", "runs", "cache"}  # the same, where a list [a,b] may stand as well
+# The last part of keys whose values are text, quoted whole; and of those where a list [a,b] may stand as well.
+TEXT, PATHS = {"prompt", "sample", "store", "resume_from"}, {"path", "run", "runs", "cache"}
 
 
 @contextmanager
@@ -54,7 +46,7 @@ def hydra() -> Iterator[None]:
 def config(command: str, arguments: list[str]) -> Any:
     """The checked configuration of a command; raises `Refused`."""
     with hydra():
-        return _build(command, arguments)
+        return _checked(_compose(command, arguments))
 
 
 def text(command: str, arguments: list[str]) -> str:
@@ -75,7 +67,7 @@ def sweep(command: str, arguments: list[str], job: Callable[[Any], int]) -> int:
         swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
         if not any(o.startswith("hydra/sweeper=") for o in overrides):
             for combination in BasicSweeper.split_arguments(parsed, None)[0]:
-                _build(command, list(combination))
+                _checked(_compose(command, list(combination)))
 
         def task(composed: DictConfig) -> int:
             hydra_config = HydraConfig.get()
@@ -106,10 +98,6 @@ def options(group: str) -> list[str]:
     names = set(GlobalHydra.instance().config_loader().get_group_options(group))
     names |= {path.stem for path in (Path.cwd() / "configs" / group).glob("*.yaml")}
     return sorted(name for name in names if not name.startswith("schema"))
-
-
-def _build(command: str, arguments: list[str]) -> Any:
-    return _checked(_compose(command, arguments))
 
 
 def _checked(composed: DictConfig) -> Any:
@@ -189,9 +177,8 @@ def _check_option(override: Override) -> None:
     group, value = override.key_or_group, override.value()
     available = options(group)
     if isinstance(value, str) and value not in available:
-        raise Refused(
-            group, f"'{value}' is unknown{did_you_mean(value, available)} (choose from {', '.join(available)})"
-        )
+        near = did_you_mean(value, available)
+        raise Refused(group, f"'{value}' is unknown{near} (choose from {', '.join(available)})")
 
 
 def _check_key(override: Override, known: DictConfig) -> None:
@@ -233,4 +220,4 @@ def _search_path() -> list[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Rich
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from train.config import Train
@@ -45,17 +45,21 @@ class Console:
             self._bar.stop()
             self._bar = None
 
+    def _begin(self, what: str, *columns: ProgressColumn, transient: bool = False, **task: Any) -> Progress:
+        self.close()
+        columns = (TextColumn("{task.description}"), *columns, TimeRemainingColumn())
+        bar = Progress(*columns, console=self._rich, transient=transient)
+        bar.start()
+        self._task = bar.add_task(what, **task)
+        return bar
+
     # ------------------------------------------------------------------------------------------ preparing
 
     def progress(self, label: str, done: int, total: int) -> None:
         """The preparation of the data: called as often as the caller likes."""
         if self._moves:
             if self._bar is None or label != self._label:
-                self.close()
-                columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-                self._bar = Progress(*columns, TimeRemainingColumn(), console=self._rich, transient=True)
-                self._bar.start()
-                self._task = self._bar.add_task(label, total=total)
+                self._bar = self._begin(label, BarColumn(), TextColumn("{task.percentage:>3.0f} %"), transient=True)
             self._bar.update(self._task, completed=done, total=total)
         elif label != self._label:
             self.say(f"{label} …")
@@ -78,16 +82,9 @@ class Console:
         self._rich.print(_banner(record))
         self._steps = record["steps"]
         if self._moves:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[numbers]}  ETA"),
-                TimeRemainingColumn(),
-                console=self._rich,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("train", total=record["steps"], completed=record["step"], numbers="")
+            columns = MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.fields[numbers]}  ETA")
+            done, total = record["step"], record["steps"]
+            self._bar = self._begin("step", *columns, total=total, completed=done, numbers="")
 
     def _on_ownership(self, record: dict[str, Any]) -> None:
         shares = ", ".join(map(str, record["shares"]))
@@ -106,7 +103,8 @@ class Console:
         self._speed, self._mfu = f"{record['tokens_per_s']:,.0f} tokens/s", f"MFU {mfu}"
 
     def _on_step(self, record: dict[str, Any]) -> None:
-        numbers = "  ".join(part for part in (f"loss {_number(record['loss'])}", self._speed, self._mfu) if part)
+        loss = "nan" if record["loss"] is None else f"{record['loss']:.4f}"
+        numbers = "  ".join(filter(None, (f"loss {loss}", self._speed, self._mfu)))
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], numbers=numbers)
         elif time.monotonic() - self._spoke > QUIET or record["step"] == self._steps:
@@ -134,10 +132,8 @@ class Console:
     # ------------------------------------------------------------------------------------------------ end
 
     def finished_already(self, config: Train, summary: dict[str, Any]) -> None:
-        self.say(
-            f"{config.folder} is finished ({summary['steps']} steps). More: steps=N resume.allow=steps; "
-            f"again from the start: another name=…"
-        )
+        more = "More: steps=N resume.allow=steps; again from the start: another name=…"
+        self.say(f"{config.folder} is finished ({summary['steps']} steps). {more}")
 
     def summary(self, config: Train, path: Path, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """The last lines of a run: how it went, a sample, and what to do next."""
@@ -174,30 +170,21 @@ def _beside(summary: dict[str, Any]) -> str:
 
 def _banner(start: dict[str, Any]) -> Table:
     """What will be trained, on what, and what to expect."""
-    steps = start["steps"] - start["step"]
+    steps, peak = start["steps"] - start["step"], start["peak_flops"]
     tokens = steps * start["tokens_per_step"]
-    peak = start["peak_flops"]
-    seconds = tokens * start["flops_per_token"] / (EXPECTED_MFU * peak) if peak else None
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", min_width=9)
-    table.add_column()
-    table.add_row(
-        "model",
-        f"{start['parameters'] / 1e6:.2f} M parameters, {start['precision']}"
-        + (", compiled" if start["compiled"] else ""),
-    )
-    k, size = start["micro_batches"], start["micro_batch"]
-    table.add_row(
-        "batch",
-        f"{start['tokens_per_step']:,} tokens a step: {start['virtual_ranks']} virtual ranks x {k} x {size} sequences",
-    )
-    flops = "peak n/a" if peak is None else f"{peak / 1e12:.2f} TFLOP/s peak ({start['peak_source']})"
+    compiled = ", compiled" if start["compiled"] else ""
+    cut = f"{start['virtual_ranks']} virtual ranks x {start['micro_batches']} x {start['micro_batch']} sequences"
+    flops, expected = "peak n/a", ""
+    if peak is not None:
+        flops = f"{peak / 1e12:.2f} TFLOP/s peak ({start['peak_source']})"
+        seconds = tokens * start["flops_per_token"] / (EXPECTED_MFU * peak)
+        expected = f", about {duration(seconds)} at {100 * EXPECTED_MFU:.0f} % MFU"
+    memory = f"{start['memory_bytes'] / 2**30:.1f} GiB a rank"
+    table = Table(Column(style="bold", min_width=9), Column(), show_header=False, box=None, pad_edge=False)
+    table.add_row("model", f"{start['parameters'] / 1e6:.2f} M parameters, {start['precision']}{compiled}")
+    table.add_row("batch", f"{start['tokens_per_step']:,} tokens a step: {cut}")
     table.add_row("on", f"{start['world']} rank{'s' * (start['world'] > 1)}, {start['device']}, {flops}")
-    expected = "" if seconds is None else f", about {duration(seconds)} at {100 * EXPECTED_MFU:.0f} % MFU"
-    table.add_row(
-        "expected",
-        f"{steps:,} steps, {tokens / 1e6:,.1f} M tokens{expected}, {start['memory_bytes'] / 2**30:.1f} GiB a rank",
-    )
+    table.add_row("expected", f"{steps:,} steps, {tokens / 1e6:,.1f} M tokens{expected}, {memory}")
     return table
 
 
@@ -205,7 +192,3 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _number(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.4f}"

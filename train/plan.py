@@ -40,13 +40,11 @@ def resolve(config: Train) -> Train:
         raise Refused("backend", "nccl needs GPUs: use backend=gloo on CPUs")
     if backend == "nccl" and devices > len(gpus):
         raise Refused("devices", f"{devices} GPUs asked for, {len(gpus)} here (several ranks a GPU: backend=gloo)")
-    precision = config.precision
+    precision, compiled, batch = config.precision, config.compile, config.batch
     if precision == "auto":
         precision = "bf16" if accelerator == "cuda" or hardware.processor()[1] else "fp32"
-    compiled = config.compile
     if compiled == "auto":
         compiled = accelerator == "cuda" and config.sharding is not Sharding.full
-    batch = config.batch
     if batch.micro_batch == "auto":
         # `devices` has no say in it: a run on 1 rank and on 4 must cut the same micro-batches. Hence the memory of
         # the usual number of ranks, and the gradient buffers of a rank that hosts everything.
@@ -73,8 +71,7 @@ def device_memory(accelerator: str, devices: int) -> int:
 
 def vocabulary(config: Train) -> int:
     """The number of token ids that can be known before the data is prepared: an upper bound for a trained BPE."""
-    kind = config.data.tokenizer.kind
-    return 257 if kind is TokenizerKind.bytes else config.data.tokenizer.vocab
+    return 257 if config.data.tokenizer.kind is TokenizerKind.bytes else config.data.tokenizer.vocab
 
 
 def _gradient_buffers(virtual_ranks: int, world: int) -> int:
@@ -85,10 +82,8 @@ def _gradient_buffers(virtual_ranks: int, world: int) -> int:
 def memory(config: Train, vocab: int) -> flops.Memory:
     """What a rank of this (resolved) run needs, in bytes."""
     leaves, world = config.batch.virtual_ranks, int(config.devices) * config.nodes
-    size = int(config.batch.micro_batch)
-    whole = flops.memory(
-        config.model, vocab, micro_batch=size, precision=config.precision, accelerator=config.accelerator
-    )
+    size, precision = int(config.batch.micro_batch), config.precision
+    whole = flops.memory(config.model, vocab, micro_batch=size, precision=precision, accelerator=config.accelerator)
     leaf, node = whole.gradients, whole.gradients // (2 if config.reduce.dtype == "bf16" else 1)
     if config.reduce.mode is ReduceMode.fast:
         return whole

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from train import events
 from train.commands import Format, Runs
@@ -23,9 +23,8 @@ def runs(config: Runs) -> int:
     if not found:
         print(f"no runs under {config.runs}/: colossus train makes the first one")
         return 0
-    table = Table(box=None)
-    for column in ("name", "state", "steps", "tokens", "loss", "bits/byte", "tokens/s", "state sha256"):
-        table.add_column(column, justify="left" if column in ("name", "state", "state sha256") else "right")
+    figures = (Column(name, justify="right") for name in ("steps", "tokens", "loss", "bits/byte", "tokens/s"))
+    table = Table("name", "state", *figures, "state sha256", box=None)
     for run in found:
         numbers = (_shown(run["final_loss"], ".4f"), _shown(run["val_bpb"], ".4f"), _shown(run["tokens_per_s"], ",.0f"))
         digest = (run["state_sha256"] or "")[:12]

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from rich.console import Console as Rich
-from rich.table import Table
+from rich.table import Column, Table
 
 from train import manifest
 from train.commands import Format, Verify
@@ -46,10 +46,7 @@ def verify(config: Verify) -> int:
     if config.format is Format.json:
         print(json.dumps(found))
     else:
-        table = Table(box=None)
-        for column in ("step", "files", "bytes"):
-            table.add_column(column, justify="right")
-        table.add_column("state")
+        table = Table(*(Column(name, justify="right") for name in ("step", "files", "bytes")), "state", box=None)
         for row in found:
             state = "whole" if row["whole"] else "damaged"
             table.add_row(str(row["step"]), str(row["files"]), f"{row['bytes']:,}", state)

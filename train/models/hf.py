@@ -48,7 +48,7 @@ def _names(shape: Llama) -> dict[str, list[str]]:
 def to_hf(shape: Llama, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict as transformers'. A tied matrix is there once, as the embedding; tensors are views."""
     rows = shape.kv_heads * (shape.width // shape.heads)
-    result = {}
+    result: dict[str, Tensor] = {}
     for ours, theirs in _names(shape).items():
         parts = torch.split(weights[ours], [shape.width, rows, rows]) if len(theirs) == 3 else [weights[ours]]
         result |= dict(zip(theirs, parts, strict=True))
