@@ -164,11 +164,8 @@ class Data(Source):
     cache: str = ""  # where prepared tokens are kept; empty: $XDG_CACHE_HOME/pocket-colossus
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.parts) == (self.kind is SourceKind.mix),
-            "data.parts",
-            "a corpus has either one kind or several parts: use data=mix with data.parts, or another data=…",
-        )
+        why = "a corpus has either one kind or several parts: use data=mix with data.parts, or another data=…"
+        require(bool(self.parts) == (self.kind is SourceKind.mix), "data.parts", why)
         mixed = [name for name, part in self.parts.items() if part.kind is SourceKind.mix]
         require(not mixed, "data.parts", f"'{', '.join(mixed)}' is itself a mix: give each part a kind of its own")
         Source.__post_init__(self)
@@ -196,19 +193,12 @@ class Batch:
             numbers = all(isinstance(w, int | float) and w > 0 for w in self.weights)
             require(numbers, "batch.weights", f"{list(self.weights)} are no weights: use numbers above 0")
         at_least(self, "batch.", virtual_ranks=1, sequences=1)
-        require(
-            self.sequences % self.virtual_ranks == 0,
-            "batch.sequences",
-            f"{self.sequences} sequences do not divide among {self.virtual_ranks} virtual ranks "
-            f"(batch.virtual_ranks): use a multiple of {self.virtual_ranks}",
-        )
+        share, rest = divmod(self.sequences, self.virtual_ranks)
+        why = f"{self.sequences} do not divide among {self.virtual_ranks} virtual ranks (batch.virtual_ranks)"
+        require(rest == 0, "batch.sequences", f"{why}: use a multiple of {self.virtual_ranks}")
         if isinstance(self.micro_batch, int):
-            share = self.sequences // self.virtual_ranks
-            require(
-                self.micro_batch >= 1 and share % self.micro_batch == 0,
-                "batch.micro_batch",
-                f"{self.micro_batch} does not divide the {share} sequences of a virtual rank",
-            )
+            why = f"{self.micro_batch} does not divide the {share} sequences of a virtual rank"
+            require(self.micro_batch >= 1 and share % self.micro_batch == 0, "batch.micro_batch", why)
         else:
             require(self.micro_batch == "auto", "batch.micro_batch", f"'{self.micro_batch}' is neither auto nor N")
 
@@ -356,12 +346,7 @@ class Faults:
     node: int = 2  # ranks that a fault of a whole node takes at once, though never all
     seed: int = 0
 
-
-LOGGERS = ("tensorboard", "csv", "wandb")
 ACCELERATORS = ("auto", "cpu", "cuda")
-BACKENDS = ("auto", "gloo", "nccl")
-PRECISIONS = ("auto", "fp32", "bf16")
-COMPILES = ("auto", True, False)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -409,33 +394,26 @@ class Train:
         require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
         at_least(self, "", steps=1, nodes=1)
         choice(self.accelerator, "accelerator", ACCELERATORS)
-        choice(self.backend, "backend", BACKENDS)
-        choice(self.precision, "precision", PRECISIONS)
-        choice(self.compile, "compile", COMPILES)
+        choice(self.backend, "backend", ("auto", "gloo", "nccl"))
+        choice(self.precision, "precision", ("auto", "fp32", "bf16"))
+        choice(self.compile, "compile", ("auto", True, False))
         for logger in self.logger:
-            choice(logger, "logger", LOGGERS)
+            choice(logger, "logger", ("tensorboard", "csv", "wandb"))
         if isinstance(self.devices, int):
             at_least(self, "", devices=1)
             ranks = self.devices * self.nodes
-            require(
-                ranks <= self.batch.virtual_ranks,
-                "devices",
-                f"{ranks} ranks are more than batch.virtual_ranks={self.batch.virtual_ranks}: "
-                f"use at most that many ranks, or batch.virtual_ranks={ranks}",
-            )
+            most, instead = self.batch.virtual_ranks, f"use at most that many ranks, or batch.virtual_ranks={ranks}"
+            require(ranks <= most, "devices", f"{ranks} ranks are more than batch.virtual_ranks={most}: {instead}")
             given = ranks if isinstance(self.batch.weights, str) else len(self.batch.weights)
             require(given == ranks, "batch.weights", f"{given} weights for {ranks} ranks: give each rank one")
         else:
             require(self.devices == "auto", "devices", f"'{self.devices}' is neither auto nor a number")
-        require(
-            self.sharding is Sharding.none or self.reduce.mode is ReduceMode.exact,
-            "sharding",
-            f"{self.sharding.name} needs reduce=exact, whose ranks each sum up a part of the gradient",
-        )
+        why = f"{self.sharding.name} needs reduce=exact, whose ranks each sum up a part of the gradient"
+        require(self.sharding is Sharding.none or self.reduce.mode is ReduceMode.exact, "sharding", why)
         full = self.sharding is Sharding.full
         require(not (full and self.compile is True), "compile", "true does not go with sharding=full: use false")
-        fitting, why = not full or self.batch.weights == "even", "gives every rank as many virtual ranks as it can"
-        require(fitting, "batch.weights", f"sharding=full {why}: use even")
+        why = "sharding=full gives every rank as many virtual ranks as it can: use even"
+        require(not full or self.batch.weights == "even", "batch.weights", why)
         seconds(self.stop_after)
         _no_secret(self.resume_from, "resume_from")
         never = bool(self.resume_from) and self.resume.mode is ResumeMode.never

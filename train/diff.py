@@ -6,11 +6,13 @@ before effects: the data, the parameters, the gradient of each virtual rank, the
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console as Rich
 from rich.table import Table
@@ -106,31 +108,29 @@ class Parting:
             self.found["data"] = f"their data differ: virtual ranks {_list(which)}"
         prepared = [run.prepared() for run in self.runs]
         streams = [stream(config, found) for config, found in zip(self.configs, prepared, strict=True)]
-        first, sides, rows = "", "", 0
+        rows: list[list[int]] = []  # that differ: virtual rank, micro-batch, row
         for v in which:
-            seen = [0, 0]
-            for i in range(streams[0].micro_batches):
-                tokens = [one.micro_batch(self.step - 1, v, i) for one in streams]
-                seen = [checksum(one.tobytes(), before) for one, before in zip(tokens, seen, strict=True)]
-                for row, unequal in enumerate(tokens[0] != tokens[1]):
-                    rows += int(unequal.any())
-                    if first or not unequal.any():
-                        continue
-                    at = int(unequal.argmax())
-                    first = f"virtual rank {v}, micro-batch {i}, row {row}, from token {at} on"
-                    for one, found, ids in zip(streams, prepared, tokens, strict=True):
-                        source, _, shard, window = one.places(self.step - 1, v, i)[row]
-                        document = one.document(source, shard, window, at)
-                        text = Tokenizer.load(found.tokenizer).decode(ids[row, max(0, at - BEFORE) :].tolist())
-                        place = "" if document is None else f"document {document} of shard {shard} "
-                        sides += f"\n  {place}{text[:EXCERPT]!r}"
-            for run, recorded, number in zip(self.runs, self.recorded, seen, strict=True):
-                if "tokens" in recorded and recorded["tokens"][v] != word(number):
+            both = [[one.micro_batch(self.step - 1, v, i) for i in range(one.micro_batches)] for one in streams]
+            for run, recorded, tokens in zip(self.runs, self.recorded, both, strict=True):
+                seen = functools.reduce(lambda before, part: checksum(part.tobytes(), before), tokens, 0)
+                if "tokens" in recorded and recorded["tokens"][v] != word(seen):
                     why = f"the tokens that {run.name} recorded are not those that it has"
                     self.notes.append(f"virtual rank {v}: {why}")
-        if first:
-            more = f" (and {rows - 1} more rows)" if rows > 1 else ""
-            self.found["data"] = f"their data differ: {first}{more}:{sides}"
+            rows += [[v, *place] for place in np.argwhere((np.stack(both[0]) != np.stack(both[1])).any(-1)).tolist()]
+        if not rows:
+            return
+        v, i, row = rows[0]
+        sides, ids = "", [one.micro_batch(self.step - 1, v, i)[row] for one in streams]
+        at = int((ids[0] != ids[1]).argmax())
+        for one, found, tokens in zip(streams, prepared, ids, strict=True):
+            source, _, shard, window = one.places(self.step - 1, v, i)[row]
+            document = one.document(source, shard, window, at)
+            text = Tokenizer.load(found.tokenizer).decode(tokens[max(0, at - BEFORE) :].tolist())
+            place = "" if document is None else f"document {document} of shard {shard} "
+            sides += f"\n  {place}{text[:EXCERPT]!r}"
+        first = f"virtual rank {v}, micro-batch {i}, row {row}, from token {at} on"
+        more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
+        self.found["data"] = f"their data differ: {first}{more}:{sides}"
 
     def _parameters(self, agreed_before: bool) -> None:
         """Name the elements that differed before the step."""

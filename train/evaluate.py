@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -66,19 +67,11 @@ def main(config: Evaluate) -> int:
     """`colossus eval`: the score of a run's model, beside gzip's on the same bytes."""
     on = trained.device(config.accelerator)
     run = trained.load(locate(config.run), config.step, on)
-    validation = Validation(
-        run.prepared, context=run.config.model.context, tokens=config.tokens, micro_batch=config.micro_batch
-    )
+    context, size = run.config.model.context, config.micro_batch
+    validation = Validation(run.prepared, context=context, tokens=config.tokens, micro_batch=size)
     score = evaluate(run.model, validation, trained.fabric(run, on))
-    facts = {
-        "run": config.run,
-        "step": run.step,
-        "loss": score.loss,
-        "bpb": score.bpb,
-        "tokens": score.tokens,
-        "bytes": score.bytes,
-        **yardsticks(validation),
-    }
+    facts: dict[str, Any] = {"run": config.run, "step": run.step, "loss": score.loss, "bpb": score.bpb}
+    facts |= {"tokens": score.tokens, "bytes": score.bytes, **yardsticks(validation)}
     if config.format is Format.json:
         print(json.dumps(facts))
         return 0

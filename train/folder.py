@@ -8,6 +8,7 @@ checkpoints/   logs/   tensorboard/   csv/
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -121,10 +122,8 @@ class RunFolder:
         else:
             stored = origin.get("identity", {}) if origin else {}
         for key in PINNED:
-            *parents, last = key.split(".")
-            place: Any = config
-            for parent in parents:
-                place = getattr(place, parent)
+            *groups, last = key.split(".")
+            place = functools.reduce(getattr, groups, config)
             if getattr(place, last) == "auto" and key in stored:
                 setattr(place, last, stored[key])
         return config

@@ -42,8 +42,7 @@ def generate(
     for _ in range(tokens):
         if cache.length + new_BT.size(1) > context:
             cache, new_BT = model.cache(count), ids_BT[:, -(context // 2) :]
-        logits_BV = model.step(new_BT.to(device), cache)
-        new_BT = choose(logits_BV, temperature, top_k, top_p, generator)
+        new_BT = choose(model.step(new_BT.to(device), cache), temperature, top_k, top_p, generator)
         ids_BT = torch.cat((ids_BT, new_BT), 1)
     return ids_BT[:, len(prompt) :]
 

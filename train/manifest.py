@@ -171,12 +171,12 @@ def index(path: Path, manifest: dict[str, Any]) -> Parts:
     return parts
 
 
-def newest(root: Path) -> tuple[Verified | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with the newer ones that were passed over."""
+def newest(root: Path, among: Callable[[int], bool] = lambda step: True) -> tuple[Verified | None, list[str]]:
+    """The newest checkpoint of a step `among` that is whole, and what is wrong with those that were passed over."""
     refused: list[str] = []
-    for path in candidates(root):
+    for step in filter(among, steps(path.name for path in root.glob("step-*"))):
         try:
-            return verify(path), refused
+            return verify(root / folder_name(step)), refused
         except Damaged as damage:
             refused.append(str(damage))
     return None, refused

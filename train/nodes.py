@@ -23,11 +23,10 @@ class Node:
     port: int
 
 
-def here(nodes: int, environment: Mapping[str, str] = os.environ) -> Node:
+def here(nodes: int, env: Mapping[str, str] = os.environ) -> Node:
     """This node's place. Raises Refused where `nodes` is more than one and nobody says which one this is."""
     if nodes == 1:
         return Node(0, "127.0.0.1", 0)
-    env = environment
     port = int(env.get("PET_MASTER_PORT", PORT))
     if "PET_NODE_RANK" in env and "PET_MASTER_ADDR" in env:
         node = Node(int(env["PET_NODE_RANK"]), env["PET_MASTER_ADDR"], port)
@@ -36,9 +35,8 @@ def here(nodes: int, environment: Mapping[str, str] = os.environ) -> Node:
     elif "SKYPILOT_NODE_RANK" in env and env.get("SKYPILOT_NODE_IPS"):
         node = Node(int(env["SKYPILOT_NODE_RANK"]), env["SKYPILOT_NODE_IPS"].split()[0], port)
     else:
-        raise Refused(
-            "nodes", f"{nodes} nodes, but neither PET_NODE_RANK and PET_MASTER_ADDR nor SLURM_* nor SKYPILOT_* are set"
-        )
+        unset = "neither PET_NODE_RANK and PET_MASTER_ADDR nor SLURM_* nor SKYPILOT_* are set"
+        raise Refused("nodes", f"{nodes} nodes, but {unset}")
     if not 0 <= node.index < nodes:
         raise Refused("nodes", f"this is node {node.index}, but nodes={nodes}")
     return node
@@ -54,11 +52,10 @@ def _first_host(nodelist: str) -> str:
 
 def listen(node: Node) -> socket.socket:
     """The socket at which node 0's rank 0 will host the store: loopback unless the run has several nodes."""
-    family_any = "0.0.0.0" if node.port else "127.0.0.1"
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((family_any, node.port))
+        listener.bind(("0.0.0.0" if node.port else "127.0.0.1", node.port))
     except OSError as error:
         listener.close()
         raise Refused("PET_MASTER_PORT", f"port {node.port} cannot be listened at ({error.strerror})") from error

@@ -145,24 +145,14 @@ class Rerun:
 
     def _nearest(self, step: int) -> manifest.Verified | None:
         """The newest whole checkpoint from which all steps up to `step` are recorded; None: begin at initialisation."""
-        passed = []
         gap = max((between for between in range(1, step + 1) if between not in self.run.steps), default=0)
-        for path in manifest.candidates(self.run.folder / "checkpoints"):
-            at = manifest.step_of(path.name)
-            if at is None or not gap <= at <= step:
-                continue
-            try:
-                found = manifest.verify(path)
-            except manifest.Damaged as damage:
-                passed.append(str(damage))
-                continue
-            if found.manifest.get("data", self.prepared.digest) == self.prepared.digest:
-                return found
-            passed.append(f"{path} was trained on other data")
-        if not gap and self.run.starts[1].get("step") == 0:
-            return None
-        why = f" ({passed[0]})" if passed else ""
-        raise Refused("step", f"nothing that {self.run.name} kept leads to its state after {step} steps{why}")
+        found, passed = manifest.newest(self.run.folder / "checkpoints", lambda at: gap <= at <= step)
+        if found is None and (gap or self.run.starts[1].get("step") != 0):
+            why = f" ({passed[0]})" if passed else ""
+            raise Refused("step", f"nothing that {self.run.name} kept leads to its state after {step} steps{why}")
+        if found is not None and found.manifest.get("data", self.prepared.digest) != self.prepared.digest:
+            raise Refused("step", f"{found.path} was trained on other data")
+        return found
 
     def _settle(self, step: int) -> None:
         """Take on the settings that `step` was computed under, keeping the state."""
