@@ -346,6 +346,7 @@ class Faults:
     node: int = 2  # ranks that a fault of a whole node takes at once, though never all
     seed: int = 0
 
+
 ACCELERATORS = ("auto", "cpu", "cuda")
 
 

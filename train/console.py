@@ -30,7 +30,7 @@ class Console:
         self._task: Any = None
         self._label = ""
         self._spoke = 0.0
-        self._speed = self._mfu = ""
+        self._pace = ""
         self._asked = False
 
     def say(self, text: str) -> None:
@@ -100,11 +100,11 @@ class Console:
 
     def _on_throughput(self, record: dict[str, Any]) -> None:
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.0f} %"
-        self._speed, self._mfu = f"{record['tokens_per_s']:,.0f} tokens/s", f"MFU {mfu}"
+        self._pace = f"  {record['tokens_per_s']:,.0f} tokens/s  MFU {mfu}"
 
     def _on_step(self, record: dict[str, Any]) -> None:
         loss = "nan" if record["loss"] is None else f"{record['loss']:.4f}"
-        numbers = "  ".join(filter(None, (f"loss {loss}", self._speed, self._mfu)))
+        numbers = f"loss {loss}{self._pace}"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], numbers=numbers)
         elif time.monotonic() - self._spoke > QUIET or record["step"] == self._steps:

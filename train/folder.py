@@ -106,9 +106,6 @@ class RunFolder:
     def events(self) -> Iterator[dict[str, Any]]:
         return events.read(self.events_path)
 
-    def summary(self) -> dict[str, Any] | None:
-        return read_json(self.path / "summary.json")
-
     def checkpointed(self) -> bool:
         return any((self.path / "checkpoints").glob("step-*"))
 
@@ -130,7 +127,7 @@ class RunFolder:
 
     def finished(self, config: Train) -> dict[str, Any] | None:
         """The summary of a run that has done all its steps already."""
-        summary = self.summary()
+        summary = read_json(self.path / "summary.json")
         return summary if summary and not summary["stopped"] and summary["steps"] >= config.steps else None
 
     def admit(self, config: Train, origin: dict[str, Any] | None = None) -> bool:

@@ -130,10 +130,8 @@ class Device:
     """One entry of configs/hardware: dense peaks in FLOP/s by precision, memory in bytes, both as published."""
 
     name: str
-    aliases: tuple[str, ...]
     memory: int
     peaks: dict[str, float]
-    sources: dict[str, str]
 
 
 @cache
@@ -141,8 +139,9 @@ def devices(folder: Path = CONFIGS / "hardware") -> dict[str, Device]:
     """Alias -> device. Raises Refused for an entry without a source, an unknown key, or a name used twice."""
     result: dict[str, Device] = {}
     for path in sorted(folder.glob("*.yaml")):
-        device = _device(path, yaml.safe_load(path.read_text()))
-        for alias in device.aliases:
+        entry = yaml.safe_load(path.read_text())
+        device = _device(path, entry)
+        for alias in entry["aliases"]:
             if alias in result:
                 raise Refused(str(path), f"'{alias}' is {result[alias].name} already: one name, one entry")
             result[alias] = device
@@ -160,10 +159,8 @@ def _device(path: Path, entry: dict[str, Any]) -> Device:
             raise Refused(str(path), f"{key} needs a value and a source")
     return Device(
         name=entry["name"],
-        aliases=tuple(entry["aliases"]),
         memory=int(entry["memory_gb"]["value"] * 1e9),
         peaks={p: entry[f"{p}_tflops"]["value"] * 1e12 for p in PEAKS if f"{p}_tflops" in entry},
-        sources={key: entry[key]["source"] for key in sorted(figures & set(entry))},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -28,25 +28,21 @@ ROWS = 32  # that a table shows
 @torch.no_grad()
 def rows(again: Rerun, virtual_ranks: Iterable[int], most: int | None) -> list[dict[str, Any]]:
     """The sequences of the next step, forwarded one at a time without dropout: to be read, not for the bits."""
-    stream, engine = again.parts.stream, again.engine
-    found: list[dict[str, Any]] = []
+    stream, engine, found = again.parts.stream, again.engine, []
     tokenizer = Tokenizer.load(again.prepared.tokenizer)
     engine.model.eval()
-    step = engine.state.step
-    for v, i in product(virtual_ranks, range(stream.micro_batches)):
-        if most is not None and len(found) >= most:
-            break
-        both = zip(stream.micro_batch(step, v, i), stream.places(step, v, i), strict=True)
-        for row, (tokens, (source, epoch, shard, window)) in enumerate(both):
-            ids = torch.from_numpy(tokens).unsqueeze(0).to(engine.fabric.device)
-            with engine.fabric.autocast():
-                loss = float(engine.model(ids[:, :-1], ids[:, 1:])) / stream.context
-            place = {"virtual_rank": v, "micro_batch": i, "row": row, "source": source, "epoch": epoch, "shard": shard}
-            document = stream.document(source, shard, window)  # the window may go on into the next ones
-            text = tokenizer.decode(tokens.tolist())[:EXCERPT]
-            found.append({**place, "window": window, "document": document, "text": text, "loss": loss})
+    for v, i, row in islice(product(virtual_ranks, range(stream.micro_batches), range(stream.rows)), most):
+        at = engine.state.step, v, i
+        tokens, (source, epoch, shard, window) = stream.micro_batch(*at)[row], stream.places(*at)[row]
+        ids = torch.from_numpy(tokens).unsqueeze(0).to(engine.fabric.device)
+        with engine.fabric.autocast():
+            loss = float(engine.model(ids[:, :-1], ids[:, 1:])) / stream.context
+        place = {"virtual_rank": v, "micro_batch": i, "row": row, "source": source, "epoch": epoch, "shard": shard}
+        document = stream.document(source, shard, window)  # the window may go on into the next ones
+        text = tokenizer.decode(tokens.tolist())[:EXCERPT]
+        found.append({**place, "window": window, "document": document, "text": text, "loss": loss})
     engine.model.train()
-    return found[:most]
+    return found
 
 
 def norms(again: Rerun, flat_tensor: Tensor) -> dict[str, float]:

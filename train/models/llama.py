@@ -11,10 +11,9 @@ a stride, 8.2 ms against 3.9 a layer, more than the wider product saves.
 First values keep the variance of what they multiply: normal(0, 1/sqrt(inputs)), which is 1 for an embedding, whose
 input is one token, and 1/sqrt(width) where it is tied and the output matrix too. The two projections of a block that
 write to the residual stream are divided by sqrt(2 · layers), so that the stream does not grow with depth. GPT-2's
-0.02 for everything fits a width of 2,500. At a width of 256 (4 layers, 80 s of one core, 0.4 M tokens of Python, AdamW
-at 3e-3, one seed) bits per byte fell, untied, from 2.20 (after 90 s) to 2.17 with matrices so and embeddings still at
-0.02, 2.11 at 0.1, 1.98 at 0.3 and 1.94 at 1; tied, from 2.32 (90 s) to 2.27 (90 s) and 2.17. An output matrix that
-starts at zero gave 2.56.
+0.02 for everything fits a width of 2,500; at a width of 256 (4 layers, 80 to 90 s of one core, Python, AdamW at 3e-3,
+one seed) it gave 2.20 bits per byte instead of 1.94, tied 2.32 instead of 2.17, mostly for the embedding's sake. An
+output matrix that starts at zero gave 2.56.
 
 Two paths: `forward` trains and scores whole sequences; `step` continues them with a `Cache` of keys and values.
 """
