@@ -31,11 +31,7 @@ class Drill(Train):
     Exit code 0 where every fault has struck and was survived, and not one bit of the result has changed.
     """
 
-    format: str = "table"
-
-    def __post_init__(self) -> None:
-        Train.__post_init__(self)
-        choice(self.format, "format", FORMATS)
+    format: Format = Format.table
 
 
 @dataclass(slots=True, kw_only=True)

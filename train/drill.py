@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from train import events
 from train.commands import Drill as Config
+from train.commands import Format
 from train.config import DONE, FAILED, Faults, Train, read_train
 from train.faults.plan import Injection, plan
 from train.ledger import by_kind, recoveries
@@ -28,7 +29,7 @@ def drill(config: Config) -> int:
     job = Train(**{item.name: getattr(config, item.name) for item in fields(Train)})
     twin = replace(job, name=f"{job.name}-twin", faults=Faults())
     codes = []
-    with contextlib.redirect_stdout(sys.stdout if config.format == "table" else sys.stderr):
+    with contextlib.redirect_stdout(sys.stdout if config.format is Format.table else sys.stderr):
         for one in (job, twin):  # the faulty one first: it also pays for importing torch
             codes.append(train(one))
             if codes[-1] != DONE:
@@ -37,7 +38,7 @@ def drill(config: Config) -> int:
         return codes[-1]  # stopped on request: the same command goes on
     records, twins = (list(events.read(one.folder / "events.jsonl")) for one in (job, twin))
     found = report(records, twins, plan(read_train(job.folder / "config.yaml")))
-    if config.format == "json":
+    if config.format is Format.json:
         print(json.dumps(found))
     else:
         _show(found)
