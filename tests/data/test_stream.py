@@ -29,7 +29,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 def everything(loaded: Stream, steps: int) -> list[tuple[tuple[int, int, int], tuple[int, ...]]]:
-    """(id, tokens) of every sample of so many steps, in the order of the global index."""
+    """(id, tokens) of every sample of so many steps, in the order of the global index.
+
+    An id is (source, epoch, window counted through the shards of the source).
+    """
     found: list[tuple[tuple[int, int, int], tuple[int, ...]]] = []
     for step in range(steps):
         for v in range(loaded.virtual_ranks):
@@ -37,7 +40,9 @@ def everything(loaded: Stream, steps: int) -> list[tuple[tuple[int, int, int], t
                 tokens = loaded.micro_batch(step, v, i)
                 assert tokens.dtype == np.int64
                 assert tokens.shape == (loaded.rows, loaded.context + 1)
-                found += zip(loaded.sample_ids(step, v, i), map(tuple, tokens.tolist()), strict=True)
+                places = loaded.places(step, v, i)
+                ids = [(source, epoch, loaded.ends[source][shard] + window) for source, epoch, shard, window in places]
+                found += zip(ids, map(tuple, tokens.tolist()), strict=True)
     return found
 
 

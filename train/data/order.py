@@ -14,46 +14,46 @@ samples come in any order, so one epoch of a source may end, and the next begin,
 from __future__ import annotations
 
 import hashlib
+import struct
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
+Word = TypeVar("Word", int, npt.NDArray[Any])  # a number below 2^64, or an array of uint64
 
 ROUNDS = 6
 SLOTS = 1024  # of a block of the mix: a weight is met to a thousandth
 
 
-def keys(*parts: int | str) -> Words:
-    """The round keys that belong to these numbers and words, shape (ROUNDS,)."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8 * ROUNDS).digest()
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+def keys(*parts: int | str) -> tuple[int, ...]:
+    """The round keys that belong to these numbers and words."""
+    return struct.unpack(f"<{ROUNDS}Q", hashlib.blake2b(repr(parts).encode(), digest_size=8 * ROUNDS).digest())
 
 
-def scramble(x: Words) -> Words:
-    """splitmix64's finalizer (Steele et al., OOPSLA 2014): each bit of the result depends on all bits of x."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def scramble(x: Word) -> Word:
+    """splitmix64's finalizer (Steele et al., OOPSLA 2014): each bit of the result depends on all 64 bits of x."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    x = x ^ (x >> 31)
+    return x
 
 
-def permute(index: Ints, size: int, key: Words) -> Ints:
-    """Where a permutation of [0, size), chosen by `key`, sends each of `index` (any shape (n,), values below size)."""
-    if size <= 1:
-        return index.copy()
-    bits = ((size - 1).bit_length() + 1) // 2
-    half, mask = np.uint64(bits), np.uint64((1 << bits) - 1)
-    x = index.astype(np.uint64)
-    walking = np.arange(x.size)
-    while walking.size:
-        left, right = x[walking] >> half, x[walking] & mask
+def permute(index: int, size: int, key: Sequence[int]) -> int:
+    """Where a permutation of [0, size), chosen by `key`, sends `index`."""
+    half = ((size - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
         for k in key:
             left, right = right, left ^ (scramble(right ^ k) & mask)
-        x[walking] = (left << half) | right
-        walking = walking[x[walking] >= size]
-    return x.astype(np.int64)
+        index = left << half | right
+        if index < size:
+            return index
 
 
 def shares(weights: Sequence[float]) -> list[int]:
@@ -66,15 +66,12 @@ def shares(weights: Sequence[float]) -> list[int]:
     return slots
 
 
-def deal(g: Ints, slots: Sequence[int], seed: int) -> tuple[Ints, Ints]:
-    """Global sample indices (n,) -> which source each is from, and its index among that source's samples."""
+def deal(g: int, slots: Sequence[int], seed: int) -> tuple[int, int]:
+    """A global sample index -> which source it is from, and its index among that source's samples."""
     if len(slots) == 1:
-        return np.zeros_like(g), g
-    ends = np.cumsum(slots)
-    block, slot = np.divmod(g, SLOTS)
-    for b in np.unique(block):
-        here = block == b
-        slot[here] = permute(slot[here], SLOTS, keys("mix", seed, int(b)))
-    source = np.searchsorted(ends, slot, side="right")
-    count = np.asarray(slots)[source]
-    return source, block * count + slot - (ends[source] - count)
+        return 0, g
+    block, slot = divmod(g, SLOTS)
+    slot = permute(slot, SLOTS, keys("mix", seed, block))
+    ends = list(accumulate(slots))
+    source = bisect_right(ends, slot)
+    return source, block * slots[source] + slot - (ends[source] - slots[source])

@@ -20,6 +20,7 @@ shard's first is a target exactly once an epoch (the odd end of a shard, shorter
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 
 import numpy as np
@@ -55,57 +56,34 @@ class Stream:
         return np.stack(
             [
                 self._shard(source, shard).read(window * T, window * T + T + 1)
-                for source, _, shard, window in self._places(self._indices(step, virtual_rank, micro_batch))
+                for source, _, shard, window in self.places(step, virtual_rank, micro_batch)
             ]
         )
 
-    def sample_ids(self, step: int, virtual_rank: int, micro_batch: int) -> list[tuple[int, int, int]]:
-        """(store, epoch, window counted through the store) of each row: evidence of what was seen."""
-        places = self.places(step, virtual_rank, micro_batch)
-        return [(source, epoch, self.ends[source][shard] + window) for source, epoch, shard, window in places]
-
     def places(self, step: int, virtual_rank: int, micro_batch: int) -> list[tuple[int, int, int, int]]:
-        """(store, epoch, shard, window in the shard) of each row."""
-        return self._places(self._indices(step, virtual_rank, micro_batch))
-
-    def document(self, store: int, shard: int, window: int, offset: int = 0) -> int | None:
-        """Which of the shard's documents a window's token lies in; None where it is not known where they end."""
-        index = self._shard(store, shard).index()
-        return None if index is None else int(np.searchsorted(index[0], window * self.context + offset, side="right"))
-
-    def _indices(self, step: int, virtual_rank: int, micro_batch: int) -> Ints:
+        """(source, epoch, shard, window in the shard) of each row."""
         assert 0 <= virtual_rank < self.virtual_ranks, f"virtual rank {virtual_rank} of {self.virtual_ranks}"
         assert 0 <= micro_batch < self.micro_batches, f"micro-batch {micro_batch} of {self.micro_batches}"
         first = step * self.sequences + (virtual_rank * self.micro_batches + micro_batch) * self.rows
-        return first + np.arange(self.rows, dtype=np.int64)
+        return [self._place(*deal(g, self.slots, self.seed)) for g in range(first, first + self.rows)]
 
-    def _places(self, g: Ints) -> list[tuple[int, int, int, int]]:
-        """(source, epoch, shard, window in the shard) of each global index."""
-        sources, local = deal(g, self.slots, self.seed)
-        places: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * g.size
-        for source in np.unique(sources).tolist():
-            rows = np.flatnonzero(sources == source)
-            for row, place in zip(rows.tolist(), self._locate(source, local[rows]), strict=True):
-                places[row] = (source, *place)
-        return places
+    def document(self, source: int, shard: int, window: int, offset: int = 0) -> int | None:
+        """Which of the shard's documents a window's token lies in; None where it is not known where they end."""
+        index = self._shard(source, shard).index()
+        return None if index is None else int(np.searchsorted(index[0], window * self.context + offset, side="right"))
 
-    def _locate(self, source: int, local: Ints) -> list[tuple[int, int, int]]:
-        """(epoch, shard, window) of a source's own sample indices."""
+    def _place(self, source: int, local: int) -> tuple[int, int, int, int]:
+        """The place of a source's own sample index."""
         ends = self.ends[source]
-        while ends[-1] <= local.max() and (shard := self.stores[source].shard(len(ends) - 1)) is not None:
-            ends.append(ends[-1] + max(0, shard.size - 1) // self.context)
+        while ends[-1] <= local and (arrived := self.stores[source].shard(len(ends) - 1)) is not None:
+            ends.append(ends[-1] + max(0, arrived.size - 1) // self.context)
         if ends[-1] == 0:
             raise Refused("model.context", f"{self.stores[source].folder} has no sample of {self.context} + 1 tokens")
-        # Where the loop ended early all indices lie in the first epoch, whatever the total will be.
-        epochs, rest = np.divmod(local, ends[-1])
-        shards = np.searchsorted(ends, rest, side="right") - 1
-        windows = np.empty_like(rest)
-        for epoch, shard in set(zip(epochs.tolist(), shards.tolist(), strict=True)):
-            here = (epochs == epoch) & (shards == shard)
-            size = ends[shard + 1] - ends[shard]
-            key = keys("sample", self.seed, source, epoch, shard)
-            windows[here] = permute(rest[here] - ends[shard], size, key)
-        return list(zip(epochs.tolist(), shards.tolist(), windows.tolist(), strict=True))
+        # Where the loop ended early the index lies in the first epoch, whatever the total will be.
+        epoch, rest = divmod(local, ends[-1])
+        shard = bisect_right(ends, rest) - 1
+        key = keys("sample", self.seed, source, epoch, shard)
+        return source, epoch, shard, permute(rest - ends[shard], ends[shard + 1] - ends[shard], key)
 
     def _shard(self, source: int, index: int) -> Shard:
         shard = self.stores[source].shard(index)

@@ -210,8 +210,8 @@ def _random(job: Job, tokenizer: Tokenizer, start: tuple[int, ...], progress: Pr
         for at in range(0, total, RANDOM_DOCUMENT):
             if place >= start[1]:
                 count = min(RANDOM_DOCUMENT, total - at)
-                index = np.arange(count, dtype=np.uint64) + np.uint64(place * RANDOM_DOCUMENT)
-                tokens = scramble(scramble(index) ^ key) % np.uint64(tokenizer.vocab - 1)  # any id but eot
+                index = np.arange(place * RANDOM_DOCUMENT, place * RANDOM_DOCUMENT + count, dtype=np.uint64)
+                tokens = scramble(scramble(index) ^ key) % (tokenizer.vocab - 1)  # any id but eot
                 tokens[-1] = tokenizer.eot
                 yield (0, place), split, tokens, 0
             place += 1
