@@ -79,9 +79,10 @@ def test_a_book_is_cut_at_line_ends_without_losing_a_byte(tmp_path: Path) -> Non
     source = Source(kind=SourceKind.text, path=str(tmp_path / "book.txt"))
     (file,) = pin(source, tmp_path, lambda *_: None)
     pages = [page for page in documents(file, "text") if page is not None]
-    assert "".join(pages) == lines
-    assert max(len(page.encode()) for page in pages) <= 1 << 20
-    assert pages[0].endswith("\n")
+    assert b"".join(pages) == lines.encode()
+    assert max(map(len, pages)) <= 1 << 20
+    assert all(page.decode() for page in pages)
+    assert pages[0].endswith(b"\n")
 
 
 def test_bad_text_is_refused_by_file_and_line(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -54,8 +55,8 @@ class File:
         """Where the file lies on this machine, after downloading it if it must be."""
         if not self.repo:
             return Path(self.path)
-        from_hub = _hub().hf_hub_download(self.repo, self.path, repo_type="dataset", revision=self.commit)
-        return Path(from_hub)
+        hub = _needs("huggingface_hub", "hf")
+        return Path(hub.hf_hub_download(self.repo, self.path, repo_type="dataset", revision=self.commit))
 
 
 FORMS = (".jsonl", ".parquet", ".gz", ".zst")
@@ -65,28 +66,23 @@ def pin(source: Source, cache: Path, progress: Progress) -> list[File]:
     """The files of a stdlib, text or hf source, in the order of reading. Raises Refused if there are none."""
     whole = source.kind is SourceKind.stdlib
     if whole:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [path for path in _below(root, LEFT_OUT) if path.suffix == ".py"]
+        below = _below(Path(sysconfig.get_paths()["stdlib"]), LEFT_OUT)
+        paths = [path for path in below if path.suffix == ".py"]
     elif source.kind is SourceKind.text:
         paths = [path for given in source.paths() for path in _below(Path(given).expanduser().resolve())]
-    elif Path(source.name).expanduser().is_dir():
-        root = Path(source.name).expanduser().resolve()
-        chosen = _chosen(source, [path.relative_to(root).as_posix() for path in _below(root)])
-        paths = [root / name for name in chosen]
+    elif (root := Path(source.name).expanduser().resolve()).is_dir():
+        paths = [root / name for name in _chosen(source, [str(path.relative_to(root)) for path in _below(root)])]
     else:
         return _pin_on_hub(source, cache)
     files, done, total = [], 0, sum(path.stat().st_size for path in paths)
     for path in paths:
         with path.open("rb") as stream:
-            files.append(
-                File(str(path), hashlib.file_digest(stream, "sha256").hexdigest(), path.stat().st_size, whole=whole)
-            )
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        files.append(File(str(path), sha256, path.stat().st_size, whole=whole))
         done += files[-1].size
         progress("digest", done, total)
     if not files:
-        raise Refused(
-            "data", f"no files to read in {', '.join(source.paths()) or source.name or 'the standard library'}"
-        )
+        raise Refused("data", f"no files to read in {', '.join(source.paths()) or 'the standard library'}")
     return files
 
 
@@ -117,10 +113,9 @@ def _pin_on_hub(source: Source, cache: Path) -> list[File]:
     """Ask the Hub once; what it said is kept, so that a machine without a network can go on with the same pin."""
     asked = json.dumps([source.name, source.revision, source.files, source.limit])
     kept = cache / "pins" / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
+    hub = _needs("huggingface_hub", "hf")
     try:
-        info = _hub().HfApi().dataset_info(source.name, revision=source.revision, files_metadata=True)
-    except Refused:
-        raise
+        info = hub.HfApi().dataset_info(source.name, revision=source.revision, files_metadata=True)
     except Exception as error:  # the Hub's client has dozens, for network, rights and names
         if kept.exists():
             return [File(**entry) for entry in json.loads(kept.read_text())]
@@ -137,34 +132,36 @@ def _pin_on_hub(source: Source, cache: Path) -> list[File]:
     return files
 
 
-def _hub() -> Any:
+def _needs(module: str, extra: str) -> Any:
+    """A module that not everybody has."""
     try:
-        import huggingface_hub
+        return importlib.import_module(module)
     except ImportError:
-        raise Refused("data", "huggingface_hub is missing: pip install 'pocket-colossus[hf]'") from None
-    return huggingface_hub
+        raise Refused("data", f"{module} is missing: pip install 'pocket-colossus[{extra}]'") from None
 
 
-def documents(file: File, field: str) -> Iterator[str | None]:
-    """The documents of a file in order; None stands for one that is not UTF-8, empty ones come as they are."""
+def documents(file: File, field: str) -> Iterator[bytes | None]:
+    """The documents of a file in order, as UTF-8; None stands for one that is not, empty ones come as they are."""
     path = file.fetch()
     try:
         if ".parquet" in file.form:
-            yield from _columns(path, field)
+            yield from map(_utf8, _columns(path, field))
         else:
             with _open(path) as stream:
-                if ".jsonl" in file.form:
-                    yield from _lines(stream, path, field)
-                else:
-                    yield from map(_text, _pages(stream, file.whole))
+                yield from map(_utf8, _lines(stream, path, field) if ".jsonl" in file.form else _pages(stream, file))
     except (OSError, EOFError, zlib.error) as error:
         raise Refused(str(path), f"cannot be read ({error}): replace it or leave it out") from None
 
 
-def _text(raw: bytes) -> str | None:
+def _utf8(document: str | bytes | None) -> bytes | None:
+    """A document's bytes, where they are UTF-8 or can be: JSON can spell lone surrogates, UTF-8 cannot."""
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
+        if isinstance(document, str):
+            return document.encode()
+        if document is not None:
+            document.decode()
+        return document
+    except UnicodeError:
         return None
 
 
@@ -172,19 +169,15 @@ def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise Refused(str(path), "zstandard is missing: pip install 'pocket-colossus[zst]'") from None
-        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader)
+        reader = _needs("zstandard", "zst").ZstdDecompressor()
+        return io.BufferedReader(reader.stream_reader(path.open("rb"), read_across_frames=True, closefd=True))
     return path.open("rb")
 
 
-def _pages(stream: BinaryIO, whole: bool) -> Iterator[bytes]:
+def _pages(stream: BinaryIO, file: File) -> Iterator[bytes]:
     """A text file as one document, or a book as pages that end where a line does (or, failing that, a character)."""
-    head = stream.read() if whole else stream.read(BOOK + 1)
-    if whole or len(head) <= BOOK:
+    head = stream.read() if file.whole else stream.read(BOOK + 1)
+    if file.whole or len(head) <= BOOK:
         yield head
         return
     while head:
@@ -215,30 +208,17 @@ def _lines(stream: BinaryIO, path: Path, field: str) -> Iterator[str | None]:
 
 
 def _columns(path: Path, field: str) -> Iterator[str | None]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise Refused(str(path), "pyarrow is missing: pip install 'pocket-colossus[hf]'") from None
+    pyarrow, parquet = _needs("pyarrow", "hf"), _needs("pyarrow.parquet", "hf")
     try:
         with parquet.ParquetFile(path) as table:
             if field not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names)
                 raise Refused("data.field", f"{path} has no column '{field}': choose from {columns}")
             for batch in table.iter_batches(batch_size=256, columns=[field]):
-                yield from (
-                    (text or "") if text is None or isinstance(text, str) else None for text in batch[field].to_pylist()
-                )
+                for text in batch[field].to_pylist():
+                    yield "" if text is None else text if isinstance(text, str) else None
     except pyarrow.ArrowException as error:
         raise Refused(str(path), f"is no readable parquet file: {str(error).splitlines()[0]}") from None
-
-
-def utf8(text: str | None) -> bytes | None:
-    """The bytes of a document; None where it has none (JSON can spell lone surrogates, UTF-8 cannot)."""
-    try:
-        return None if text is None else text.encode("utf-8")
-    except UnicodeEncodeError:
-        return None
 
 
 def held_out(raw: bytes, validation: float) -> bool:

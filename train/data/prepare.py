@@ -8,22 +8,24 @@ keeps the second from doing the work of the first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from train.config import Data, Refused, Source, SourceKind, TokenizerKind
 from train.data import store
-from train.data.corpus import File, Progress, documents, drawn, held_out, pin, utf8
+from train.data.corpus import File, Progress, documents, drawn, held_out, pin
 from train.data.store import digest
 from train.data.tokenizer import Tokenizer
 from train.data.writing import Job, Preparer, index_bin, quiet, write_store
 
 READ = (SourceKind.stdlib, SourceKind.text, SourceKind.hf)  # kinds that hold text
 SAMPLE = 32 << 20  # bytes of training documents that a BPE is trained on
+NO_TRAINING = "the corpus has no training documents: give it more text, or lower data.validation"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +70,9 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
     sources = list(data.parts.values()) or [data]
     pins = [pin(source, cache, progress) if source.kind in READ else [] for source in sources]
     path, tokenizer = _tokenizer(data, sources, pins, cache, progress)
-    folders, identities, running = [], [], []
+    folders: list[Path] = []
+    identities: list[str] = []
+    running = []
     for source, files in zip(sources, pins, strict=True):
         if source.kind is SourceKind.bin:
             folder, identity = index_bin(source, tokenizer.vocab, cache, progress)
@@ -88,17 +92,50 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
                 growing=growing,
                 seed=seed,
                 synthetic_tokens=data.synthetic_tokens,
-                parent=os.getpid(),
             )
             if (process := write_store(job, progress)) is not None:
                 running.append((folder, process))
         folders.append(folder)
         identities.append(identity)
+    shards = [store.manifests(folder) for folder in folders]
+    held = [found[:1] if s.kind is SourceKind.hf else found for s, found in zip(sources, shards, strict=True)]
+    for source, found, first in zip(sources, shards, held, strict=True):
+        _refuse_too_little(source, found, first, context)
     weights = [source.weight for source in sources]
     known = all(source.kind in READ for source in sources)
-    prepared = _summary(folders, weights, known, path, tokenizer, context, sources)
-    prepared.digest = digest(identities, weights, tokenizer.to_str())
+    prepared = Prepared(
+        stores=[str(folder) for folder in folders],
+        weights=weights,
+        validation_shards=[len(first) for first in held],
+        digest=digest(identities, weights, tokenizer.to_str()),
+        vocab=tokenizer.vocab,
+        eot=tokenizer.eot,
+        tokenizer=str(path),
+        complete=all(found[-1]["last"] for found in shards),
+        skipped=sum(shard["skipped"] for found in shards for shard in found),
+        train=_counts("train", shards, known),
+        validation=_counts("validation", held, known),
+    )
     return prepared, Preparer(running) if running else None
+
+
+def _counts(split: str, shards: list[list[dict[str, Any]]], known: bool) -> Counts:
+    parts = [shard[split] for found in shards for shard in found]
+    tokens, documents, size = (sum(part[key] for part in parts) for key in ("tokens", "documents", "bytes"))
+    return Counts(tokens=tokens, documents=documents, bytes=size if known else None)
+
+
+def _refuse_too_little(source: Source, shards: list[dict[str, Any]], held: list[dict[str, Any]], context: int) -> None:
+    """Raise if there is not a sample to train on, or no document, in the shards that hold them, to validate on."""
+    where = f"data={source.kind.value}"
+    sizes = [shard["train"]["tokens"] for shard in shards]
+    if not any(sizes):
+        raise Refused(where, NO_TRAINING)
+    if shards[-1]["last"] and max(sizes) <= context:
+        raise Refused(where, f"its {sum(sizes)} tokens are less than one sample of {context} + 1 (model.context)")
+    if not any(shard["validation"]["tokens"] for shard in held):
+        how = "name a val*.bin" if source.kind is SourceKind.bin else "raise the share, or add documents"
+        raise Refused("data.validation", f"no document of {where} falls into validation: {how}")
 
 
 def cache_folder(data: Data) -> Path:
@@ -117,53 +154,6 @@ def _identity(source: Source, files: list[File]) -> str:
     return digest([[file.form, file.sha256, file.whole] for file in files], source.field)
 
 
-def _summary(
-    folders: list[Path],
-    weights: list[float],
-    known: bool,
-    path: Path,
-    tokenizer: Tokenizer,
-    context: int,
-    sources: list[Source],
-) -> Prepared:
-    """Count what there is, and refuse what cannot be trained or validated on."""
-    found = [store.manifests(folder) for folder in folders]
-    shards = [1 if s.kind is SourceKind.hf else len(m) for s, m in zip(sources, found, strict=True)]
-    complete = all(m[-1]["last"] for m in found)
-    for source, all_shards, first in zip(sources, found, shards, strict=True):
-        where = f"data={source.kind.value}"
-        tokens = sum(m["train"]["tokens"] for m in all_shards)
-        if not tokens:
-            raise Refused(where, "the corpus has no training documents: give it more text, or lower data.validation")
-        if all_shards[-1]["last"] and not sum(max(0, m["train"]["tokens"] - 1) // context for m in all_shards):
-            raise Refused(where, f"its {tokens} tokens are less than one sample of {context} + 1 (model.context)")
-        if not sum(m["validation"]["tokens"] for m in all_shards[:first]):
-            raise Refused(
-                "data.validation",
-                f"no document of data={source.kind.value} falls into validation: "
-                + ("name a val*.bin" if source.kind is SourceKind.bin else "raise the share, or add documents"),
-            )
-
-    def counts(split: str) -> Counts:
-        parts = [m[split] for ms, n in zip(found, shards, strict=True) for m in (ms if split == "train" else ms[:n])]
-        total = {key: sum(part[key] for part in parts) for key in ("tokens", "documents", "bytes")}
-        return Counts(**{**total, "bytes": total["bytes"] if known else None})
-
-    return Prepared(
-        stores=[str(folder) for folder in folders],
-        weights=weights,
-        validation_shards=shards,
-        digest="",
-        vocab=tokenizer.vocab,
-        eot=tokenizer.eot,
-        tokenizer=str(path),
-        complete=complete,
-        skipped=sum(m["skipped"] for ms in found for m in ms),
-        train=counts("train"),
-        validation=counts("validation"),
-    )
-
-
 # ----------------------------------------------------------------------------------------------- tokenizer
 
 
@@ -177,37 +167,26 @@ def _tokenizer(
     if not text and kind is TokenizerKind.bpe:
         raise Refused("data.tokenizer.kind", "there is no text to train a bpe on: use none, or file")
     if kind in (TokenizerKind.bpe, TokenizerKind.bytes) and any(s.kind is SourceKind.bin for s in sources):
-        raise Refused(
-            "data.tokenizer.kind", "the ids of .bin files belong to a tokenizer of their own: use none, or file"
-        )
+        theirs = "the ids of .bin files belong to a tokenizer of their own"
+        raise Refused("data.tokenizer.kind", f"{theirs}: use none, or file")
+    made = None
     if kind is TokenizerKind.bpe:
         what = [[_identity(s, f), s.weight, s.kind is SourceKind.hf] for s, f in zip(sources, pins, strict=True)]
         name = digest(store.FORMAT, "bpe", data.tokenizer.vocab, SAMPLE, data.validation, what)
-        make = None
     else:
-        make = (
-            Tokenizer.of_bytes()
-            if kind is TokenizerKind.bytes
-            else Tokenizer.of_ids(data.tokenizer.vocab)
-            if kind is TokenizerKind.none
-            else Tokenizer.load(data.tokenizer.path)
-        )
-        name = digest(make.to_str())
-    folder = cache / "tokenizers" / name[:24]
-    path = folder / "tokenizer.json"
-    held = store.wait(folder)
-    try:
+        if kind is TokenizerKind.bytes:
+            made = Tokenizer.of_bytes()
+        elif kind is TokenizerKind.none:
+            made = Tokenizer.of_ids(data.tokenizer.vocab)
+        else:
+            made = Tokenizer.load(data.tokenizer.path)
+        name = digest(made.to_str())
+    path = cache / "tokenizers" / name[:24] / "tokenizer.json"
+    with store.locked(path.parent):
         if not path.exists():
-            if make is None:
-                make = Tokenizer.train(_sample(data, sources, pins, progress), data.tokenizer.vocab)
-            raw = make.to_str().encode()
-            folder.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".sha256").write_text(hashlib.sha256(raw).hexdigest())
-            (folder / "new").write_bytes(raw)
-            store.sync(folder / "new")
-            (folder / "new").rename(path)
-    finally:
-        os.close(held)
+            made = made or Tokenizer.train(_sample(data, sources, pins, progress), data.tokenizer.vocab)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.seal(path, made.to_str().encode())
     return path, Tokenizer.load(path)
 
 
@@ -222,21 +201,14 @@ def _sample(data: Data, sources: list[Source], pins: list[list[File]], progress:
         budget = SAMPLE * source.weight / sum(other.weight for other, _ in texts)
         size = sum(file.size for file in files)
         share = 1.0 if source.kind is SourceKind.hf else min(1.0, budget / max(1, size))
-        for file in files:
-            for text in documents(file, source.field):
-                raw = utf8(text)
-                if not raw or held_out(raw, data.validation):
-                    continue
-                if share < 1 and not drawn(b"sample" + raw, share):
-                    continue
-                assert text is not None
-                yield text
-                taken += len(raw)
-                budget -= len(raw)
-                progress("tokenizer", taken, SAMPLE)
-                if budget <= 0:
-                    break
+        for raw in chain.from_iterable(documents(file, source.field) for file in files):
+            if not raw or held_out(raw, data.validation) or not drawn(b"sample" + raw, share):
+                continue
+            yield raw.decode()
+            taken += len(raw)
+            budget -= len(raw)
+            progress("tokenizer", taken, SAMPLE)
             if budget <= 0:
                 break
     if not taken:
-        raise Refused("data", "the corpus has no training documents: give it more text, or lower data.validation")
+        raise Refused("data", NO_TRAINING)

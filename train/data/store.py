@@ -20,6 +20,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,24 +56,23 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def seal(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON with its sha256 beside it, the JSON last, each all at once."""
-    raw = json.dumps(value, indent=1).encode()
+def seal(path: Path, raw: bytes) -> None:
+    """Write a file with its sha256 beside it, the file last, each all at once."""
     for target, content in ((path.with_suffix(".sha256"), hashlib.sha256(raw).hexdigest().encode()), (path, raw)):
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary = target.with_name(f".{target.name}")
         temporary.write_bytes(content)
         sync(temporary)
         temporary.rename(target)
     sync(path.parent)
 
 
-def unseal(path: Path) -> dict[str, Any]:
-    """Read what `seal` wrote. Raises Refused naming the file if it is missing, damaged or changed."""
+def unseal(path: Path, expected: str | None = None) -> dict[str, Any]:
+    """Read JSON that `seal` wrote. Raises Refused if it is missing, damaged or another than the sha256 `expected`."""
     try:
-        raw, sealed = path.read_bytes(), path.with_suffix(".sha256").read_text()
+        raw, beside = path.read_bytes(), path.with_suffix(".sha256").read_text()
     except (OSError, UnicodeDecodeError):
         raise _damaged(path, "is missing") from None
-    if hashlib.sha256(raw).hexdigest() != sealed:
+    if not hashlib.sha256(raw).hexdigest() == beside == (expected or beside):
         raise _damaged(path, "is damaged or was changed")
     return cast("dict[str, Any]", json.loads(raw))
 
@@ -93,24 +94,47 @@ def lock(folder: Path) -> int | None:
     return descriptor
 
 
-def wait(folder: Path) -> int:
-    """Take the lock of a store, however long its holder keeps it."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a store, after waiting for however long somebody else keeps it."""
     while (held := lock(folder)) is None:
         time.sleep(0.05)
-    return held
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def why(folder: Path) -> str:
+    """What ended the background preparation of a store, in its own words."""
+    error = folder / "error.txt"
+    return error.read_text().strip() if error.exists() else "it ended without a word"
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file, cut as its digests cut it."""
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            yield block
+
+
+def shard_folder(folder: Path, index: int) -> Path:
+    """Where a shard of a store lies, once it is there."""
+    return folder / f"shard-{index:05d}"
 
 
 class Shard:
     """One split of a shard: `size` tokens in a file, and where each document ends."""
 
-    def __init__(self, path: Path, part: dict[str, Any], dtype: np.dtype[Any], own: bool) -> None:
-        self.path, self.part, self.dtype, self.own = path, part, dtype, own
-        self.size: int = part["tokens"]
-        self.documents: int = part["documents"]
-        self.checked = np.zeros(len(part["blocks"]), dtype=bool)
-        self._expect(path, self.size * dtype.itemsize)
-        mapped = np.memmap(path, dtype=dtype, mode="r") if self.size else np.zeros(0, dtype)
-        self.tokens: npt.NDArray[Any] = mapped
+    def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
+        self.part: dict[str, Any] = manifest[split]
+        self.path = Path(self.part["file"] or folder / f"{split}.bin")
+        self.size: int = self.part["tokens"]
+        self.dtype = np.dtype(manifest["dtype"])
+        self.checked = np.zeros(len(self.part["blocks"]), dtype=bool)
+        self._expect(self.path, self.size * self.dtype.itemsize)
+        # An empty file cannot be mapped.
+        self.tokens: npt.NDArray[Any] = np.memmap(self.path, self.dtype, "r") if self.size else np.zeros(0, self.dtype)
 
     def _expect(self, path: Path, size: int) -> None:
         if not path.is_file():
@@ -120,41 +144,35 @@ class Shard:
 
     def _bad(self, path: Path, what: str) -> Refused:
         """Our own files are made anew; of a user's file (data=bin) we can only say that it is not what it was."""
-        return (
-            _damaged(path, what) if self.own else Refused(str(path), f"{what} since it was prepared: restart the run")
-        )
+        given = Refused(str(path), f"{what} since it was prepared: restart the run")
+        return given if self.part["file"] else _damaged(path, what)
 
     def read(self, start: int, stop: int) -> Ints:
-        """Tokens [start, stop) as int64, after every block that they lie in has been verified once."""
-        width = self.dtype.itemsize
-        for block in range(start * width // BLOCK, -(-stop * width // BLOCK)):
-            if not self.checked[block]:
-                self._check(block)
+        """Tokens [start, stop) as int64, verified."""
+        self.verify(start, stop)
         return self.tokens[start:stop].astype(np.int64)
 
-    def _check(self, block: int) -> None:
-        count = BLOCK // self.dtype.itemsize
-        found = hashlib.sha256(self.tokens[block * count : (block + 1) * count].data).hexdigest()
-        if found != self.part["blocks"][block]:
-            raise self._bad(self.path, f"is damaged in MiB {block}")
-        self.checked[block] = True
-
-    def verify(self) -> None:
-        """Check every block that has not been checked yet."""
-        for block in np.flatnonzero(~self.checked):
-            self._check(int(block))
+    def verify(self, start: int, stop: int) -> None:
+        """Check the blocks that tokens [start, stop) lie in, each of them once."""
+        per_block = BLOCK // self.dtype.itemsize
+        for block in range(start // per_block, -(-stop // per_block)):
+            if not self.checked[block]:
+                found = hashlib.sha256(self.tokens[block * per_block : (block + 1) * per_block].data).hexdigest()
+                if found != self.part["blocks"][block]:
+                    raise self._bad(self.path, f"is damaged in MiB {block}")
+                self.checked[block] = True
 
     def index(self) -> tuple[Ints, Ints] | None:
         """(ends, bytes), each (documents,): where documents end, in tokens, and their UTF-8 bytes. None: unknown."""
         if self.part["docs_sha256"] is None:
             return None
         path = self.path.with_suffix(".docs")
-        self._expect(path, 16 * self.documents)
+        self._expect(path, 16 * self.part["documents"])
         raw = path.read_bytes()
         if hashlib.sha256(raw).hexdigest() != self.part["docs_sha256"]:
             raise self._bad(path, "is damaged or was changed")
-        pairs = np.frombuffer(raw, dtype="<u8").astype(np.int64).reshape(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
+        ends, sizes = np.frombuffer(raw, dtype="<u8").astype(np.int64).reshape(-1, 2).T
+        return ends, sizes
 
 
 class Store:
@@ -163,100 +181,67 @@ class Store:
     def __init__(self, folder: str | Path, split: str) -> None:
         self.folder, self.split = Path(folder), split
         self.shards: list[Shard] = []
-        self.complete = False  # the last shard has been seen
-        self.manifests: list[str] | None = None
+        self.last = False  # the last shard has been seen
         if (self.folder / "complete.json").exists():
-            self.manifests = unseal(self.folder / "complete.json")["manifests"]
-            while not self.complete:
-                self.shard(len(self.shards))
+            for digest in unseal(self.folder / "complete.json")["manifests"]:
+                self._next(digest)
             if sum(shard.size * shard.dtype.itemsize for shard in self.shards) <= WHOLE:
-                self.verify()
+                for shard in self.shards:
+                    shard.verify(0, shard.size)
 
     def shard(self, index: int) -> Shard | None:
         """The shard, once it is there; None behind the last one. Raises Refused if nobody is preparing it."""
-        while index >= len(self.shards) and not self.complete:
+        while index >= len(self.shards) and not self.last:
+            self._wait(shard_folder(self.folder, len(self.shards)))
             self._next()
         return self.shards[index] if index < len(self.shards) else None
 
-    def _next(self) -> None:
-        folder = self.folder / f"shard-{len(self.shards):05d}"
+    def _next(self, expected: str | None = None) -> None:
+        folder = shard_folder(self.folder, len(self.shards))
+        manifest = unseal(folder / "manifest.json", expected)
+        self.shards.append(Shard(folder, self.split, manifest))
+        self.last = manifest["last"]
+
+    def _wait(self, folder: Path) -> None:
+        """Until the shard is there; raise if it is not and nobody is at work on it."""
         while not folder.exists():
-            if self.manifests is not None:
-                raise _damaged(folder, "is missing")
-            self._alive(folder)
-            time.sleep(0.1)
-        manifest = unseal(folder / "manifest.json")
-        if self.manifests is not None:
-            raw = (folder / "manifest.json").read_bytes()
-            if self.manifests[len(self.shards)] != hashlib.sha256(raw).hexdigest():
-                raise _damaged(folder / "manifest.json", "is damaged or was changed")
-        if manifest["format"] != FORMAT or manifest["index"] != len(self.shards):
-            raise _damaged(folder / "manifest.json", "belongs to another store")
-        part = manifest[self.split]
-        path = Path(part["file"]) if part["file"] else folder / f"{self.split}.bin"
-        self.shards.append(Shard(path, part, np.dtype(manifest["dtype"]), own=not part["file"]))
-        self.complete = manifest["last"]
-
-    def _alive(self, folder: Path) -> None:
-        """Raise if the shard is not there and nobody is at work on it."""
-        descriptor = lock(self.folder)
-        if descriptor is None:
-            return
-        os.close(descriptor)
-        if not folder.exists():  # it may have come, and its writer gone, a moment ago
-            error = self.folder / "error.txt"
-            why = error.read_text().strip() if error.exists() else "it ended without a word"
-            raise Refused(str(folder), f"will not come, its preparation has stopped ({why}): start the run again")
-
-    def verify(self) -> None:
-        """Check every block of the shards that are there."""
-        for shard in self.shards:
-            shard.verify()
+            free = lock(self.folder)
+            if free is None:
+                time.sleep(0.1)
+                continue
+            os.close(free)
+            if not folder.exists():  # it may have come, and its writer gone, a moment ago
+                stopped = f"will not come, its preparation has stopped ({why(self.folder)})"
+                raise Refused(str(folder), f"{stopped}: start the run again")
 
 
 class Part:
-    """One split of a shard while it is written: tokens, documents and the digests of its blocks."""
+    """One split of a shard while it is written: tokens, and where documents end."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any]) -> None:
-        self.dtype, self.tokens, self.bytes, self.documents = dtype, 0, 0, 0
-        self.paths = folder / f"{split}.bin", folder / f"{split}.docs"
-        self.data, self.docs = (path.open("wb") for path in self.paths)
-        self.blocks: list[str] = []
-        self.block, self.filled = hashlib.sha256(), 0
-        self.docs_hash = hashlib.sha256()
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path, self.dtype = path, dtype
+        self.tokens, self.documents, self.bytes = 0, 0, 0
+        self.data, self.docs = path.open("wb"), path.with_suffix(".docs").open("w+b")
 
     def add(self, tokens: npt.ArrayLike, size: int) -> None:
         """A document: its tokens, the end-of-document token included, and its UTF-8 bytes (0 where it is no text)."""
         array = np.asarray(tokens, dtype=self.dtype)
-        view = memoryview(array.tobytes())
-        self.data.write(view)
-        while view:
-            room = BLOCK - self.filled
-            self.block.update(view[:room])
-            self.filled += len(view[:room])
-            view = view[room:]
-            if self.filled == BLOCK:
-                self._close_block()
         self.tokens += array.size
-        self.bytes += size
         self.documents += 1
-        entry = np.array([self.tokens, size], dtype="<u8").tobytes()
-        self.docs.write(entry)
-        self.docs_hash.update(entry)
-
-    def _close_block(self) -> None:
-        self.blocks.append(self.block.hexdigest())
-        self.block, self.filled = hashlib.sha256(), 0
+        self.bytes += size
+        self.data.write(array.tobytes())
+        self.docs.write(np.array([self.tokens, size], dtype="<u8").tobytes())
 
     def finish(self) -> dict[str, Any]:
-        if self.filled:
-            self._close_block()
+        """Flush the files to the disk: the part's entry in the manifest."""
+        self.docs.seek(0)
+        documents = hashlib.file_digest(self.docs, "sha256").hexdigest()
         for stream in (self.data, self.docs):
-            stream.flush()
-            os.fsync(stream.fileno())
             stream.close()
+            sync(Path(stream.name))
         counts = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
-        return {"file": None, **counts, "blocks": self.blocks, "docs_sha256": self.docs_hash.hexdigest()}
+        digests = [hashlib.sha256(block).hexdigest() for block in blocks(self.path)]
+        return {"file": None, **counts, "blocks": digests, "docs_sha256": documents}
 
 
 class Writer:
@@ -267,31 +252,34 @@ class Writer:
         self.temporary = folder / f".shard-{index:05d}"
         shutil.rmtree(self.temporary, ignore_errors=True)  # of a writer that died: we hold the lock
         self.temporary.mkdir(parents=True)
-        self.train, self.validation = (Part(self.temporary, split, dtype) for split in SPLITS)
+        self.parts = {split: Part(self.temporary / f"{split}.bin", dtype) for split in SPLITS}
         self.skipped = 0  # documents that are not UTF-8
 
-    def publish(self, *, last: bool, next_document: tuple[int, int]) -> None:
-        parts = {"train": self.train.finish(), "validation": self.validation.finish()}
+    def publish(
+        self, *, last: bool, next_document: tuple[int, int], given: dict[str, dict[str, Any]] | None = None
+    ) -> None:
+        """Seal the manifest and give the folder the name under which readers look for it.
+
+        `given` are entries, by split, for a user's own files: they take the place of what was written, nothing.
+        """
         head = {"format": FORMAT, "index": self.index, "last": last, "next": next_document, "skipped": self.skipped}
-        place(self.temporary, self.folder, {**head, "dtype": self.dtype.str, **parts})
-
-
-def place(temporary: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Seal a shard's manifest and give its folder the name under which readers look for it."""
-    seal(temporary / "manifest.json", manifest)
-    temporary.rename(folder / f"shard-{manifest['index']:05d}")
-    sync(folder)
+        parts = {split: part.finish() for split, part in self.parts.items()} | (given or {})
+        seal(
+            self.temporary / "manifest.json", json.dumps({**head, "dtype": self.dtype.str, **parts}, indent=1).encode()
+        )
+        self.temporary.rename(shard_folder(self.folder, self.index))
+        sync(self.folder)
 
 
 def manifests(folder: Path) -> list[dict[str, Any]]:
     """The manifests of the shards that are there, from the first one on."""
     found: list[dict[str, Any]] = []
-    while (folder / f"shard-{len(found):05d}").exists():
-        found.append(unseal(folder / f"shard-{len(found):05d}" / "manifest.json"))
+    while (shard := shard_folder(folder, len(found))).exists():
+        found.append(unseal(shard / "manifest.json"))
     return found
 
 
 def close(folder: Path) -> None:
     """Declare a store complete: from now on a missing or exchanged shard is seen when it is opened."""
-    paths = sorted(folder.glob("shard-*/manifest.json"))
-    seal(folder / "complete.json", {"manifests": [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]})
+    sealed = [path.read_text() for path in sorted(folder.glob("shard-*/manifest.sha256"))]
+    seal(folder / "complete.json", json.dumps({"manifests": sealed}, indent=1).encode())

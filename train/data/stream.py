@@ -129,7 +129,7 @@ class Validation:
         index = shard.index()
         if index is not None:
             return index
-        shard.verify()
+        shard.verify(0, shard.size)
         ends = np.flatnonzero(shard.tokens == self.eot) + 1 if self.lossless else np.arange(1, shard.size + 1)
         if shard.size and (not ends.size or ends[-1] < shard.size):
             ends = np.append(ends, shard.size)

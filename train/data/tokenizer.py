@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read what `save` wrote, or any tokenizer.json. Raises Refused naming the file."""
+        """Read what `to_str` gave, or any tokenizer.json. Raises Refused naming the file."""
         path = Path(path).expanduser()
         try:
             raw = path.read_bytes()
@@ -97,9 +97,6 @@ class Tokenizer:
         if self.library is not None:
             return str(self.library.to_str())
         return json.dumps({"pocket_colossus": self.kind.value, "vocab": self.vocab, "eot": self.eot})
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_str(), encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without an end-of-document token."""
@@ -140,7 +137,7 @@ def _pieces(spec: dict[str, Any], vocab: int, eot: int) -> list[bytes] | None:
     )
     if not lossless:
         return None
-    byte = dict(_alphabet())
+    byte = _alphabet()
     pieces = [b""] * vocab
     added = {entry["content"]: entry["id"] for entry in spec["added_tokens"]}
     for token, index in spec["model"]["vocab"].items():
@@ -153,12 +150,9 @@ def _pieces(spec: dict[str, Any], vocab: int, eot: int) -> list[bytes] | None:
     return pieces
 
 
-def _alphabet() -> Iterator[tuple[str, int]]:
+def _alphabet() -> dict[str, int]:
     """GPT-2's characters for bytes: printable ones stand for themselves, the rest follow from U+0100 on."""
-    unprintable = 0
-    for i in range(256):
-        if 0x21 <= i <= 0x7E or 0xA1 <= i <= 0xAC or 0xAE <= i <= 0xFF:
-            yield chr(i), i
-        else:
-            yield chr(0x100 + unprintable), i
-            unprintable += 1
+    characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    printable = {character: ord(character) for character in characters if ord(character) < 0x100}
+    others = sorted(set(range(256)) - set(printable.values()))
+    return printable | dict(zip(characters[len(printable) :], others, strict=True))

@@ -16,13 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import numpy as np
 
 from train.config import Refused, Source
 from train.data import store
-from train.data.corpus import File, Progress, documents, held_out, utf8
+from train.data.corpus import File, Progress, documents, held_out
 from train.data.order import keys, scramble
 from train.data.store import digest
 from train.data.tokenizer import Tokenizer
@@ -56,7 +57,6 @@ class Job:
     growing: bool  # hf: start when the first shard is ready
     seed: int
     synthetic_tokens: int
-    parent: int = 0  # the process that the background one must not outlive
 
 
 class Preparer:
@@ -69,15 +69,13 @@ class Preparer:
         """One line if one of them has failed, None while all goes well (or is done)."""
         for folder, process in self.running:
             if process.poll():
-                error = folder / "error.txt"
-                why = error.read_text().strip() if error.exists() else f"exit status {process.returncode}"
-                return f"preparing {folder} has failed: {why}"
+                return f"preparing {folder} has failed: {store.why(folder)}"
         return None
 
     def stop(self) -> None:
         for _, process in self.running:
             process.kill()  # whatever it was writing is not yet a shard
-            process.wait()
+            process.communicate()
 
 
 def write_store(job: Job, progress: Progress) -> subprocess.Popen[bytes] | None:
@@ -96,7 +94,7 @@ def write_store(job: Job, progress: Progress) -> subprocess.Popen[bytes] | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "error.txt").unlink(missing_ok=True)
-            if not write_shards(job, 1 if job.growing else None, progress):
+            if not write_shards(job, job.growing, progress):
                 return _background(job, held)
         finally:
             os.close(held)
@@ -115,102 +113,102 @@ def _background(job: Job, held: int) -> subprocess.Popen[bytes]:
         start_new_session=True,  # Ctrl-C is for the parent to interpret
     )
     assert process.stdin is not None
-    process.stdin.write(json.dumps(asdict(job)).encode())
-    process.stdin.close()
+    process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+    process.stdin.flush()  # and left open, for as long as we live
     return process
 
 
 def background() -> None:
     """The life of the background process: write the shards that are missing, unless the parent dies first."""
-    value = json.loads(sys.stdin.read())
+    value = json.loads(sys.stdin.readline())
     job = Job(**{**value, "files": [File(**file) for file in value["files"]]})
 
     def follow() -> None:
-        while os.getppid() == job.parent:
-            time.sleep(0.5)
+        os.read(sys.stdin.fileno(), 1)  # returns when the parent's end is closed
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
     try:
-        write_shards(job, None, quiet)
+        write_shards(job, False, quiet)
     except Exception as error:
         (Path(job.folder) / "error.txt").write_text(" ".join(f"{type(error).__name__}: {error}".split()))
         sys.exit(1)
 
 
-Item = tuple[tuple[int, int], str | None, Any, int]  # place in the corpus, split, tokens, UTF-8 bytes
+Place = tuple[int, int]  # in the corpus: a file, a document of it
+Item = tuple[Place, str | None, Any, int]  # place, split (None: not UTF-8), tokens, UTF-8 bytes
 
 
-def write_shards(job: Job, limit: int | None, progress: Progress) -> bool:
-    """Write the shards of a store that are missing, `limit` in all; whether it is complete. The lock is held."""
+def write_shards(job: Job, first_only: bool, progress: Progress) -> bool:
+    """Write the shards of a store that are missing, or but the first; whether it is complete. The lock is held."""
     folder = Path(job.folder)
     have = store.manifests(folder)
     if not (have and have[-1]["last"]):
-        if limit is not None and len(have) >= limit:
+        if first_only and have:
             return False
         tokenizer = Tokenizer.load(job.tokenizer)
-        start = tuple(have[-1]["next"]) if have else (0, 0)
+        start: Place = tuple(have[-1]["next"]) if have else (0, 0)
         items = (_tokenized if job.files else _random)(job, tokenizer, start, progress)
         writer = store.Writer(folder, len(have), store.token_type(tokenizer.vocab))
         for place, split, tokens, size in items:
             if split is None:
                 writer.skipped += 1
-            elif split == "validation":
-                if not (job.growing and writer.index):
-                    writer.validation.add(tokens, size)
-            else:
-                if writer.train.tokens and writer.train.tokens + len(tokens) > job.shard_tokens:
+            elif split == "train":
+                written = writer.parts["train"].tokens
+                if written and written + len(tokens) > job.shard_tokens:
                     writer.publish(last=False, next_document=place)
-                    if writer.index + 1 == limit:
+                    if first_only:
                         return False
                     writer = store.Writer(folder, writer.index + 1, writer.dtype)
-                writer.train.add(tokens, size)
+                writer.parts["train"].add(tokens, size)
+            elif not (job.growing and writer.index):
+                writer.parts["validation"].add(tokens, size)
         writer.publish(last=True, next_document=(len(job.files), 0))
     store.close(folder)
     return True
 
 
-def _tokenized(job: Job, tokenizer: Tokenizer, start: tuple[int, ...], progress: Progress) -> Iterator[Item]:
-    """Documents from `start` on, tokenized in batches of bounded size, each with its end-of-document token."""
+def _tokenized(job: Job, tokenizer: Tokenizer, start: Place, progress: Progress) -> Iterator[Item]:
+    """Documents from `start` on, each with its end-of-document token."""
     total, done = sum(file.size for file in job.files), sum(file.size for file in job.files[: start[0]])
-    batch: list[tuple[tuple[int, int], bytes | None]] = []
-    size = 0
-
-    def flush() -> Iterator[Item]:
-        texts = [raw.decode() for _, raw in batch if raw is not None]
-        ids = iter(tokenizer.encode_batch(texts))
+    for batch in _batches(job, start):
+        done += sum(len(raw or b"") for _, raw in batch)
+        progress("tokenize", min(done, total), total)  # packed files hold more than their size
+        ids = tokenizer.encode_batch([raw.decode() for _, raw in batch if raw is not None])
         for place, raw in batch:
             if raw is None:
                 yield place, None, [], 0
             else:
                 split = "validation" if held_out(raw, job.validation) else "train"
-                yield place, split, [*next(ids), tokenizer.eot], len(raw)
-        batch.clear()
+                yield place, split, [*ids.pop(0), tokenizer.eot], len(raw)
+    progress("tokenize", total, total)
 
+
+def _batches(job: Job, start: Place) -> Iterator[list[tuple[Place, bytes | None]]]:
+    """The places and bytes of documents from `start` on, without empty ones, in batches of bounded size."""
+    batch: list[tuple[Place, bytes | None]] = []
+    size = 0
     for f in range(start[0], len(job.files)):
         skip = start[1] if f == start[0] else 0
-        for d, text in islice(enumerate(documents(job.files[f], job.field)), skip, None):
-            raw = utf8(text)
+        for d, raw in islice(enumerate(documents(job.files[f], job.field)), skip, None):
             if raw != b"":
                 batch.append(((f, d), raw))
                 size += len(raw or b"")
             if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-                done, size = done + size, 0
-                progress("tokenize", min(done, total), total)  # packed files hold more than their size
-                yield from flush()
-    yield from flush()
-    progress("tokenize", total, total)
+                yield batch
+                batch, size = [], 0
+    yield batch
 
 
-def _random(job: Job, tokenizer: Tokenizer, start: tuple[int, ...], progress: Progress) -> Iterator[Item]:
+def _random(job: Job, tokenizer: Tokenizer, start: Place, progress: Progress) -> Iterator[Item]:
     """`synthetic_tokens` random training tokens, and validation's share of them besides, which comes first."""
     key, place = keys("synthetic", job.seed)[0], 0
     held = max(RANDOM_DOCUMENT, round(job.validation * job.synthetic_tokens))
     for split, total in (("validation", held), ("train", job.synthetic_tokens)):
         for at in range(0, total, RANDOM_DOCUMENT):
             if place >= start[1]:
-                count = min(RANDOM_DOCUMENT, total - at)
-                index = np.arange(place * RANDOM_DOCUMENT, place * RANDOM_DOCUMENT + count, dtype=np.uint64)
+                first = place * RANDOM_DOCUMENT
+                index = np.arange(first, first + min(RANDOM_DOCUMENT, total - at), dtype=np.uint64)
                 tokens = scramble(scramble(index) ^ key) % (tokenizer.vocab - 1)  # any id but eot
                 tokens[-1] = tokenizer.eot
                 yield (0, place), split, tokens, 0
@@ -226,56 +224,32 @@ def index_bin(source: Source, vocab: int, cache: Path, progress: Progress) -> tu
         raise Refused("data.path", f"no .bin file in {', '.join(source.paths())}")
     stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     folder = cache / "stores" / digest(store.FORMAT, "bin", stamps)[:24]
-    held = store.wait(folder)
-    try:
+    with store.locked(folder):
         if not (folder / "complete.json").exists():
-            parts = [_scan(path, progress) for path in paths]
-            train = [part for part in parts if not Path(part["file"]).name.startswith("val")]
-            validation = [part for part in parts if Path(part["file"]).name.startswith("val")]
-            none: dict[str, Any] = {
-                "file": None,
-                "tokens": 0,
-                "documents": 0,
-                "bytes": 0,
-                "blocks": [],
-                "docs_sha256": None,
-                "top": 0,
-            }
-            pairs = list(zip_longest(train, validation, fillvalue=none))
-            for i, (t, v) in enumerate(pairs):
-                if not (folder / f"shard-{i:05d}").exists():
-                    writer = store.Writer(folder, i, np.dtype("<u2"))
-                    for part in (writer.train, writer.validation):
-                        part.finish()
-                    head = {
-                        "format": store.FORMAT,
-                        "index": i,
-                        "last": i + 1 == len(pairs),
-                        "next": [0, 0],
-                        "skipped": 0,
-                    }
-                    store.place(writer.temporary, folder, {**head, "dtype": "<u2", "train": t, "validation": v})
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted one has left
+            splits = {"validation": [path for path in paths if path.name.startswith("val")]}
+            splits["train"] = [path for path in paths if path not in splits["validation"]]
+            count = max(map(len, splits.values()))
+            for i in range(count):
+                parts = {split: _scan(files[i], progress) for split, files in splits.items() if i < len(files)}
+                writer = store.Writer(folder, i, np.dtype("<u2"))
+                writer.publish(last=i + 1 == count, next_document=(0, 0), given=parts)
             store.close(folder)
-    finally:
-        os.close(held)
-    found = [m[split] for m in store.manifests(folder) for split in store.SPLITS]
+    found = [manifest[split] for manifest in store.manifests(folder) for split in store.SPLITS]
     for part in found:
-        if part["top"] >= vocab:
-            raise Refused(
-                part["file"], f"holds token {part['top']}, but data.tokenizer.vocab={vocab} ends at {vocab - 1}"
-            )
+        if (top := part.get("top", 0)) >= vocab:
+            raise Refused(part["file"], f"holds token {top}, but data.tokenizer.vocab={vocab} ends at {vocab - 1}")
     return folder, digest("bin", [part["blocks"] for part in found])
 
 
 def _scan(path: Path, progress: Progress) -> dict[str, Any]:
     """A .bin file as a part of a shard: its size, the digest of each block, its largest token."""
-    size, blocks, top = path.stat().st_size, [], 0
+    size, digests, top = path.stat().st_size, [], 0
     if size % 2:
         raise Refused(str(path), f"has {size} bytes, an odd number: it holds no uint16 tokens")
-    with path.open("rb") as stream:
-        while block := stream.read(store.BLOCK):
-            blocks.append(hashlib.sha256(block).hexdigest())
-            top = max(top, int(np.frombuffer(block, "<u2").max()))
-            progress("digest", min(size, len(blocks) * store.BLOCK), size)
+    for block in store.blocks(path):
+        digests.append(hashlib.sha256(block).hexdigest())
+        top = max(top, int(np.frombuffer(block, "<u2").max()))
+        progress("digest", min(size, len(digests) * store.BLOCK), size)
     counts = {"tokens": size // 2, "documents": 0, "bytes": 0}
-    return {"file": str(path), **counts, "blocks": blocks, "docs_sha256": None, "top": top}
+    return {"file": str(path), **counts, "blocks": digests, "docs_sha256": None, "top": top}
