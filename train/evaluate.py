@@ -19,7 +19,6 @@ from torch import nn
 from train import trained
 from train.commands import Evaluate, Format
 from train.data.stream import Validation
-from train.data.yardstick import yardsticks
 from train.folder import locate
 
 
@@ -71,7 +70,7 @@ def main(config: Evaluate) -> int:
     validation = Validation(run.prepared, context=context, tokens=config.tokens, micro_batch=size)
     score = evaluate(run.model, validation, trained.fabric(run, on))
     facts: dict[str, Any] = {"run": config.run, "step": run.step, "loss": score.loss, "bpb": score.bpb}
-    facts |= {"tokens": score.tokens, "bytes": score.bytes, **yardsticks(validation)}
+    facts |= {"tokens": score.tokens, "bytes": score.bytes, **validation.yardsticks()}
     if config.format is Format.json:
         print(json.dumps(facts))
         return 0

@@ -15,7 +15,6 @@ from train import checkpoint, events, manifest
 from train.channel import Channel
 from train.config import Refused, Train
 from train.data.stream import Validation
-from train.data.yardstick import yardsticks
 from train.evaluate import evaluate
 from train.folder import differences
 from train.group import Group
@@ -94,7 +93,7 @@ class Keeper:
 
     def _last_words(self, end: events.Finished) -> None:
         whole = self.validation(0)
-        end.yardsticks = yardsticks(whole)
+        end.yardsticks = whole.yardsticks()
         (end.sample,) = continue_text(self.model, whole.tokenizer, self.config.sample, seed=self.config.seed)
 
 

@@ -18,7 +18,6 @@ from train.data.prepare import Prepared, prepare
 from train.data.store import Store, lock
 from train.data.stream import IGNORED, Stream, Validation
 from train.data.writing import Preparer
-from train.data.yardstick import yardsticks
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def test_a_mix_keeps_its_shares_and_each_part_its_epochs(tmp_path: Path) -> None
     mine = [i for i, _ in found if i[0] == 0 and i[1] < 2]
     assert sorted(mine) == [(0, epoch, w) for epoch in (0, 1) for w in range(total)]
     validation = Validation(corpus, context=16, tokens=400, micro_batch=2)
-    assert len(validation.segments) == 2
+    assert len(validation.ends) == 2
     assert validation.bytes is None or validation.lossless
 
 
@@ -135,7 +134,7 @@ def test_validation_predicts_each_token_of_whole_documents_once(tmp_path: Path, 
 def test_gzip_is_measured_on_exactly_these_bytes(tmp_path: Path) -> None:
     corpus = prepared(config(tmp_path, "text", path=str(folder(tmp_path / "a", texts(60)))))
     validation = Validation(corpus, context=16, tokens=0, micro_batch=3)
-    sizes = yardsticks(validation)
+    sizes = validation.yardsticks()
     assert validation.bytes is not None
     whole = sum(len(gzip.compress(raw, 9)) for raw in validation.text_bytes())
     assert sizes["gzip_documents"] == 8 * whole / validation.bytes
@@ -144,7 +143,7 @@ def test_gzip_is_measured_on_exactly_these_bytes(tmp_path: Path) -> None:
     ids = prepared(config(tmp_path, "synthetic", synthetic_tokens=5000))
     unknown = Validation(ids, context=16, tokens=0, micro_batch=3)
     assert unknown.bytes is None
-    assert yardsticks(unknown) == {"gzip_windows": None, "gzip_documents": None}
+    assert unknown.yardsticks() == {"gzip_windows": None, "gzip_documents": None}
 
 
 # ----------------------------------------------------------------------------------- a dataset that is arriving

@@ -176,7 +176,7 @@ class Shard:
 
 
 class Store:
-    """The shards of one split. `shard(i)` waits for a shard that is still being prepared."""
+    """The shards of one split that are there; `wait(i)` waits for one that is still being prepared."""
 
     def __init__(self, folder: str | Path, split: str) -> None:
         self.folder, self.split = Path(folder), split
@@ -189,12 +189,12 @@ class Store:
                 for shard in self.shards:
                     shard.verify(0, shard.size)
 
-    def shard(self, index: int) -> Shard | None:
-        """The shard, once it is there; None behind the last one. Raises Refused if nobody is preparing it."""
+    def wait(self, index: int) -> bool:
+        """Whether there is such a shard, once it can be known. Raises Refused if nobody is preparing it."""
         while index >= len(self.shards) and not self.last:
             self._wait(shard_folder(self.folder, len(self.shards)))
             self._next()
-        return self.shards[index] if index < len(self.shards) else None
+        return index < len(self.shards)
 
     def _next(self, expected: str | None = None) -> None:
         folder = shard_folder(self.folder, len(self.shards))
@@ -215,35 +215,6 @@ class Store:
                 raise Refused(str(folder), f"{stopped}: start the run again")
 
 
-class Part:
-    """One split of a shard while it is written: tokens, and where documents end."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path, self.dtype = path, dtype
-        self.tokens, self.documents, self.bytes = 0, 0, 0
-        self.data, self.docs = path.open("wb"), path.with_suffix(".docs").open("w+b")
-
-    def add(self, tokens: npt.ArrayLike, size: int) -> None:
-        """A document: its tokens, the end-of-document token included, and its UTF-8 bytes (0 where it is no text)."""
-        array = np.asarray(tokens, dtype=self.dtype)
-        self.tokens += array.size
-        self.documents += 1
-        self.bytes += size
-        self.data.write(array.tobytes())
-        self.docs.write(np.array([self.tokens, size], dtype="<u8").tobytes())
-
-    def finish(self) -> dict[str, Any]:
-        """Flush the files to the disk: the part's entry in the manifest."""
-        self.docs.seek(0)
-        documents = hashlib.file_digest(self.docs, "sha256").hexdigest()
-        for stream in (self.data, self.docs):
-            stream.close()
-            sync(Path(stream.name))
-        counts = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
-        digests = [hashlib.sha256(block).hexdigest() for block in blocks(self.path)]
-        return {"file": None, **counts, "blocks": digests, "docs_sha256": documents}
-
-
 class Writer:
     """Writes one shard of a store (both splits) and publishes it all at once."""
 
@@ -252,8 +223,19 @@ class Writer:
         self.temporary = folder / f".shard-{index:05d}"
         shutil.rmtree(self.temporary, ignore_errors=True)  # of a writer that died: we hold the lock
         self.temporary.mkdir(parents=True)
-        self.parts = {split: Part(self.temporary / f"{split}.bin", dtype) for split in SPLITS}
+        names = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "docs")]
+        self.files = {name: (self.temporary / name).open("wb") for name in names}
+        self.counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
         self.skipped = 0  # documents that are not UTF-8
+
+    def add(self, split: str, tokens: npt.ArrayLike, size: int) -> None:
+        """A document: its tokens, the end-of-document token included, and its UTF-8 bytes (0 where it is no text)."""
+        array, counts = np.asarray(tokens, dtype=self.dtype), self.counts[split]
+        counts["tokens"] += array.size
+        counts["documents"] += 1
+        counts["bytes"] += size
+        self.files[f"{split}.bin"].write(array.tobytes())
+        self.files[f"{split}.docs"].write(np.array([counts["tokens"], size], dtype="<u8").tobytes())
 
     def publish(
         self, *, last: bool, next_document: tuple[int, int], given: dict[str, dict[str, Any]] | None = None
@@ -262,11 +244,18 @@ class Writer:
 
         `given` are entries, by split, for a user's own files: they take the place of what was written, nothing.
         """
+        for name, file in self.files.items():
+            file.close()
+            sync(self.temporary / name)
+        parts = {}
+        for split, counts in self.counts.items():
+            path = self.temporary / f"{split}.bin"
+            documents = hashlib.sha256(path.with_suffix(".docs").read_bytes()).hexdigest()
+            digests = [hashlib.sha256(block).hexdigest() for block in blocks(path)]
+            parts[split] = {"file": None, **counts, "blocks": digests, "docs_sha256": documents}
         head = {"format": FORMAT, "index": self.index, "last": last, "next": next_document, "skipped": self.skipped}
-        parts = {split: part.finish() for split, part in self.parts.items()} | (given or {})
-        seal(
-            self.temporary / "manifest.json", json.dumps({**head, "dtype": self.dtype.str, **parts}, indent=1).encode()
-        )
+        manifest = {**head, "dtype": self.dtype.str, **parts, **(given or {})}
+        seal(self.temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
         self.temporary.rename(shard_folder(self.folder, self.index))
         sync(self.folder)
 

@@ -154,15 +154,15 @@ def write_shards(job: Job, first_only: bool, progress: Progress) -> bool:
             if split is None:
                 writer.skipped += 1
             elif split == "train":
-                written = writer.parts["train"].tokens
+                written = writer.counts["train"]["tokens"]
                 if written and written + len(tokens) > job.shard_tokens:
                     writer.publish(last=False, next_document=place)
                     if first_only:
                         return False
                     writer = store.Writer(folder, writer.index + 1, writer.dtype)
-                writer.parts["train"].add(tokens, size)
+                writer.add(split, tokens, size)
             elif not (job.growing and writer.index):
-                writer.parts["validation"].add(tokens, size)
+                writer.add(split, tokens, size)
         writer.publish(last=True, next_document=(len(job.files), 0))
     store.close(folder)
     return True
