@@ -65,7 +65,7 @@ def _train(config: Train, run: folder.RunFolder, console: Console, requests: Req
     context = forkserver()
     prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
     try:
-        run.write(config, json.loads(prepared.to_json()))
+        run.write(config, dataclasses.asdict(prepared))
         supervisor = Supervisor(config, run, console, context, preparer, requests)
         if origin is not None and run.node == 0:
             resume = supervisor.fetch(origin, prepared.digest) or resume

@@ -66,7 +66,7 @@ def ours(config: Train, path: Path) -> Callable[[int], None]:
     """Returns what runs n more steps."""
     prepared, _ = prepare(config.data, seed=config.seed, context=config.model.context)
     with folder.RunFolder(path) as run:
-        run.write(config, json.loads(prepared.to_json()))
+        run.write(config, dataclasses.asdict(prepared))
     place = Place(rank=0, world=1, local_rank=0, device="cpu", host="127.0.0.1", port=0, loopback=True, backend="gloo")
     order = Order(folder=str(path), place=place, threads=1, writer_epoch=1, resume=False)
     state, parts, _ = assemble(order, Memory(), HashStore())

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import multiprocessing
 import random
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,7 @@ def test_documents_are_separated_and_split_by_their_content(tmp_path: Path) -> N
     assert set(validation) == {text for text in written if int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0}
     assert 0 < corpus.validation.documents == len(validation) < len(train)
     assert corpus.train.bytes == sum(len(text.encode()) for text in train)
-    assert Prepared.from_json(corpus.to_json()) == corpus
+    assert Prepared.from_json(json.dumps(asdict(corpus))) == corpus
 
 
 def test_the_split_and_the_store_do_not_depend_on_names(tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_a_second_prepare_writes_nothing(tmp_path: Path) -> None:
 
 
 def _prepare_in_a_process(data: Data, results: multiprocessing.Queue[str]) -> None:
-    results.put(prepared(data).to_json())
+    results.put(json.dumps(asdict(prepared(data))))
 
 
 def test_two_processes_prepare_one_store(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from train.data.corpus import File, Progress, documents, drawn, held_out, pin
 from train.data.store import digest
 from train.data.tokenizer import Tokenizer
 from train.data.writing import Job, Preparer, index_bin, quiet, write_store
+
+Manifest = dict[str, Any]  # of a shard
 
 READ = (SourceKind.stdlib, SourceKind.text, SourceKind.hf)  # kinds that hold text
 SAMPLE = 32 << 20  # bytes of training documents that a BPE is trained on
@@ -51,9 +53,6 @@ class Prepared:
     train: Counts
     validation: Counts
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
     @classmethod
     def from_json(cls, text: str) -> Prepared:
         value = json.loads(text)
@@ -70,8 +69,7 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
     sources = list(data.parts.values()) or [data]
     pins = [pin(source, cache, progress) if source.kind in READ else [] for source in sources]
     path, tokenizer = _tokenizer(data, sources, pins, cache, progress)
-    folders: list[Path] = []
-    identities: list[str] = []
+    stores: list[tuple[Path, str]] = []  # and the digest of what each is made from
     running = []
     for source, files in zip(sources, pins, strict=True):
         if source.kind is SourceKind.bin:
@@ -95,19 +93,18 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
             )
             if (process := write_store(job, progress)) is not None:
                 running.append((folder, process))
-        folders.append(folder)
-        identities.append(identity)
-    shards = [store.manifests(folder) for folder in folders]
+        stores.append((folder, identity))
+    shards = [store.manifests(folder) for folder, _ in stores]
     held = [found[:1] if s.kind is SourceKind.hf else found for s, found in zip(sources, shards, strict=True)]
     for source, found, first in zip(sources, shards, held, strict=True):
         _refuse_too_little(source, found, first, context)
     weights = [source.weight for source in sources]
     known = all(source.kind in READ for source in sources)
     prepared = Prepared(
-        stores=[str(folder) for folder in folders],
+        stores=[str(folder) for folder, _ in stores],
         weights=weights,
         validation_shards=[len(first) for first in held],
-        digest=digest(identities, weights, tokenizer.to_str()),
+        digest=digest([identity for _, identity in stores], weights, tokenizer.to_str()),
         vocab=tokenizer.vocab,
         eot=tokenizer.eot,
         tokenizer=str(path),
@@ -119,13 +116,13 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
     return prepared, Preparer(running) if running else None
 
 
-def _counts(split: str, shards: list[list[dict[str, Any]]], known: bool) -> Counts:
+def _counts(split: str, shards: list[list[Manifest]], known: bool) -> Counts:
     parts = [shard[split] for found in shards for shard in found]
     tokens, documents, size = (sum(part[key] for part in parts) for key in ("tokens", "documents", "bytes"))
     return Counts(tokens=tokens, documents=documents, bytes=size if known else None)
 
 
-def _refuse_too_little(source: Source, shards: list[dict[str, Any]], held: list[dict[str, Any]], context: int) -> None:
+def _refuse_too_little(source: Source, shards: list[Manifest], held: list[Manifest], context: int) -> None:
     """Raise if there is not a sample to train on, or no document, in the shards that hold them, to validate on."""
     where = f"data={source.kind.value}"
     sizes = [shard["train"]["tokens"] for shard in shards]

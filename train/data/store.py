@@ -192,8 +192,16 @@ class Store:
     def wait(self, index: int) -> bool:
         """Whether there is such a shard, once it can be known. Raises Refused if nobody is preparing it."""
         while index >= len(self.shards) and not self.last:
-            self._wait(shard_folder(self.folder, len(self.shards)))
-            self._next()
+            folder = shard_folder(self.folder, len(self.shards))
+            if folder.exists():
+                self._next()
+            elif (free := lock(self.folder)) is None:
+                time.sleep(0.1)
+            else:
+                os.close(free)
+                if not folder.exists():  # it may have come, and its writer gone, a moment ago
+                    stopped = f"will not come, its preparation has stopped ({why(self.folder)})"
+                    raise Refused(str(folder), f"{stopped}: start the run again")
         return index < len(self.shards)
 
     def _next(self, expected: str | None = None) -> None:
@@ -201,18 +209,6 @@ class Store:
         manifest = unseal(folder / "manifest.json", expected)
         self.shards.append(Shard(folder, self.split, manifest))
         self.last = manifest["last"]
-
-    def _wait(self, folder: Path) -> None:
-        """Until the shard is there; raise if it is not and nobody is at work on it."""
-        while not folder.exists():
-            free = lock(self.folder)
-            if free is None:
-                time.sleep(0.1)
-                continue
-            os.close(free)
-            if not folder.exists():  # it may have come, and its writer gone, a moment ago
-                stopped = f"will not come, its preparation has stopped ({why(self.folder)})"
-                raise Refused(str(folder), f"{stopped}: start the run again")
 
 
 class Writer:
@@ -237,9 +233,7 @@ class Writer:
         self.files[f"{split}.bin"].write(array.tobytes())
         self.files[f"{split}.docs"].write(np.array([counts["tokens"], size], dtype="<u8").tobytes())
 
-    def publish(
-        self, *, last: bool, next_document: tuple[int, int], given: dict[str, dict[str, Any]] | None = None
-    ) -> None:
+    def publish(self, *, last: bool, next_document: tuple[int, int], given: dict[str, Any] | None = None) -> None:
         """Seal the manifest and give the folder the name under which readers look for it.
 
         `given` are entries, by split, for a user's own files: they take the place of what was written, nothing.
@@ -249,12 +243,11 @@ class Writer:
             sync(self.temporary / name)
         parts = {}
         for split, counts in self.counts.items():
-            path = self.temporary / f"{split}.bin"
-            documents = hashlib.sha256(path.with_suffix(".docs").read_bytes()).hexdigest()
-            digests = [hashlib.sha256(block).hexdigest() for block in blocks(path)]
+            digests = [hashlib.sha256(block).hexdigest() for block in blocks(self.temporary / f"{split}.bin")]
+            documents = hashlib.sha256((self.temporary / f"{split}.docs").read_bytes()).hexdigest()
             parts[split] = {"file": None, **counts, "blocks": digests, "docs_sha256": documents}
         head = {"format": FORMAT, "index": self.index, "last": last, "next": next_document, "skipped": self.skipped}
-        manifest = {**head, "dtype": self.dtype.str, **parts, **(given or {})}
+        manifest = head | {"dtype": self.dtype.str} | parts | (given or {})
         seal(self.temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
         self.temporary.rename(shard_folder(self.folder, self.index))
         sync(self.folder)

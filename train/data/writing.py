@@ -143,18 +143,17 @@ def write_shards(job: Job, first_only: bool, progress: Progress) -> bool:
     """Write the shards of a store that are missing, or but the first; whether it is complete. The lock is held."""
     folder = Path(job.folder)
     have = store.manifests(folder)
-    if not (have and have[-1]["last"]):
-        if first_only and have:
+    if not have or not have[-1]["last"]:
+        if have and first_only:
             return False
         tokenizer = Tokenizer.load(job.tokenizer)
         start: Place = tuple(have[-1]["next"]) if have else (0, 0)
-        items = (_tokenized if job.files else _random)(job, tokenizer, start, progress)
         writer = store.Writer(folder, len(have), store.token_type(tokenizer.vocab))
-        for place, split, tokens, size in items:
+        for place, split, tokens, size in (_tokenized if job.files else _random)(job, tokenizer, start, progress):
             if split is None:
                 writer.skipped += 1
             elif split == "train":
-                written = writer.counts["train"]["tokens"]
+                written = writer.counts[split]["tokens"]
                 if written and written + len(tokens) > job.shard_tokens:
                     writer.publish(last=False, next_document=place)
                     if first_only:
