@@ -215,6 +215,17 @@ def _random(job: Job, tokenizer: Tokenizer, start: Place, progress: Progress) ->
         progress("tokenize", total, total)
 
 
+NO_FILE: dict[str, Any] = {
+    "file": None,
+    "tokens": 0,
+    "documents": 0,
+    "bytes": 0,
+    "blocks": [],
+    "docs_sha256": None,
+    "top": 0,
+}
+
+
 def index_bin(source: Source, vocab: int, cache: Path, progress: Progress) -> tuple[Path, str]:
     """Digest .bin files in place: the store holds manifests only. Read again when a size or a time has changed."""
     given = [Path(path).expanduser().resolve() for path in source.paths()]
@@ -226,17 +237,19 @@ def index_bin(source: Source, vocab: int, cache: Path, progress: Progress) -> tu
     with store.locked(folder):
         if not (folder / "complete.json").exists():
             shutil.rmtree(folder, ignore_errors=True)  # what an interrupted one has left
-            splits = {"validation": [path for path in paths if path.name.startswith("val")]}
-            splits["train"] = [path for path in paths if path not in splits["validation"]]
+            splits = {
+                "train": [path for path in paths if not path.name.startswith("val")],
+                "validation": [path for path in paths if path.name.startswith("val")],
+            }
             count = max(map(len, splits.values()))
             for i in range(count):
-                parts = {split: _scan(files[i], progress) for split, files in splits.items() if i < len(files)}
+                parts = {name: _scan(f[i], progress) if i < len(f) else NO_FILE for name, f in splits.items()}
                 writer = store.Writer(folder, i, np.dtype("<u2"))
                 writer.publish(last=i + 1 == count, next_document=(0, 0), given=parts)
             store.close(folder)
     found = [manifest[split] for manifest in store.manifests(folder) for split in store.SPLITS]
     for part in found:
-        if (top := part.get("top", 0)) >= vocab:
+        if (top := part["top"]) >= vocab:
             raise Refused(part["file"], f"holds token {top}, but data.tokenizer.vocab={vocab} ends at {vocab - 1}")
     return folder, digest("bin", [part["blocks"] for part in found])
 
