@@ -2,7 +2,8 @@
 
 A rank notes the time in a few bytes of memory that it shares with the supervisor, whenever it comes to another phase
 and in every slice of a wait for others: so whoever waits is alive, and who is silent is the culprit. How long silence
-may last is learnt, by phase: many times the longest that was seen there, and at least a few seconds.
+may last is learnt, by phase: many times the longest that was seen there, more where only others were seen, and at
+least a few seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 LAYOUT = struct.Struct("dd16s")  # time of the last sign (monotonic); seconds of silence that are in order; phase
 LEAST = 4.0  # seconds of silence that are always in order
 OFTEN = 10.0  # times the longest silence seen in the phase
+OFTENER = 100.0  # in a phase that is new: times the longest seen in any other
 AT_FIRST = 600.0  # where none was seen yet: compilers, cold caches
+COMPILED = ("forward", "backward")  # whose first time tells nothing of others, and others nothing of it
 UNWATCHED = ("start", "end")  # model building, last words: they take what they take
 
 
@@ -52,7 +55,13 @@ class Pulse:
         if self._phase not in UNWATCHED:
             self._longest[self._phase] = max(self._longest.get(self._phase, 0.0), now - self._last)
         self._last, self._phase = now, phase or self._phase
-        seen = self._longest.get(self._phase)
-        limit = AT_FIRST if seen is None else max(LEAST, OFTEN * seen)
-        limit = float("inf") if self._phase in UNWATCHED else limit
-        LAYOUT.pack_into(self._memory, 0, now, limit, self._phase[:16].encode())
+        LAYOUT.pack_into(self._memory, 0, now, self._limit(), self._phase[:16].encode())
+
+    def _limit(self) -> float:
+        if self._phase in UNWATCHED:
+            return float("inf")
+        if self._phase in self._longest:
+            return max(LEAST, OFTEN * self._longest[self._phase])
+        if self._phase in COMPILED or not self._longest:
+            return AT_FIRST
+        return max(LEAST, OFTENER * max(self._longest.values()))

@@ -11,7 +11,6 @@ Aims: at 10 M parameters at least 0.97 of the bare loop's tokens/s; on a tiny mo
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
