@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import dist
-from train import optim, reduce
+from train import engine, optim
 from train.config import Batch, Evidence, Llama, Optimizer, OptimizerKind, Reduce, ReduceMode, Sharding
 from train.group import Place
 from train.models.build import build
@@ -24,7 +24,7 @@ def train(place: Place, sharding: str, virtual_ranks: int = 8, micro_batches: in
     """Four steps of a two-layer model with dropout; losses, norms, checksums and the parameters' digest."""
     config = configuration(sharding, virtual_ranks, micro_batches, **more)
     model = build(config.model, VOCAB, seed=1, device=torch.device("cpu"))
-    flat, reducer = reduce.build(config, Ranks.default(), model)
+    flat, reducer = engine.laid_out(config, Ranks.default(), model)
     optimizer = optim.build(config.optimizer, flat)
     record, resident = [], []
     for step in range(4):
@@ -54,7 +54,7 @@ def train(place: Place, sharding: str, virtual_ranks: int = 8, micro_batches: in
 
 
 def configuration(sharding: str, virtual_ranks: int, micro_batches: int, dtype: str = "fp32") -> Any:
-    """What `reduce.build` and `optim.build` read of a run's configuration."""
+    """What `engine.laid_out` and `optim.build` read of a run's configuration."""
     return SimpleNamespace(
         model=Llama(layers=2, width=24, heads=2, kv_heads=1, ffn=40, context=16, dropout=0.1, tied=False),
         optimizer=Optimizer(kind=OptimizerKind.adamw, lr=0.01),

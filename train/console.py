@@ -95,7 +95,7 @@ class Console:
 
     def _on_regroup(self, record: dict[str, Any]) -> None:
         ranks = f"{record['world']} rank{'s' * (record['world'] > 1)}"
-        lost = f", {record['redone']} of {record['kept'] + record['redone']} leaves again" * (record["why"] == "lost")
+        lost = f", {record['redone']} of {record['kept'] + record['redone']} leaves again" if record["redone"] else ""
         self.say(f"step {record['step']}: {record['why']}: {ranks} go on after {record['seconds']:.2f} s{lost}")
 
     def _on_throughput(self, record: dict[str, Any]) -> None:

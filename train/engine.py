@@ -12,16 +12,22 @@ from dataclasses import dataclass
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
+from torch import nn
 
-from train import optim, reduce
-from train.buckets import Reducer
-from train.config import ReduceMode, Train
+from train import optim
+from train.buckets import Reducer, bucket_elements
+from train.config import ReduceMode, Sharding, Train
 from train.data.prepare import Prepared
 from train.data.stream import Stream
+from train.evidence import Evidence
+from train.flat import Flat
 from train.group import Group
 from train.loop import Due, Parts, TrainState
 from train.models.build import build
 from train.models.language import LanguageModel
+from train.ranks import Ranks
+from train.reduce import ExactReducer, FastReducer
+from train.shard import RoundReducer, ShardedFlat
 from train.telemetry import Recorder
 
 
@@ -43,7 +49,7 @@ class Engine:
         _numerics(config, group.root_device, threads)
         fabric = Fabric(accelerator=config.accelerator, devices=1, strategy=group, loggers=list(loggers))
         model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
-        flat, reducer = reduce.build(config, group, model)
+        flat, reducer = laid_out(config, group, model)
         state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
         return cls(config, prepared, group, fabric, model, reducer, state)
 
@@ -68,6 +74,28 @@ class Engine:
             asked=asked,
             due=due,
         )
+
+
+def laid_out(config: Train, ranks: Ranks, model: nn.Module) -> tuple[Flat, Reducer]:
+    """The parameters' layout and the reducer that a run's configuration asks for."""
+    size = int(config.reduce.bucket_mib * 2**20)
+    flat: Flat
+    kind: type[Reducer] = FastReducer if config.reduce.mode is ReduceMode.fast else ExactReducer
+    if config.sharding is Sharding.full and ranks.world > 1:
+        flat, kind = ShardedFlat(model, ranks, bucket_elements(size, ranks.world)), RoundReducer
+    else:
+        flat = Flat(model, config.batch.virtual_ranks)
+    reducer = kind(
+        ranks,
+        flat,
+        config.batch.virtual_ranks,
+        config.batch.micro_batches,
+        bucket_bytes=size,
+        dtype=torch.bfloat16 if config.reduce.dtype == "bf16" else torch.float32,
+        sharded=config.sharding is Sharding.optimizer,
+        evidence=Evidence(flat, config.evidence.parameters) if config.evidence.digests else None,
+    )
+    return flat, reducer
 
 
 def stream(config: Train, prepared: Prepared) -> Stream:

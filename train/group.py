@@ -15,13 +15,10 @@ loop's back. Fabric brings devices, precision and loggers; the sum of the gradie
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import queue
 import socket
 import stat
-import struct
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,10 +34,9 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from train.config import Refused
+from train import nodes
 from train.ranks import Ranks
 
-SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 TIMEOUT = timedelta(minutes=30)  # of a collective; whom it waits for is the supervisor's business, which acts sooner
 MEETING = timedelta(seconds=30)  # in which all ranks of an epoch must have come, where the epochs may change
 SLICE = timedelta(milliseconds=50)  # of waiting, between two looks for a newer epoch
@@ -178,7 +174,7 @@ class Group(Ranks, Strategy):
     def _meet(self, new: Membership, made: queue.Queue[Any]) -> None:
         """Make the process group; in a thread, since it waits for all members, and one may be lost meanwhile."""
         try:
-            _choose_interface(self._place, new)
+            nodes.bind_to(None if self._place.loopback else (new.host, new.port))
             if self._server is None and self._listener is not None and self.rank == 0:
                 self._server = TCPStore(
                     new.host,
@@ -264,24 +260,3 @@ def _sockets() -> set[tuple[int, int]]:
                 if stat.S_ISSOCK(status.st_mode):
                     found.add((int(name), status.st_ino))
     return found
-
-
-def _choose_interface(place: Place, new: Membership) -> None:
-    """Left to itself, gloo binds to what the host's own name resolves to: often 127.0.0.1, on every host."""
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    interface = loopback if place.loopback else _interface(new.host, new.port)
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ[variable] = interface if place.loopback else os.environ.get(variable, interface)
-
-
-def _interface(host: str, port: int) -> str:
-    """The name of the network interface through which this (Linux) host reaches `host`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # no packet is sent: the kernel only chooses a route
-        address = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                request = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
-                if socket.inet_ntoa(request[20:24]) == address:
-                    return name
-    raise Refused("nodes", f"no network interface has the address {address}, which reaches {host}")

@@ -5,14 +5,19 @@ Read from what the launcher sets: `PET_*` (Kubeflow Trainer, torchrun's own name
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import socket
+import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from train.config import Refused
 
+SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 PORT = 29400  # where the ranks of several nodes meet, unless PET_MASTER_PORT says otherwise
 
 
@@ -61,3 +66,26 @@ def listen(node: Node) -> socket.socket:
         raise Refused("PET_MASTER_PORT", f"port {node.port} cannot be listened at ({error.strerror})") from error
     listener.listen(128)
     return listener
+
+
+def bind_to(peer: tuple[str, int] | None) -> None:
+    """Let gloo and NCCL talk through the interface that reaches `peer`, or through loopback where there is none.
+
+    Left to itself, gloo binds to what the host's own name resolves to, which is often 127.0.0.1, on every host.
+    """
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ[variable] = os.environ.get(variable, _interface(*peer)) if peer else loopback
+
+
+def _interface(host: str, port: int) -> str:
+    """The name of the network interface through which this (Linux) host reaches `host`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # no packet is sent: the kernel only chooses a route
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                request = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(request[20:24]) == address:
+                    return name
+    raise Refused("nodes", f"no network interface has the address {address}, which reaches {host}")

@@ -6,6 +6,7 @@ No torch here. A process gets its orders when it is forked, and from then on thr
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import mmap
@@ -14,10 +15,14 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import forkserver as forkservers
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -26,6 +31,7 @@ from typing import Any
 from train import pulse
 from train.channel import MARK, RECORDED, REQUESTS
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DUMP = 0.1  # seconds in which a stack is written
 
 
@@ -119,3 +125,34 @@ class Rank:
         self.process.kill()
         self.process.join()
         self.connection.close()
+
+
+def die_with_parent() -> None:
+    """End this process when the supervisor has gone, however it went, and whatever this process is stuck in.
+
+    On Linux the kernel does it, which reaches a stopped process too: the forkserver, whose child this is, ends when
+    the last end of its pipe to the supervisor is closed, and its death kills. multiprocessing hands that end to every
+    child as well, so it is closed here. Elsewhere a thread watches.
+    """
+    supervisor = parent_process()
+    assert supervisor is not None
+
+    def watch(timeout: float | None = None) -> None:
+        if wait([supervisor.sentinel], timeout):
+            os._exit(1)
+
+    if sys.platform == "linux":
+        os.close(forkservers._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        watch(timeout=0)  # it may have gone before that call
+    else:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def log_to(path: Path) -> None:
+    """Standard output and error of this process, native code's included, go to the rank's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)

@@ -26,15 +26,12 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.batch import Node, children, fold, maximal, spine
-from train.buckets import Reducer, Started, bucket_elements
-from train.config import ReduceMode, Sharding, Train
-from train.evidence import Evidence
-from train.flat import Buffer, Flat, Range, chunk
+from train.buckets import Reducer, Started
+from train.flat import Buffer, Range, chunk
 from train.ranks import Ranks, Wait, gather
-from train.shard import ShardedFlat
 
 
 class ExactReducer(Reducer):
@@ -102,7 +99,7 @@ class ExactReducer(Reducer):
             self._finish_chunk(value, a)
             return lambda: lambda: None
         sent = [part.tensor[a:b] for part in self._parts] + [value] * bool(self._subtrees[self.ranks.rank])
-        exchange = _Exchange(self.ranks, self._subtrees, sent, bucket, self.dtype)
+        exchange = Exchange(self.ranks, self._subtrees, sent, bucket, self.dtype)
         c, _ = chunk(bucket, self.ranks.rank, self.ranks.world)
 
         def go_on() -> Wait:
@@ -131,7 +128,7 @@ class ExactReducer(Reducer):
         return total
 
 
-class _Exchange:
+class Exchange:
     """Every subtree's chunk c of a bucket on its way to rank c."""
 
     def __init__(
@@ -159,60 +156,6 @@ class _Exchange:
         """Wait; this rank's chunk of every subtree's sum."""
         self._ranks.wait(self._work)
         return dict(zip(self._nodes, self._received, strict=True))
-
-
-class RoundReducer(ExactReducer):
-    """The exact sum for `sharding=full`: only shards of it are kept.
-
-    In round j rank r takes virtual rank j·W + r, whatever the speeds, and what is sent is added to the tree at once:
-    besides a leaf there are log2(V) + 1 chunks. Where V leaves the last round short, the ranks without a leaf
-    compute leaf 0 once more, since the others need them to gather the parameters; it is not sent.
-    """
-
-    def assign(self, hosted: Sequence[Sequence[int]]) -> None:
-        world, leaves = self.ranks.world, self.virtual_ranks
-        self._rounds = [range(first, min(first + world, leaves)) for first in range(0, leaves, world)]
-        self._host([range(rank, leaves, world) for rank in range(world)])
-        self._subtrees = [[Node(v, v + 1) for v in own] for own in self.hosted]
-        self._most_losses = len(self._rounds)
-
-    def _leaves(self) -> Iterator[tuple[int, Buffer]]:
-        self._at_hand: list[dict[Node, Tensor]] = [{} for _ in self._buckets]
-        self._computed: list[Tensor] = []
-        self._last = self._zeros()
-        for own in self._rounds:
-            if self._computed:
-                self._drain()
-                self._last.tensor.zero_()
-                self._last.loss.zero_()
-                self._next = 0
-            self._round = own
-            self._final = own[self.ranks.rank] if self.ranks.rank < len(own) else 0
-            yield from self._last_leaf()
-            self._computed.append(self._last.loss.clone())
-
-    def _exchange(self, bucket: Range) -> Started:
-        a, b = bucket
-        index, own = self._next, self._round
-        first, _ = chunk(bucket, self.ranks.rank, self.ranks.world)
-        nodes = [[Node(own[r], own[r] + 1)] if r < len(own) else [] for r in range(self.ranks.world)]
-        sent = [self._last.tensor[a:b].to(self.dtype)] if nodes[self.ranks.rank] else []
-        exchange = _Exchange(self.ranks, nodes, sent, bucket, self.dtype)
-
-        def go_on() -> Wait:
-            sums = self._at_hand[index]
-            sums.update(exchange.sums())
-            done = range(own[-1] + 1)
-            sums = {node: fold(node, sums.get, torch.add) for node in maximal(done, self._root)}
-            self._at_hand[index] = sums
-            if self._root in sums:
-                self._finish_chunk(sums[self._root].to(self.flat.device), first)
-            return lambda: None
-
-        return go_on
-
-    def _losses(self) -> list[Tensor]:
-        return self._computed[: len(self.hosted[self.ranks.rank])]
 
 
 class FastReducer(Reducer):
@@ -254,25 +197,3 @@ class FastReducer(Reducer):
     def _loss(self, losses: Tensor) -> Tensor:
         total: Tensor = losses.sum()
         return total
-
-
-def build(config: Train, ranks: Ranks, model: nn.Module) -> tuple[Flat, Reducer]:
-    """The parameters' layout and the reducer that a run's configuration asks for."""
-    size = int(config.reduce.bucket_mib * 2**20)
-    flat: Flat
-    kind: type[Reducer] = FastReducer if config.reduce.mode is ReduceMode.fast else ExactReducer
-    if config.sharding is Sharding.full and ranks.world > 1:
-        flat, kind = ShardedFlat(model, ranks, bucket_elements(size, ranks.world)), RoundReducer
-    else:
-        flat = Flat(model, config.batch.virtual_ranks)
-    reducer = kind(
-        ranks,
-        flat,
-        config.batch.virtual_ranks,
-        config.batch.micro_batches,
-        bucket_bytes=size,
-        dtype=torch.bfloat16 if config.reduce.dtype == "bf16" else torch.float32,
-        sharded=config.sharding is Sharding.optimizer,
-        evidence=Evidence(flat, config.evidence.parameters) if config.evidence.digests else None,
-    )
-    return flat, reducer

@@ -6,7 +6,6 @@ terminal reaches the supervisor only; it dies with its supervisor; and it says w
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import functools
 import hashlib
@@ -15,21 +14,15 @@ import os
 import signal
 import socket
 import sys
-import threading
 import traceback
 from dataclasses import dataclass
-from multiprocessing import forkserver, parent_process
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.loggers.csv_logs import CSVLogger
-from lightning.fabric.loggers.logger import Logger
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-from train import events, flops, hardware, plan
+from train import events, flops, plan, telemetry
 from train.balance import Balance
 from train.channel import Channel
 from train.config import Refused, Sharding, Train, read_train
@@ -43,13 +36,12 @@ from train.folder import LOCAL, identity, plain_identity
 from train.group import Changed, Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
 from train.loop import Due, fit
+from train.processes import die_with_parent, log_to
 from train.pulse import Pulse
 from train.recovery import Recovery
 from train.saver import Saver
-from train.telemetry import Recorder, matmul_peak
+from train.telemetry import Recorder
 from train.trained import precision
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +68,8 @@ def worker(order_json: str, connection: Connection, listener: socket.socket | No
     channel = Channel(connection, Pulse(logs / f"rank-{member}.pulse"))
     os.setsid()
     channel.heed_signals(member)
-    _die_with_parent()
-    _log_to(logs / f"rank-{member}.log")
+    die_with_parent()
+    log_to(logs / f"rank-{member}.log")
     faulthandler.register(signal.SIGUSR2)  # how the supervisor asks for the stack of a rank that hangs
     try:
         recovery = assemble(order, channel, listener)
@@ -121,7 +113,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     group = Group(order.place, precision(config.precision, torch.device(order.place.device)), listener, news)
     if sharded := config.sharding is not Sharding.none:
         group.join()  # who has which part of the state depends on the ranks
-    loggers = _loggers(config, folder, order.writer_epoch, order.place.member)
+    loggers = telemetry.loggers(config, folder, order.writer_epoch, order.place.member)
     engine = Engine.build(config, prepared, group, order.threads, loggers)
     fabric, state = engine.fabric, engine.state
     numerics = fingerprint(config, fabric.device)
@@ -174,12 +166,12 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     def begin() -> None:
         _agree(config, prepared, group)
         restore(state, folder / "checkpoints", group, channel, order.resume, numerics)
-        recorder.peak, source = _peak(config, fabric, group)
+        recorder.peak, source = telemetry.peak(config, fabric, group)
         if fabric.is_global_zero:
             channel.send(_start(config, prepared.vocab, state.step, group.world, numerics, recorder.peak, source))
 
     if order.joins:
-        recorder.peak, _ = _peak(config, fabric, group)
+        recorder.peak, _ = telemetry.peak(config, fabric, group)
         balance.warm_up(state, parts)
         channel.send(events.Ready(rank=order.place.member))
     return Recovery(
@@ -234,39 +226,6 @@ def _agree(config: Train, prepared: Prepared, group: Group) -> None:
         raise Refused("nodes", f"rank {group.rank} has another configuration or corpus than rank 0: make them equal")
 
 
-def _loggers(config: Train, folder: Path, epoch: int, member: int) -> list[Logger]:
-    """Fabric's loggers, which rank 0 uses, whoever that is: until then they open nothing.
-
-    Each start of a run, and each rank 0, writes a CSV of its own, since the logger overwrites what it finds.
-    """
-    loggers: list[Logger] = []
-    for name in config.logger:
-        if name == "tensorboard":
-            loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
-        elif name == "csv":
-            version = f"start-{epoch}" + (f"-rank-{member}" if member else "")
-            loggers.append(CSVLogger(folder, name="csv", version=version))
-        else:
-            from lightning.pytorch.loggers import WandbLogger  # an extra; imported only where it is asked for
-
-            loggers.append(WandbLogger(name=config.name, id=config.name, save_dir=folder, resume="allow"))
-    return loggers
-
-
-def _peak(config: Train, fabric: Fabric, group: Group) -> tuple[float | None, str]:
-    """Dense peak FLOP/s of a rank's device, their mean, and where the figure is from; None where one is unknown."""
-    bf16 = config.precision == "bf16"
-    mine: float | None
-    if fabric.device.type == "cpu":
-        group.barrier()  # all ranks measure at once, as they will compute
-        mine, source = matmul_peak(fabric.device, torch.bfloat16 if bf16 else torch.float32), "measured matmul"
-    else:
-        name = torch.cuda.get_device_name(fabric.device)
-        mine, source = hardware.peak_flops(name, config.precision), "datasheet"
-    total = group.all_reduce(torch.tensor([mine if mine else float("nan")], dtype=torch.float64)).item()
-    return (total / group.world, source) if total == total else (None, "unknown device")
-
-
 def _cause(error: BaseException) -> tuple[str, str]:
     """The kind of a failure and one line on it, with what to change where that is known."""
     first = (str(error).strip().splitlines() or [""])[0]
@@ -275,34 +234,3 @@ def _cause(error: BaseException) -> tuple[str, str]:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "out of memory", f"out of memory: use a smaller batch.micro_batch, model.context or model ({first})"
     return "exception", f"{type(error).__name__}: {first}"
-
-
-def _die_with_parent() -> None:
-    """End this process when the supervisor has gone, however it went, and whatever this process is stuck in.
-
-    On Linux the kernel does it, which reaches a stopped process too: the forkserver, whose child this is, ends when
-    the last end of its pipe to the supervisor is closed, and its death kills. multiprocessing hands that end to every
-    child as well, so it is closed here. Elsewhere a thread watches.
-    """
-    supervisor = parent_process()
-    assert supervisor is not None
-
-    def watch(timeout: float | None = None) -> None:
-        if wait([supervisor.sentinel], timeout):
-            os._exit(1)
-
-    if sys.platform == "linux":
-        os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        watch(timeout=0)  # it may have gone before that call
-    else:
-        threading.Thread(target=watch, daemon=True).start()
-
-
-def _log_to(path: Path) -> None:
-    """Standard output and error of this process, native code's included, go to the rank's log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)

@@ -12,13 +12,16 @@ flat layout at the same multiples of BLOCK, and the bits are the same.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from train.flat import BLOCK, Flat, Piece, Range, chunk, up
-from train.ranks import Ranks, gather
+from train.batch import Node, fold, maximal
+from train.buckets import Started
+from train.flat import BLOCK, Buffer, Flat, Piece, Range, chunk, up
+from train.ranks import Ranks, Wait, gather
+from train.reduce import ExactReducer, Exchange
 
 
 class Unit:
@@ -131,3 +134,57 @@ class ShardedFlat(Flat):
             unit.gather()
         yield
         self.release()
+
+
+class RoundReducer(ExactReducer):
+    """The exact sum for `sharding=full`: only shards of it are kept.
+
+    In round j rank r takes virtual rank j·W + r, whatever the speeds, and what is sent is added to the tree at once:
+    besides a leaf there are log2(V) + 1 chunks. Where V leaves the last round short, the ranks without a leaf
+    compute leaf 0 once more, since the others need them to gather the parameters; it is not sent.
+    """
+
+    def assign(self, hosted: Sequence[Sequence[int]]) -> None:
+        world, leaves = self.ranks.world, self.virtual_ranks
+        self._rounds = [range(first, min(first + world, leaves)) for first in range(0, leaves, world)]
+        self._host([range(rank, leaves, world) for rank in range(world)])
+        self._subtrees = [[Node(v, v + 1) for v in own] for own in self.hosted]
+        self._most_losses = len(self._rounds)
+
+    def _leaves(self) -> Iterator[tuple[int, Buffer]]:
+        self._at_hand: list[dict[Node, Tensor]] = [{} for _ in self._buckets]
+        self._computed: list[Tensor] = []
+        self._last = self._zeros()
+        for own in self._rounds:
+            if self._computed:
+                self._drain()
+                self._last.tensor.zero_()
+                self._last.loss.zero_()
+                self._next = 0
+            self._round = own
+            self._final = own[self.ranks.rank] if self.ranks.rank < len(own) else 0
+            yield from self._last_leaf()
+            self._computed.append(self._last.loss.clone())
+
+    def _exchange(self, bucket: Range) -> Started:
+        a, b = bucket
+        index, own = self._next, self._round
+        first, _ = chunk(bucket, self.ranks.rank, self.ranks.world)
+        nodes = [[Node(own[r], own[r] + 1)] if r < len(own) else [] for r in range(self.ranks.world)]
+        sent = [self._last.tensor[a:b].to(self.dtype)] if nodes[self.ranks.rank] else []
+        exchange = Exchange(self.ranks, nodes, sent, bucket, self.dtype)
+
+        def go_on() -> Wait:
+            sums = self._at_hand[index]
+            sums.update(exchange.sums())
+            done = range(own[-1] + 1)
+            sums = {node: fold(node, sums.get, torch.add) for node in maximal(done, self._root)}
+            self._at_hand[index] = sums
+            if self._root in sums:
+                self._finish_chunk(sums[self._root].to(self.flat.device), first)
+            return lambda: None
+
+        return go_on
+
+    def _losses(self) -> list[Tensor]:
+        return self._computed[: len(self.hosted[self.ranks.rank])]

@@ -102,7 +102,9 @@ class Supervisor:
         self._asked = self._stopped = False
         limit = seconds(config.stop_after)
         self._deadline = None if limit is None else time.monotonic() + limit
-        self._members: list[int] = []
+        self._members: list[int] = []  # who shall belong together
+        self._present: list[int] = []  # who does, as far as they have said
+        self._ending = False  # a rank has come to the end of the run
         self._slots = {local: Slot() for local in range(int(config.devices))}
         self._next_member = self._epoch = self._writer_epoch = 0
         self._recorded = 0  # the last step whose event is here
@@ -165,7 +167,8 @@ class Supervisor:
         self._next_member = self._node.index * len(self._slots)
         for slot in self._slots:
             self._fork(slot, resume, joins=False)
-        self._members = list(range(len(self._slots) * self._config.nodes))
+        self._members = self._present = list(range(len(self._slots) * self._config.nodes))
+        self._ending = False
         self._publish("start")
 
     def _fork(self, slot: int, resume: bool, joins: bool) -> None:
@@ -233,13 +236,13 @@ class Supervisor:
                 self._console.error(f"the data: {error}")
                 return FAILED
             self._end_silence()
-            lost = [rank for rank in dead if not (rank.left and rank.process.exitcode == 0)]
+            lost = [rank for rank in dead if not rank.left]
             if lost and not self._heals:
                 lost = [self._culprit(lost)]
             self._ranks = [rank for rank in self._ranks if rank not in dead]
             if lost and (verdict := self._bury(lost)) is not GOES_ON:
                 return verdict
-            if not any(rank.member in self._members for rank in self._ranks):
+            if self._ending and not any(rank.member in self._present for rank in self._ranks):
                 return STOPPED if self._stopped else DONE
             self._replace()
 
@@ -266,12 +269,17 @@ class Supervisor:
         elif rank is not None and kind == "left":
             rank.left = True
             self._stopped = self._stopped or record["stopped"]
+            self._ending = self._ending or rank.member in self._members
+            self._members = [member for member in self._members if member != rank.member]
         elif rank is not None and kind == "fault":
             rank.fault = record
         elif rank is not None and kind == "ready":
             rank.ready = True
-            self._members.append(rank.member)
-            self._publish("joined")
+            if not self._ending:
+                self._members = [*self._members, rank.member]
+                self._publish("joined")
+        elif kind == "regroup":
+            self._present = record["members"]
         self._log.append(record)
         self._console.event(record)
 
@@ -324,7 +332,7 @@ class Supervisor:
 
     def _replace(self) -> None:
         """Fork a process for each place that has none, unless too many have died there."""
-        if not self._heals or self._asked or self._stopped or any(rank.left for rank in self._ranks):
+        if not self._heals or self._asked or self._ending:
             return
         for number, slot in self._slots.items():
             recent = sum(self._recorded - step < QUICK for step in slot.deaths)

@@ -18,15 +18,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.loggers.csv_logs import CSVLogger
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor
 
-from train import events, flops
+from train import events, flops, hardware
 from train.buckets import Total
 from train.config import Train
 from train.evidence import word
+from train.group import Group
 
 LAG = 2  # steps between a number's making and its reading, on a GPU
 
@@ -204,3 +209,36 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         torch.mm(a, a)
         rates.append(2 * 1024**3 / (time.perf_counter() - start))
     return statistics.quantiles(rates, n=4)[2]
+
+
+def loggers(config: Train, folder: Path, epoch: int, member: int) -> list[Logger]:
+    """Fabric's loggers, which rank 0 uses, whoever that is: until then they open nothing.
+
+    Each start of a run, and each rank 0, writes a CSV of its own, since the logger overwrites what it finds.
+    """
+    found: list[Logger] = []
+    for name in config.logger:
+        if name == "tensorboard":
+            found.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+        elif name == "csv":
+            version = f"start-{epoch}" + (f"-rank-{member}" if member else "")
+            found.append(CSVLogger(folder, name="csv", version=version))
+        else:
+            from lightning.pytorch.loggers import WandbLogger  # an extra; imported only where it is asked for
+
+            found.append(WandbLogger(name=config.name, id=config.name, save_dir=folder, resume="allow"))
+    return found
+
+
+def peak(config: Train, fabric: Fabric, group: Group) -> tuple[float | None, str]:
+    """Dense peak FLOP/s of a rank's device, their mean, and where the figure is from; None where one is unknown."""
+    bf16 = config.precision == "bf16"
+    mine: float | None
+    if fabric.device.type == "cpu":
+        group.barrier()  # all ranks measure at once, as they will compute
+        mine, source = matmul_peak(fabric.device, torch.bfloat16 if bf16 else torch.float32), "measured matmul"
+    else:
+        name = torch.cuda.get_device_name(fabric.device)
+        mine, source = hardware.peak_flops(name, config.precision), "datasheet"
+    total = group.all_reduce(torch.tensor([mine if mine else float("nan")], dtype=torch.float64)).item()
+    return (total / group.world, source) if total == total else (None, "unknown device")

@@ -19,7 +19,7 @@ import torch
 
 from tests import dist
 from tests.bench import report
-from train import compose, optim, plan, reduce
+from train import compose, engine, optim, plan
 from train.batch import micro_batch_seed
 from train.config import Train
 from train.group import Place
@@ -50,7 +50,7 @@ def config_of(overrides: list[str], world: int) -> Train:
 def trainer(config: Train, ranks: Ranks) -> tuple[Callable[[], None], Callable[[], int]]:
     """A step of training, and the bytes of the gradient buffers it keeps."""
     model = build(config.model, config.data.tokenizer.vocab, seed=0, device=torch.device("cpu"))
-    flat, reducer = reduce.build(config, ranks, model)
+    flat, reducer = engine.laid_out(config, ranks, model)
     optimizer = optim.build(config.optimizer, flat)
     shape = (int(config.batch.micro_batch), config.model.context + 1)
     done = 0
