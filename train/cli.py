@@ -36,6 +36,7 @@ COMMANDS = {
     "verify": Command("read every byte of a run's checkpoints", "train.verify:verify", "run=llama_nano"),
     "replay": Command("compute a step again: do the bits agree?", "train.replay:replay", "run=llama_nano step=100"),
     "diff": Command("where two runs part, and why", "train.diff:diff", "run=[w1,w2]"),
+    "resize": Command("more or fewer ranks for a run under way", "train.resize:resize", "run=llama_nano devices=4"),
     "runs": Command("list the runs", "train.runs:runs", "format=json"),
 }
 

@@ -118,8 +118,19 @@ class Diff:
         require(two, "run", f"'{self.run}' does not name two runs: write run=[a,b]")
 
 
+@dataclass(slots=True, kw_only=True)
+class Resize:
+    """`colossus resize`: so many ranks for a run that is under way, from the end of a step on."""
+
+    run: str = MISSING
+    devices: int = MISSING
+
+    def __post_init__(self) -> None:
+        at_least(self, "", devices=1)
+
+
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
-SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff}
+SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize}
 
 
 def register() -> None:

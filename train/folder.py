@@ -32,6 +32,7 @@ FREE = (
     *("nodes", "eval", "checkpoint", "recovery", "faults", "evidence", "sharding"),
     *("batch.weights", "reduce.bucket_mib"),
 )
+WISH = "resize.json"  # in a run's folder: how many ranks it shall have from now on
 PINNED = ("precision", "compile", "accelerator", "batch.micro_batch")  # `auto` means: as this run has it
 
 

@@ -25,6 +25,7 @@ from train.console import Console
 from train.data.prepare import prepare
 from train.data.writing import Preparer
 from train.faults.plan import plan as planned
+from train.folder import WISH
 from train.processes import Rank, forkserver
 from train.summary import summarize
 
@@ -244,6 +245,7 @@ class Supervisor:
                 return verdict
             if self._ending and not any(rank.member in self._present for rank in self._ranks):
                 return STOPPED if self._stopped else DONE
+            self._resize()
             self._replace()
 
     def _end_silence(self) -> None:
@@ -309,10 +311,11 @@ class Supervisor:
             if again or rank.fault["fault"] == "refused":
                 return self._fail(rank.fault)
             self._causes.add(known)
-            deaths = self._slots[rank.slot].deaths
+            slot = self._slots.get(rank.slot, Slot())  # none, after a resize
+            deaths = slot.deaths
             deaths.append(self._recorded)
             recent = sum(self._recorded - step < QUICK for step in deaths)
-            self._slots[rank.slot].due = now + (BACK_OFF * 2 ** (recent - 2) if recent > 1 else 0)
+            slot.due = now + (BACK_OFF * 2 ** (recent - 2) if recent > 1 else 0)
             if recent == LIVES:
                 text = f"its place is left empty: {LIVES} processes died there within {QUICK} steps"
                 self._record(events.Warned(rank=rank.member, text=text).record())
@@ -329,6 +332,24 @@ class Supervisor:
         self._futile += 1
         self._console.say("no rank is left that could go on: all start again from the last checkpoint")
         return None
+
+    def _resize(self) -> None:
+        """Heed `colossus resize`: who is too many leaves at the end of a step, who is missing is forked."""
+        wish = self._run.path / WISH
+        if not self._heals or not wish.exists():
+            return
+        devices = int(folder.read_json(wish)["devices"])  # type: ignore[index]
+        stay = {rank.member for rank in self._ranks if rank.slot < devices}
+        if not stay & set(self._members):
+            return  # all of those are being replaced just now
+        wish.unlink()
+        self._slots = {number: self._slots.get(number, Slot()) for number in range(devices)}
+        for rank in self._ranks:
+            if rank.slot >= devices and rank.member not in self._members:
+                rank.process.kill()  # it was not a rank yet
+        if not stay >= set(self._members):
+            self._members = [member for member in self._members if member in stay]
+            self._publish("resized")
 
     def _replace(self) -> None:
         """Fork a process for each place that has none, unless too many have died there."""
