@@ -157,11 +157,21 @@ class Group(Ranks, Strategy):
         if self.world == 1:
             self.store = HashStore()
             return
+        if self._server is None and self._listener is not None and self.rank == 0:
+            self._server = TCPStore(
+                new.host,
+                new.port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=TIMEOUT,
+                master_listen_fd=self._listener.detach(),
+            )
         before = _sockets()
         made: queue.Queue[Any] = queue.Queue()
-        threading.Thread(target=self._meet, args=(new, made), daemon=True, name="meet").start()
+        threading.Thread(target=self._meet, args=(new, self.rank, made), daemon=True, name="meet").start()
         while made.empty():
-            self.look()
+            if (newer := self._news()) is not None and newer.epoch > new.epoch:
+                raise Changed(f"epoch {newer.epoch}")
             time.sleep(0.001)
         self._sockets = _sockets() - before
         met = made.get()
@@ -171,27 +181,18 @@ class Group(Ranks, Strategy):
             raise met
         self.store, self.processes = met
 
-    def _meet(self, new: Membership, made: queue.Queue[Any]) -> None:
+    def _meet(self, new: Membership, rank: int, made: queue.Queue[Any]) -> None:
         """Make the process group; in a thread, since it waits for all members, and one may be lost meanwhile."""
         try:
             nodes.bind_to(None if self._place.loopback else (new.host, new.port))
-            if self._server is None and self._listener is not None and self.rank == 0:
-                self._server = TCPStore(
-                    new.host,
-                    new.port,
-                    is_master=True,
-                    wait_for_workers=False,
-                    timeout=TIMEOUT,
-                    master_listen_fd=self._listener.detach(),
-                )
             client = TCPStore(new.host, new.port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
             store = PrefixStore(str(new.epoch), client)
             if self.wire.type == "cpu":
                 limit = MEETING if self._place.heals else TIMEOUT
-                processes: Any = dist.ProcessGroupGloo(store, self.rank, self.world, limit)
+                processes: Any = dist.ProcessGroupGloo(store, rank, len(new.members), limit)
                 processes._set_default_timeout(TIMEOUT)
             else:
-                dist.init_process_group("nccl", store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT)
+                dist.init_process_group("nccl", store=store, rank=rank, world_size=len(new.members), timeout=TIMEOUT)
                 processes = dist.group.WORLD
             made.put((store, processes))
         except Exception as error:
