@@ -10,8 +10,8 @@ seconds:
     back       from the `fault` event to the replacement's `regroup` event: it takes part from there on
     handed     what all ranks wait for at that: the state goes over, hands are shaken
 
-A stall is that of the ranks, not of the work: the leaves that are computed again after it are counted beside it. A plane
-a + b·(bytes of state) + c·(ranks) is fitted to the medians by least squares.
+A stall is that of the ranks, not of the work: the leaves that are computed again after it are counted beside it. To
+the medians a plane a + b·(bytes of state) + c·(ranks) is fitted by least squares.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 from tests.bench import report
 from train import events
 
-MODELS = ("llama_micro", "llama_mini", "llama_nano")
+MODELS = ("llama_micro", "llama_nano", "llama_mini")
 SMALL = ["data=synthetic", "data.synthetic_tokens=400_000", "data.tokenizer.vocab=512", "model.context=64"]
 SMALL += [
     "batch.sequences=16",
