@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from train import cli, compose
-from train.config import Llama, Refused, ResumeMode, SourceKind, Train, read_train, seconds, to_yaml
+from train.config import Llama, Refused, ResumeMode, SourceKind, Train, seconds
+from train.folder import read_train, to_yaml
 
 TEXT_SOURCE = Path(__file__).parent
 

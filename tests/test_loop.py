@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from train import cli, compose, events, optim, plan
-from train.config import Train, read_train
+from train.config import Train
 from train.data.prepare import Prepared
 from train.data.stream import Stream
+from train.folder import read_train
 from train.models.build import build
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"

@@ -10,17 +10,13 @@ Bad values are refused where they are born: each dataclass checks itself, and ra
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"  # in a wheel; in a checkout
@@ -445,36 +441,3 @@ def seconds(text: str) -> float | None:
 MODELS: dict[str, type[Model]] = {"llama": Llama}
 GROUPS = {"data": Data, "optimizer": Optimizer, "schedule": Schedule, "reduce": Reduce, "resume": Resume}
 GROUPS |= {"faults": Faults}
-
-
-def to_yaml(config: Any) -> str:
-    """Plain YAML, nothing left to resolve: what any YAML reader reads."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
-
-
-def _plain(value: Any, text: Callable[[str], str] = str) -> Any:
-    """Enums by name; every string through `text`."""
-    if isinstance(value, dict):
-        return {key: _plain(item, text) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, text) for item in value]
-    return value.name if isinstance(value, Enum) else text(value) if isinstance(value, str) else value
-
-
-def read_train(path: Path, changes: Mapping[str, Any] | None = None) -> Train:
-    """A run's `config.yaml` as it was written, with other values for some keys; `Refused` where it is none."""
-    try:
-        stored = yaml.safe_load(path.read_text())
-        for key, value in (changes or {}).items():
-            *groups, last = key.split(".")
-            functools.reduce(dict.__getitem__, groups, stored)[last] = value
-        stored = _plain(stored, lambda text: text.replace("${", "\\${"))  # not to be resolved
-        schema = OmegaConf.structured(Train)
-        for group, node in GROUPS.items():
-            schema[group] = OmegaConf.structured(node)
-        schema.model = OmegaConf.structured(MODELS[stored["model"]["family"]])
-        config = OmegaConf.to_object(OmegaConf.merge(schema, stored))
-    except (OSError, KeyError, TypeError, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise Refused(str(path), f"is not a run's configuration ({str(error).splitlines()[0]})") from error
-    assert isinstance(config, Train)
-    return config

@@ -15,8 +15,9 @@ from rich.table import Column, Table
 from train import events
 from train.commands import Drill as Config
 from train.commands import Format
-from train.config import DONE, FAILED, Faults, Train, read_train
+from train.config import DONE, FAILED, Faults, Train
 from train.faults.plan import Injection, plan
+from train.folder import read_train
 from train.ledger import by_kind, recoveries
 from train.summary import summarize
 from train.supervisor import train

@@ -11,15 +11,19 @@ import fcntl
 import functools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from train import events, manifest
-from train.config import Refused, ResumeMode, Train, read_train, to_yaml
+from train.config import GROUPS, MODELS, Refused, ResumeMode, Train
 
 # What may differ between the nodes of a run: each one's own affair. The rest steers what the ranks do together.
 LOCAL = (
@@ -189,3 +193,36 @@ def locate(run: str, runs: str = "runs") -> Path:
             return path
     there = ", ".join(sorted(path.parent.name for path in Path(runs).glob("*/config.yaml"))) or "none"
     raise Refused("run", f"no run '{run}' here or under {runs}/ (there: {there})")
+
+
+def to_yaml(config: Any) -> str:
+    """Plain YAML, nothing left to resolve: what any YAML reader reads."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: Any, text: Callable[[str], str] = str) -> Any:
+    """Enums by name; every string through `text`."""
+    if isinstance(value, dict):
+        return {key: _plain(item, text) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, text) for item in value]
+    return value.name if isinstance(value, Enum) else text(value) if isinstance(value, str) else value
+
+
+def read_train(path: Path, changes: Mapping[str, Any] | None = None) -> Train:
+    """A run's `config.yaml` as it was written, with other values for some keys; `Refused` where it is none."""
+    try:
+        stored = yaml.safe_load(path.read_text())
+        for key, value in (changes or {}).items():
+            *groups, last = key.split(".")
+            functools.reduce(dict.__getitem__, groups, stored)[last] = value
+        stored = _plain(stored, lambda text: text.replace("${", "\\${"))  # not to be resolved
+        schema = OmegaConf.structured(Train)
+        for group, node in GROUPS.items():
+            schema[group] = OmegaConf.structured(node)
+        schema.model = OmegaConf.structured(MODELS[stored["model"]["family"]])
+        config = OmegaConf.to_object(OmegaConf.merge(schema, stored))
+    except (OSError, KeyError, TypeError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise Refused(str(path), f"is not a run's configuration ({str(error).splitlines()[0]})") from error
+    assert isinstance(config, Train)
+    return config

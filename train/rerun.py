@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from train import checkpoint, events, evidence, loop, manifest, trained
-from train.config import Evidence, ReduceMode, Refused, Sharding, Train, read_train
+from train.config import Evidence, ReduceMode, Refused, Sharding, Train
 from train.console import Console
 from train.data.prepare import Prepared
 from train.engine import Engine
 from train.fingerprint import fingerprint
 from train.flat import Buffer
-from train.folder import read_json
+from train.folder import read_json, read_train
 from train.group import Group, Place
 from train.telemetry import NotFinite, Recorder
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from train import events
 from train.commands import Resize as Config
-from train.config import DONE, FAILED, Refused, Sharding, read_train
-from train.folder import WISH, locate, replace
+from train.config import DONE, FAILED, Refused, Sharding
+from train.folder import WISH, locate, read_train, replace
 
 PATIENCE = 60.0  # seconds in which the ranks must have come to the end of a step, and newcomers be ready
 

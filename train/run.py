@@ -25,14 +25,14 @@ import torch
 from train import events, flops, plan, telemetry
 from train.balance import Balance
 from train.channel import Channel
-from train.config import Refused, Sharding, Train, read_train
+from train.config import Refused, Sharding, Train
 from train.data.prepare import Prepared
 from train.data.stream import Validation
 from train.engine import Engine
 from train.faults import inject
 from train.faults import plan as faults
 from train.fingerprint import fingerprint
-from train.folder import LOCAL, identity, plain_identity
+from train.folder import LOCAL, identity, plain_identity, read_train
 from train.group import Changed, Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
 from train.loop import Due, fit

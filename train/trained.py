@@ -10,10 +10,11 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, Precision
 
 from train import checkpoint, hardware, manifest
-from train.config import Refused, Train, read_train
+from train.config import Refused, Train
 from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
 from train.flat import Piece
+from train.folder import read_train
 from train.models.build import build
 from train.models.language import LanguageModel
 
