@@ -40,7 +40,7 @@ from train.processes import die_with_parent, log_to
 from train.pulse import Pulse
 from train.recovery import Recovery
 from train.saver import Saver
-from train.telemetry import Recorder
+from train.telemetry import NotFinite, Recorder
 from train.trained import precision
 
 
@@ -231,6 +231,8 @@ def _cause(error: BaseException) -> tuple[str, str]:
     first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, Refused):
         return "refused", str(error)
+    if isinstance(error, NotFinite):
+        return "not finite", str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "out of memory", f"out of memory: use a smaller batch.micro_batch, model.context or model ({first})"
     return "exception", f"{type(error).__name__}: {first}"

@@ -300,17 +300,19 @@ class Supervisor:
     def _bury(self, lost: list[Rank]) -> int | None:
         """What becomes of the run now that these ranks are gone: GOES_ON, None for a new start, or an exit code."""
         now = time.monotonic()
+        faults: list[dict[str, Any]] = []
         for rank in lost:
             if rank.fault is None:
-                cause = rank.died_of()
-                fault = events.Fault(fault="lost", phase="a step", rank=rank.member, step=None, cause=cause)
-                rank.fault = fault.record()
+                said = events.Fault(fault="lost", phase="a step", rank=rank.member, step=None, cause=rank.died_of())
+                rank.fault = said.record()
                 self._record(rank.fault)
-            known = tuple(rank.fault[key] for key in ("fault", "phase", "step", "cause"))
-            again = rank.fault["step"] is not None and known in self._causes  # not bad luck
-            if again or rank.fault["fault"] == "refused":
-                return self._fail(rank.fault)
-            self._causes.add(known)
+            faults.append(rank.fault)
+        causes = [tuple(fault[key] for key in ("fault", "phase", "step", "cause")) for fault in faults]
+        for fault, cause in zip(faults, causes, strict=True):
+            if fault["fault"] == "refused" or (fault["step"] is not None and cause in self._causes):  # not bad luck
+                return self._fail(fault)
+        self._causes |= set(causes)
+        for rank in lost:
             slot = self._slots.get(rank.slot, Slot())  # none, after a resize
             deaths = slot.deaths
             deaths.append(self._recorded)
@@ -321,16 +323,16 @@ class Supervisor:
                 self._record(events.Warned(rank=rank.member, text=text).record())
         gone = {rank.member for rank in lost}
         alive = {rank.member for rank in self._ranks}
-        if self._heals and any(member in alive for member in self._members):
+        poisoned = any(fault["fault"] == "not finite" for fault in faults)  # and so is every rank's state
+        if self._heals and not poisoned and any(member in alive for member in self._members):
             if gone & set(self._members):
                 self._members = [member for member in self._members if member in alive]
                 self._publish("lost")
             return GOES_ON
         if self._futile >= self._config.recovery.restarts or self._config.nodes > 1 or self._asked:
-            assert lost[0].fault is not None
-            return self._fail(lost[0].fault)
+            return self._fail(faults[0])
         self._futile += 1
-        self._console.say("no rank is left that could go on: all start again from the last checkpoint")
+        self._console.say("no rank can go on: all start again from the last checkpoint")
         return None
 
     def _resize(self) -> None:
