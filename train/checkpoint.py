@@ -57,9 +57,14 @@ class Snapshot:
         self._buffer = torch.empty(sum(piece.data.numel() for piece in pieces), pin_memory=pinned)
         self._buffer.zero_()  # its pages exist from here on: the first save need not wait for them
 
+    def holds(self, pieces: Sequence[Piece]) -> bool:
+        """Whether there is room for them."""
+        return sum(piece.data.numel() for piece in pieces) <= self._buffer.numel()
+
     def take(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The same pieces with their data in the buffer; returns when the copy is done."""
-        views = torch.split(self._buffer, [piece.data.numel() for piece in pieces])
+        sizes = [piece.data.numel() for piece in pieces]
+        views = torch.split(self._buffer[: sum(sizes)], sizes)
         for piece, view in zip(pieces, views, strict=True):
             view.copy_(piece.data, non_blocking=True)
         if self._buffer.is_pinned():

@@ -76,6 +76,7 @@ class Saver:
         self._committed: set[int] = set()
         self._failed: str | None = None  # what is to be said of the last save, if it failed
         self._given_up = threading.Event()
+        self._snapshot: checkpoint.Snapshot | None = None
         self._mirror: Mirror | None = None
 
     def regrouped(self, pieces: Sequence[Piece], step: int) -> None:
@@ -83,7 +84,8 @@ class Saver:
         self._restored = step if self._restored is None else self._restored
         group, epoch = self._group, self._about["writer_epoch"]
         self._writers = find_writers(self._root, pieces, group)
-        self._snapshot = checkpoint.Snapshot(checkpoint.deal(pieces, group.rank, self._writers))
+        if self._snapshot is None:  # later ones, if larger, are made by the save that needs them: nobody waits here
+            self._snapshot = checkpoint.Snapshot(checkpoint.deal(pieces, group.rank, self._writers))
         if group.rank != 0:
             return
         for draft in self._root.glob(f".draft-step-*-{epoch}.*"):  # of the ranks that there were
@@ -111,7 +113,10 @@ class Saver:
         """Copy this rank's share and let the thread write it. Waits for the save before, if that is not done yet."""
         started = time.perf_counter()
         self._join()
-        share = self._snapshot.take(checkpoint.deal(pieces, self._group.rank, self._writers))
+        mine = checkpoint.deal(pieces, self._group.rank, self._writers)
+        if self._snapshot is None or not self._snapshot.holds(mine):
+            self._snapshot = checkpoint.Snapshot(mine)
+        share = self._snapshot.take(mine)
         waited = time.perf_counter() - started
         where = self._group.store, self._group.membership.epoch
         self._thread = threading.Thread(target=self._work, args=(*where, step, share, more, waited), daemon=True)
