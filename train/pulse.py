@@ -15,8 +15,8 @@ from pathlib import Path
 
 LAYOUT = struct.Struct("dd16s")  # time of the last sign (monotonic); seconds of silence that are in order; phase
 LEAST = 4.0  # seconds of silence that are always in order
-OFTEN = 10.0  # times the longest silence seen in the phase
-OFTENER = 100.0  # in a phase that is new: times the longest seen in any other
+OFTEN = 5.0  # times the longest silence seen in the phase
+OFTENER = 50.0  # in a phase that is new: times the longest seen in any other
 AT_FIRST = 600.0  # where none was seen yet: compilers, cold caches
 COMPILED = ("forward", "backward")  # whose first time tells nothing of others, and others nothing of it
 UNWATCHED = ("start", "end")  # model building, last words: they take what they take
