@@ -2,8 +2,9 @@
 
     results = run("tests.test_reduce:sums", world=3, virtual_ranks=8)
 
-The function is called as `function(place, **arguments)` on every rank, inside a joined process group, and returns
-something that JSON can carry; `run` returns these by rank. An exception on a rank is raised here, with its traceback.
+The function is called as `function(group, **arguments)` on every rank, with the group that it has joined (torch's
+default group has the same ranks), and returns something that JSON can carry; `run` returns these by rank. An exception
+on a rank is raised here, with its traceback.
 """
 
 from __future__ import annotations
@@ -63,25 +64,23 @@ def _rank(
     listener: socket.socket | None,
 ) -> None:
     import torch
+    from lightning.fabric.plugins import Precision
+    from torch._C._distributed_c10d import PrefixStore
 
-    from train.group import Place, join, leave
+    from train.group import Group, Membership, Place
 
-    place = Place(
-        rank=rank,
-        world=world,
-        local_rank=rank,
-        device="cpu",
-        host="127.0.0.1",
-        port=port,
-        loopback=True,
-        backend="gloo",
-    )
+    place = Place(member=rank, local_rank=rank, device="cpu", loopback=True, backend="gloo", heals=False)
+    membership = Membership(epoch=1, members=list(range(world)), host="127.0.0.1", port=port)
+    group = Group(place, Precision(), listener, lambda: membership)
     try:
         torch.set_num_threads(1)
-        join(place, listener)
+        group.join()
+        if world > 1:
+            store = PrefixStore("default", group.store)
+            torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
         module, name = function.split(":")
-        answer = {"result": getattr(importlib.import_module(module), name)(place, **json.loads(arguments))}
+        answer = {"result": getattr(importlib.import_module(module), name)(group, **json.loads(arguments))}
     except BaseException:
         answer = {"error": traceback.format_exc()}
     connection.send_bytes(json.dumps(answer).encode())
-    leave()
+    group.leave()

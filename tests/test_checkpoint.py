@@ -25,7 +25,6 @@ from train.group import Group, Place
 from train.manifest import MANIFEST, SEAL, Damaged
 
 State = dict[str, dict[str, Tensor]]
-ONE = Place(rank=0, world=1, local_rank=0, device="cpu", host="", port=0, loopback=True, backend="gloo")
 
 
 def state(value: float) -> State:
@@ -74,7 +73,7 @@ def simple(root: Path, step: int, value: float = 1.0, **about: Any) -> Path:
 
 
 def digest(step: int, tensors: State) -> str:
-    return checkpoint.state_sha256(step, pieces(tensors), Group(ONE, Precision()))
+    return checkpoint.state_sha256(step, pieces(tensors), Group(Place.alone(), Precision()))
 
 
 def restored(path: Path) -> State:
@@ -102,12 +101,12 @@ def test_the_digest_of_a_state_is_over_its_names_shapes_and_bytes() -> None:
     assert digest(3, state(0.5)) == expected.hexdigest()
 
 
-def on_ranks(place: Place, root: str, step: int, written: int) -> str:
+def on_ranks(group: Group, root: str, step: int, written: int) -> str:
     """Save as `written` partial ranks would (rank 0 does it), restore into this world's parts, digest these."""
-    group, tensors = Group(place, Precision()), state(0.0)
-    mine = cut(tensors, place.rank, place.world) if place.world > 1 else pieces(tensors)
+    tensors = state(0.0)
+    mine = cut(tensors, group.rank, group.world) if group.world > 1 else pieces(tensors)
     found = None
-    if place.rank == 0:
+    if group.rank == 0:
         found = manifest.verify(save(Path(root), step, [cut(state(0.7), rank, written) for rank in range(written)]))
     checkpoint.load(found, mine, group)
     return checkpoint.state_sha256(step, mine, group)

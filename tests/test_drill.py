@@ -107,7 +107,6 @@ def test_a_drill_without_faults(tiny: list[str], capsys: pytest.CaptureFixture[s
         assert (found["planned"], found["equal"], found["passed"]) == (0, True, True)
 
 
-@pytest.mark.skip(reason="ranks are not replaced in place yet")
 def test_a_drill_changes_no_bit(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["name=d", "devices=4", "steps=60", "eval.every=20", "checkpoint.every=10", "faults.count=16"]
     assert cli.main(["drill", *tiny, *settings, "format=json"]) == 0

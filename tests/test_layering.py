@@ -13,14 +13,14 @@ PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
     ("config", "events", "batch", "flops", "hardware"),
-    ("commands", "ledger"),
+    ("commands", "ledger", "pulse"),
     ("data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
-    ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults"),
+    ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("shard", "buckets"),
     ("reduce", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify"),
     ("loop",),
     ("keeper", "balance", "engine"),
-    ("run", "rerun"),
+    ("recovery", "run", "rerun"),
     ("supervisor", "runs", "replay", "diff", "drill"),
     ("compose", "cli", "__main__"),
 ]
@@ -29,6 +29,8 @@ WITHOUT_TORCH = ["config", "commands", "events", "batch", "flops", "hardware", "
 WITHOUT_TORCH += ["compose", "cli"]
 WITHOUT_TORCH += [
     "console",
+    "pulse",
+    "processes",
     "supervisor",
     "runs",
     "nodes",

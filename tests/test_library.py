@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests import dist, nanogpt
-from train.group import Place
+from train.group import Group
 from train.reduce import ExactReducer, FastReducer
 
 ROOT = Path(__file__).parent.parent
@@ -60,10 +60,10 @@ class Foreign(nn.Module):
         return logits
 
 
-def foreign(place: Place, mode: str, optimizer_first: bool, micro_batches: int) -> list[str]:
+def foreign(group: Group, mode: str, optimizer_first: bool, micro_batches: int) -> list[str]:
     """30 steps of a loop such as anybody writes; afterwards the weights, the moments and the losses, as digests."""
     kind = {"exact": ExactReducer, "fast": FastReducer}[mode]
-    torch.manual_seed(place.rank)  # like DDP, the library makes rank 0's weights everybody's
+    torch.manual_seed(group.rank)  # like DDP, the library makes rank 0's weights everybody's
     model = Foreign()
     if optimizer_first:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -74,7 +74,7 @@ def foreign(place: Place, mode: str, optimizer_first: bool, micro_batches: int) 
     losses, clipped = [], 0
     drawn = set()
     for step in range(30):
-        if place.rank == 0:
+        if group.rank == 0:
             torch.rand(step + 1)  # what a main process does beside (evaluation, samples) draws numbers, too
         for _, _, buffer in reducer.micro_batches(seed=7, step=step):
             starts = torch.randint(len(text) - 13, (3,))
@@ -91,7 +91,7 @@ def foreign(place: Place, mode: str, optimizer_first: bool, micro_batches: int) 
         losses.append(float(total.loss))
     assert losses[-1] < losses[0]
     assert clipped > 0
-    assert len(drawn) == 30 * micro_batches * len(reducer.hosted[place.rank]), "each draws its own"
+    assert len(drawn) == 30 * micro_batches * len(reducer.hosted[group.rank]), "each draws its own"
     moments = {f"{i}.{key}": value for i, of in optimizer.state_dict()["state"].items() for key, value in of.items()}
     assert len(moments) == 3 * len(list(model.parameters()))
     return [digest(model.state_dict()), digest(moments), str(losses)]

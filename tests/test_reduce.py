@@ -16,7 +16,7 @@ from tests import dist
 from train.balance import Balance
 from train.evidence import Evidence
 from train.flat import BLOCK, Buffer, Flat, squares
-from train.group import Place
+from train.group import Group
 from train.ranks import Ranks
 from train.reduce import ExactReducer, FastReducer
 
@@ -40,9 +40,9 @@ def used(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if name != "unused"]
 
 
-def sums(place: Place, mode: str, **more: Any) -> dict[str, Any]:
+def sums(group: Group, mode: str, **more: Any) -> dict[str, Any]:
     """Two steps of real backward passes, two micro-batches a leaf; what came of them, as digests."""
-    flat = Flat(model := odd_model(), place.world)
+    flat = Flat(model := odd_model(), group.world)
     options: dict[str, Any] = {"virtual_ranks": 8, "micro_batches": 2, **more}
     options["dtype"] = getattr(torch, options.get("dtype", "float32"))
     hosted = options.pop("hosted", None)
@@ -66,7 +66,7 @@ def sums(place: Place, mode: str, **more: Any) -> dict[str, Any]:
             leaf(v, buffer)
         kept = [b for b in reducer._taken if b is not reducer._last]
         before = [buffer.tensor.clone() for buffer in kept]
-        total = reducer.finish(stop=place.rank == place.world - 1)
+        total = reducer.finish(stop=group.rank == group.world - 1)
         assert all(torch.equal(b.tensor, copy) for b, copy in zip(kept, before, strict=True)), "overwritten too early"
         summed = torch.cat([total.gradient[a:b] for a, b in flat.ranges])
         results.append(
@@ -174,16 +174,16 @@ def test_the_fast_sum_depends_on_the_world_size() -> None:
     assert len(set(digests)) > 1
 
 
-def peak(place: Place, mode: str) -> int:
+def peak(group: Group, mode: str) -> int:
     """Bytes of the tensors alive at most during a step, its gradient buffers included, after a first step."""
     import gc
     import weakref
 
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    flat = Flat(model := nn.Linear(512, 2048), place.world)
+    flat = Flat(model := nn.Linear(512, 2048), group.world)
     kind = {"exact": ExactReducer, "fast": FastReducer}[mode]
-    reducer = kind(Ranks.default(), flat, virtual_ranks=place.world, bucket_bytes=BUCKET, evidence=Evidence(flat))
+    reducer = kind(Ranks.default(), flat, virtual_ranks=group.world, bucket_bytes=BUCKET, evidence=Evidence(flat))
     alive = most = 0
 
     class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -293,16 +293,16 @@ class Recorded:
         self.sent.append(event)
 
 
-def balanced(place: Place) -> list[Any]:
+def balanced(group: Group) -> list[Any]:
     """Leaves that take rank 1 much longer, under batch.weights=auto; the shares after each step."""
-    flat = Flat(nn.Linear(3, 3), place.world)
+    flat = Flat(nn.Linear(3, 3), group.world)
     reducer = ExactReducer(Ranks.default(), flat, virtual_ranks=8)
     channel = Recorded()
     batch = SimpleNamespace(virtual_ranks=8, weights="auto")
     balance = Balance(SimpleNamespace(batch=batch), Ranks.default(), reducer, channel)  # type: ignore[arg-type]
 
     def leaf(virtual_rank: int, buffer: Buffer) -> None:
-        time.sleep(0.03 if place.rank == 1 else 0.001)
+        time.sleep(0.03 if group.rank == 1 else 0.001)
 
     shares = []
     for step in range(12):

@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests import dist
 from tests.test_train import Running, at_step, descendants, gone, sha256, steps, summary, train
-from train import cli, compose, events, manifest, plan, supervisor
+from train import cli, compose, events, manifest, plan, pulse, supervisor
 from train.channel import MARK, RECORDED, STOP, Channel
 from train.config import Refused
 from train.data.prepare import Counts, Prepared
 from train.folder import FREE, LOCAL, RunFolder, identity
-from train.group import Group, Place
-from train.trained import precision
+from train.group import Group
+from train.pulse import Pulse
 
 Records = list[dict[str, Any]]
 ENDLESS = ("steps=100000", "schedule=constant", "eval.every=0", "checkpoint.every=0")  # a constant rate: no end to know
@@ -188,10 +187,11 @@ def test_a_signal_to_every_process_of_the_job_while_it_starts(tiny: list[str]) -
     assert [path.name for path in manifest.candidates(running.folder / "checkpoints")] == ["step-00000001"]
 
 
-def test_nothing_is_saved_ahead_of_the_record_and_no_request_is_lost_on_the_way() -> None:
+def test_nothing_is_saved_ahead_of_the_record_and_no_request_is_lost_on_the_way(tmp_path: Path) -> None:
     """`settle` returns when the supervisor has answered, keeps a request that came before, and fails without one."""
     ours, theirs = multiprocessing.Pipe()
-    channel = Channel(theirs)
+    pulse.create(tmp_path / "pulse")
+    channel = Channel(theirs, Pulse(tmp_path / "pulse"))
     thread = threading.Thread(target=channel.settle)
     thread.start()
     assert ours.recv_bytes() == MARK
@@ -267,14 +267,14 @@ def test_nodes_must_agree_on_all_that_the_ranks_do_together(tiny: list[str]) -> 
     assert not {"runs", "data.cache", "data.path", "name"} & set(identity(config, LOCAL))
 
 
-def disagreeing(place: Place, tiny: list[str]) -> str:
-    config = compose.config("train", [*tiny, "name=a", f"runs=of-rank-{place.rank}", f"eval.every={1 + place.rank}"])
+def disagreeing(group: Group, tiny: list[str]) -> str:
+    config = compose.config("train", [*tiny, "name=a", f"runs=of-rank-{group.rank}", f"eval.every={1 + group.rank}"])
     nothing = Counts(tokens=0, documents=0, bytes=0)
     fields = dict.fromkeys((field.name for field in dataclasses.fields(Prepared)), "")
     prepared = Prepared(**{**fields, "train": nothing, "validation": nothing})  # type: ignore[arg-type]
     run = importlib.import_module("train.run")
     try:
-        run._agree(config, prepared, Group(place, precision("fp32", torch.device("cpu"))))
+        run._agree(config, prepared, group)
     except Refused as refusal:
         return str(refusal)
     return ""

@@ -39,23 +39,14 @@ class Threads(Group):
 def savers(root: Path, world: int, heard: list[events.Event], restored: int = 0, **policy: Any) -> list[Saver]:
     store, found = HashStore(), []
     for rank in range(world):
-        place = Place(rank=0, world=1, local_rank=0, device="cpu", host="", port=0, loopback=True, backend="gloo")
-        group = Threads(place, Precision())
+        group = Threads(Place.alone(), Precision())
+        group.store = store
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(saver, "find_writers", lambda *_: list(range(world)))
             group.rank = rank
-            found.append(
-                Saver(
-                    root,
-                    store,
-                    group,
-                    cut(state(0.0), rank, world),
-                    about={"writer_epoch": 1},
-                    policy=Checkpoint(**policy),
-                    restored=restored,
-                    send=heard.append,
-                )
-            )
+            about = {"writer_epoch": 1}
+            found.append(Saver(root, group, about=about, policy=Checkpoint(**policy), send=heard.append))
+            found[-1].regrouped(cut(state(0.0), rank, world), restored)
     root.mkdir(exist_ok=True)
     return found
 
@@ -176,12 +167,12 @@ def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path, mon
         assert [path.name for path in root.iterdir()] == ["step-00000001"]
 
 
-def seen(place: Place, root: str, partial: bool) -> Any:
+def seen(group: Group, root: str, partial: bool) -> Any:
     """Rank 1 of 2 looks into another folder, as on a node that does not share rank 0's."""
-    mine = cut(state(0.0), place.rank, place.world) if partial else pieces(state(0.0))
-    folder = Path(root) / ("a" if place.rank != 1 else "b")
+    mine = cut(state(0.0), group.rank, group.world) if partial else pieces(state(0.0))
+    folder = Path(root) / ("a" if group.rank != 1 else "b")
     try:
-        return saver.find_writers(folder, mine, Group(place, Precision()))
+        return saver.find_writers(folder, mine, group)
     except Refused as refusal:
         return str(refusal)
 

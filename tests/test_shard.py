@@ -12,7 +12,7 @@ import torch
 from tests import dist
 from train import engine, optim
 from train.config import Batch, Evidence, Llama, Optimizer, OptimizerKind, Reduce, ReduceMode, Sharding
-from train.group import Place
+from train.group import Group
 from train.models.build import build
 from train.ranks import Ranks
 from train.shard import ShardedFlat
@@ -20,7 +20,7 @@ from train.shard import ShardedFlat
 VOCAB = 97
 
 
-def train(place: Place, sharding: str, virtual_ranks: int = 8, micro_batches: int = 2, **more: Any) -> dict[str, Any]:
+def train(group: Group, sharding: str, virtual_ranks: int = 8, micro_batches: int = 2, **more: Any) -> dict[str, Any]:
     """Four steps of a two-layer model with dropout; losses, norms, checksums and the parameters' digest."""
     config = configuration(sharding, virtual_ranks, micro_batches, **more)
     model = build(config.model, VOCAB, seed=1, device=torch.device("cpu"))

@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import Precision
-from torch._C._distributed_c10d import HashStore
 
 from tests import dist
 from tests.bench import report
 from train import checkpoint
 from train.config import Checkpoint
 from train.flat import Piece
-from train.group import Group, Place
+from train.group import Group
 from train.saver import Saver
 
 LAYERS, WIDTH = 24, 2048  # 24 x 2048 x 2048 = 100.7 M parameters
@@ -48,26 +46,18 @@ class Timed(Saver):
         self.cpu = time.thread_time() - before
 
 
-def on_rank(place: Place, root: str) -> dict[str, list[float]]:
+def on_rank(group: Group, root: str) -> dict[str, list[float]]:
     torch.set_num_threads(1)
-    group, saved = Group(place, Precision()), threading.Event()
-    store = torch.distributed.distributed_c10d._get_default_store() if place.world > 1 else HashStore()
+    saved = threading.Event()
     generator = torch.Generator().manual_seed(0)
     state = []
     for kind, prefix in (("model", ""), ("optimizer", "exp_avg."), ("optimizer", "exp_avg_sq.")):
         for layer in range(LAYERS):
             tensor = torch.rand(WIDTH, WIDTH, generator=generator)
             state.append(Piece(kind, f"{prefix}{layer}", tensor.shape, 0, tensor.view(-1), replicated=True))
-    saver = Timed(
-        Path(root),
-        store,
-        group,
-        state,
-        about={"writer_epoch": 1},
-        policy=Checkpoint(keep=1),
-        restored=0,
-        send=lambda event: saved.set(),
-    )
+    about, policy = {"writer_epoch": 1}, Checkpoint(keep=1)
+    saver = Timed(Path(root), group, about=about, policy=policy, send=lambda event: saved.set())
+    saver.regrouped(state, 0)
     a, done = torch.rand(768, 768, generator=generator), torch.zeros(1)
 
     def work(steps: int) -> float:
@@ -79,7 +69,7 @@ def on_rank(place: Place, root: str) -> dict[str, list[float]]:
             group.all_reduce(a.clone())
         return time.perf_counter() - start
 
-    share = checkpoint.deal(state, place.rank, range(place.world))
+    share = checkpoint.deal(state, group.rank, range(group.world))
     bare = checkpoint.Snapshot(share)
     figures: dict[str, list[float]] = {"copy": [], "wait": [], "extra": [], "cpu": [], "wall": [], "paid": []}
     work(8)
@@ -102,7 +92,7 @@ def on_rank(place: Place, root: str) -> dict[str, list[float]]:
             done = group.all_reduce(torch.tensor([float(saved.is_set())]))
         wall = time.perf_counter() - start
         saver._join()
-        cpu = group.all_reduce(torch.tensor([saver.cpu])).item() / place.world
+        cpu = group.all_reduce(torch.tensor([saver.cpu])).item() / group.world
         pace = (pace + work(16) / 16) / 2
         if number:  # the first round warms up
             for name, value in zip(figures, (copy, wait, wall - steps * pace, cpu, wall, copy + cpu), strict=True):

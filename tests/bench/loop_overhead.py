@@ -21,10 +21,9 @@ from typing import Any
 
 import lightning
 import torch
-from torch._C._distributed_c10d import HashStore
 
 from tests.bench import report
-from train import compose, events, folder, optim, plan
+from train import compose, events, folder, optim, plan, pulse
 from train.channel import Channel
 from train.config import Train
 from train.data.prepare import prepare
@@ -32,6 +31,7 @@ from train.data.stream import Stream
 from train.group import Place
 from train.loop import fit
 from train.models.build import build
+from train.pulse import Pulse
 from train.run import Order, assemble
 
 CASES = {  # name: overrides, steps a turn, turns
@@ -50,8 +50,9 @@ CASES = {  # name: overrides, steps a turn, turns
 class Memory(Channel):
     """A channel whose events go nowhere but through JSON, as they would."""
 
-    def __init__(self) -> None:
-        self.where = ("start", None)
+    def __init__(self, path: Path) -> None:
+        pulse.create(path)
+        self.where, self._pulse = ("start", None), Pulse(path)
         self.lines: list[str] = []
 
     def send(self, event: events.Event) -> None:
@@ -60,15 +61,19 @@ class Memory(Channel):
     def stop_requested(self) -> bool:
         return False
 
+    def membership(self) -> dict[str, Any]:
+        return {"epoch": 1, "members": [0], "host": "", "port": 0}
+
 
 def ours(config: Train, path: Path) -> Callable[[int], None]:
     """Returns what runs n more steps."""
     prepared, _ = prepare(config.data, seed=config.seed, context=config.model.context)
     with folder.RunFolder(path) as run:
         run.write(config, dataclasses.asdict(prepared))
-    place = Place(rank=0, world=1, local_rank=0, device="cpu", host="127.0.0.1", port=0, loopback=True, backend="gloo")
-    order = Order(folder=str(path), place=place, threads=1, writer_epoch=1, resume=False)
-    state, parts, _ = assemble(order, Memory(), HashStore())
+    order = Order(folder=str(path), place=Place.alone(), threads=1, writer_epoch=1, resume=False, joins=False)
+    recovery = assemble(order, Memory(path / "pulse"), None)
+    recovery.regroup()
+    state, parts = recovery.state, recovery.parts
 
     def run_steps(number: int) -> None:
         more = dataclasses.replace(parts.config, steps=state.step + number)

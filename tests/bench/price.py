@@ -22,7 +22,7 @@ from tests.bench import report
 from train import compose, engine, optim, plan
 from train.batch import micro_batch_seed
 from train.config import Train
-from train.group import Place
+from train.group import Group
 from train.models.build import build
 from train.ranks import Ranks
 
@@ -77,10 +77,10 @@ def trainer(config: Train, ranks: Ranks) -> tuple[Callable[[], None], Callable[[
     return step, held
 
 
-def measure(place: Place) -> dict[str, Any]:
+def measure(group: Group) -> dict[str, Any]:
     """Seconds of a step of each variant, and of the best one's step just before, by turn."""
     ranks = Ranks.default()
-    loops = {name: trainer(config_of(overrides, place.world), ranks) for name, overrides in VARIANTS.items()}
+    loops = {name: trainer(config_of(overrides, group.world), ranks) for name, overrides in VARIANTS.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
 
     def timed(name: str) -> float:

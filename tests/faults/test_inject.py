@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from train import events
+from train import events, pulse
 from train.channel import MARK, RECORDED, Channel
 from train.faults.inject import EXIT, armed
 from train.faults.plan import PHASES, parse
+from train.pulse import Pulse
 
 STEP_PHASES = PHASES[:5]
 
@@ -26,6 +27,11 @@ STEP_PHASES = PHASES[:5]
 class Seat:
     rank: int
     world: int
+
+
+def channel(connection: Connection, folder: Path) -> Channel:
+    pulse.create(folder / "pulse")
+    return Channel(connection, Pulse(folder / "pulse"))
 
 
 def walk(phase: Callable[[str, int], None], steps: int = 4) -> None:
@@ -43,7 +49,7 @@ def life(record: Path, *texts: str, seat: Seat | None = None, wanted: int = 4, p
 
     def rank(connection: Connection) -> None:
         ours.close()
-        walk(armed(planned, seat or Seat(1, 4), wanted, 7, Channel(connection), record))
+        walk(armed(planned, seat or Seat(1, 4), wanted, 7, channel(connection, record.parent), record))
 
     process = context.Process(target=rank, args=(theirs,))
     process.start()
@@ -130,7 +136,7 @@ def test_a_slow_rank_takes_a_multiple_of_what_it_computes(tmp_path: Path) -> Non
     other.send_bytes(RECORDED)
     (tmp_path / "events.jsonl").touch()
     slow = [parse("slow:0@forward:1:3:1")]
-    phase = armed(slow, Seat(0, 1), 1, 0, Channel(connection), tmp_path / "events.jsonl")
+    phase = armed(slow, Seat(0, 1), 1, 0, channel(connection, tmp_path), tmp_path / "events.jsonl")
     seconds = []
     for step in range(3):
         phase("forward", step)
@@ -146,5 +152,5 @@ def test_a_slow_rank_takes_a_multiple_of_what_it_computes(tmp_path: Path) -> Non
 
 def test_without_faults_there_is_nothing_in_the_way(tmp_path: Path) -> None:
     connection, _ = multiprocessing.get_context("fork").Pipe()
-    channel = Channel(connection)
-    assert armed((), Seat(0, 1), 1, 0, channel, tmp_path) == channel.phase
+    straight = channel(connection, tmp_path)
+    assert armed((), Seat(0, 1), 1, 0, straight, tmp_path) == straight.phase
