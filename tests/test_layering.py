@@ -16,18 +16,19 @@ LAYERS = [
     ("commands", "ledger", "pulse"),
     ("data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
-    ("shard", "buckets"),
-    ("reduce", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify"),
+    ("buckets",),
+    ("reduce", "shard", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify"),
     ("loop",),
     ("keeper", "balance", "engine"),
     ("recovery", "run", "rerun"),
-    ("supervisor", "runs", "replay", "diff", "drill"),
+    ("supervisor", "runs", "replay", "diff", "drill", "resize"),
     ("compose", "cli", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-WITHOUT_TORCH = ["config", "commands", "events", "batch", "flops", "hardware", "plan", "folder", "summary"]
-WITHOUT_TORCH += ["compose", "cli"]
+WITHOUT_TORCH = ["config", "commands", "events", "batch", "flops", "hardware", "plan", "folder", "summary", "ledger"]
 WITHOUT_TORCH += [
+    "compose",
+    "cli",
     "console",
     "pulse",
     "processes",
@@ -36,13 +37,8 @@ WITHOUT_TORCH += [
     "nodes",
     "manifest",
     "mirror",
-    "verify",
-    "faults.plan",
-    "ledger",
-    "drill",
-    "data.prepare",
-    "data.stream",
 ]
+WITHOUT_TORCH += ["verify", "resize", "drill", "faults.plan", "data.prepare", "data.stream"]
 
 
 def imports(path: Path) -> set[str]:
