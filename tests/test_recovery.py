@@ -1,0 +1,226 @@
+"""A rank that is lost – killed, crashed, hung, alone or with others – changes no bit.
+
+Rows 1, 4, 13, 16 and 17 of the usual matrix of faults. They strike on order (`faults.at`), at named phases of named steps;
+every run is compared, loss by loss and in its final state, with one that nothing happened to. What else must be as it
+was: each step once in the record, no process left.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.test_resume import numbers, ranks
+from tests.test_train import summary, train
+from train import cli, compose, events, plan, pulse, supervisor
+from train.channel import Requests
+from train.console import Console
+from train.folder import RunFolder
+
+Record = dict[str, Any]
+LONG = ("steps=30", "eval.every=10", "checkpoint.every=10")
+
+
+class Twins:
+    """Fault-free runs on one rank, made when they are first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, ...], tuple[dict[int, str], dict[str, Any]]] = {}
+
+    def of(self, tiny: list[str], *more: str) -> tuple[dict[int, str], dict[str, Any]]:
+        if more not in self._made:
+            code, folder = train(tiny, *more, "name=twin", "devices=1")
+            assert code == 0
+            self._made[more] = numbers(folder), summary(folder)
+        return self._made[more]
+
+
+@pytest.fixture(scope="module")
+def twins() -> Twins:
+    return Twins()
+
+
+def records(folder: Path) -> list[Record]:
+    return list(events.read(folder / "events.jsonl"))
+
+
+def of_kind(found: list[Record], kind: str, **fields: Any) -> list[Record]:
+    return [r for r in found if r["kind"] == kind and all(r[key] == value for key, value in fields.items())]
+
+
+def survived(folder: Path, tiny: list[str], twins: Twins, *more: str) -> list[Record]:
+    """The run's record, once it is shown to be, to the bit, that of its twin."""
+    losses, end = twins.of(tiny, *more)
+    assert numbers(folder) == losses
+    for key in ("state_sha256", "steps", "tokens", "val_bpb", "stopped"):
+        assert summary(folder)[key] == end[key], key
+    assert ranks() == []
+    return records(folder)
+
+
+def once(found: list[Record]) -> None:
+    """Nothing was restarted: each step is in the record once, with its checksums, and in order."""
+    for kind in ("step", "digests"):
+        seen = [record["step"] for record in of_kind(found, kind)]
+        assert seen == sorted(set(seen)), Counter(seen).most_common(3)
+        assert len(seen) == of_kind(found, "end")[-1]["step"]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_kill_in_every_phase_of_a_step(rank: int, tiny: list[str], twins: Twins) -> None:
+    """Rank 0 hosts the store and speaks for the run; rank 1 is somebody; 2 is the last. The run never starts again."""
+    phases = ("forward", "backward", "reduce", "optimizer", "commit", "evaluation", "checkpoint")
+    at = [f"kill:{rank}@{phase}:{3 + 3 * i}" for i, phase in enumerate(phases)]
+    code, folder = train(tiny, *LONG, "name=a", "devices=3", f"faults.at=[{','.join(at)}]")
+    assert code == 0
+    found = survived(folder, tiny, twins, *LONG)
+    once(found)
+    struck = of_kind(found, "injected")
+    assert [one["phase"] for one in struck] == list(phases)
+    lost = of_kind(found, "regroup", why="lost")
+    assert len(of_kind(found, "fault")) == len(phases)
+    assert len(lost) >= len(phases) - 1, "two that die at once are one change"
+    assert of_kind(found, "regroup", why="joined")
+    assert len(of_kind(found, "start")) == 1
+
+
+def test_survivors_keep_what_they_have_finished(tiny: list[str], twins: Twins) -> None:
+    """Of 8 leaves on 4 ranks each has finished one when the sum begins: the dead rank's two and the last ones remain."""
+    code, folder = train(tiny, *LONG, "name=a", "devices=4", "faults.at=[kill:1@reduce:5]")
+    assert code == 0
+    found = survived(folder, tiny, twins, *LONG)
+    once(found)
+    (lost,) = of_kind(found, "regroup", why="lost")
+    assert (lost["step"], lost["world"], lost["members"]) == (5, 3, [0, 2, 3])
+    assert (lost["kept"], lost["redone"]) == (3, 5)
+    (joined,) = of_kind(found, "regroup", why="joined")
+    assert (joined["world"], joined["members"]) == (4, [0, 2, 3, 4])
+    assert joined["redone"] == 0, "a newcomer comes at the end of a step"
+
+
+def test_several_at_once_and_during_a_recovery(tiny: list[str], twins: Twins) -> None:
+    at = "kill:0+2@backward:4,kill:1@reduce:10,kill:0@regroup:10,segv:1@forward:16,exit:0@optimizer:20"
+    code, folder = train(tiny, *LONG, "name=a", "devices=4", f"faults.at=[{at},exception:2@reduce:24]")
+    assert code == 0
+    found = survived(folder, tiny, twins, *LONG)
+    once(found)
+    assert len({one["id"] for one in of_kind(found, "injected")}) == 6
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_all_ranks_at_once(devices: int, tiny: list[str], twins: Twins) -> None:
+    """Nobody is left: all start again from the checkpoint, by themselves, and repeat the same bits."""
+    every = "+".join(map(str, range(devices)))
+    code, folder = train(tiny, *LONG, "name=a", f"devices={devices}", f"faults.at=[kill:{every}@reduce:14]")
+    assert code == 0
+    found = survived(folder, tiny, twins, *LONG)
+    assert [start["step"] for start in of_kind(found, "start")] == [0, 10]
+
+
+@pytest.mark.parametrize("how", ["recovery.in_place=false", "sharding=optimizer", "sharding=full"])
+def test_what_cannot_be_healed_in_place_starts_again(how: str, tiny: list[str], twins: Twins) -> None:
+    code, folder = train(tiny, *LONG, "name=a", "devices=2", how, "faults.at=[kill:1@backward:14]")
+    assert code == 0
+    found = survived(folder, tiny, twins, *LONG)
+    assert [start["step"] for start in of_kind(found, "start")] == [0, 10]
+    assert not of_kind(found, "regroup")
+
+
+@pytest.mark.parametrize("kind", ["stop", "gil", "hang"])
+def test_a_rank_that_hangs_is_found_and_says_where(kind: str, tiny: list[str], twins: Twins) -> None:
+    code, folder = train(tiny, *LONG, "name=a", "devices=2", f"faults.at=[{kind}:1@backward:12]")
+    assert code == 0
+    found = survived(folder, tiny, twins, *LONG)
+    once(found)
+    (fault,) = of_kind(found, "fault")
+    (struck,) = of_kind(found, "injected")
+    assert (fault["fault"], fault["rank"], fault["phase"]) == ("hang", 1, "backward")
+    assert fault["time"] - struck["time"] < pulse.LEAST + 2.5, "the machine may be busy, hence the margin"
+    log = (folder / "logs" / "rank-1.log").read_text()
+    assert re.search(r'File ".*train/loop.py", line \d+ in micro_batch', log), "the stack of the culprit"
+
+
+MORE = [
+    ("batch.virtual_ranks=6", "batch.sequences=24", "batch.micro_batch=2", "precision=bf16", "model.dropout=0.1"),
+    ("reduce.dtype=bf16",),
+    ("reduce.bucket_mib=0.01", "batch.weights=auto"),
+]
+
+
+@pytest.mark.parametrize("more", MORE, ids=lambda more: more[0])
+def test_odd_runs_survive_too(more: tuple[str, ...], tiny: list[str], twins: Twins) -> None:
+    at = "kill:2@reduce:6,kill:0@backward:12,kill:1@reduce:18,kill:0@commit:22"
+    code, folder = train(tiny, *LONG, *more, "name=a", "devices=4", f"faults.at=[{at}]")
+    assert code == 0
+    once(survived(folder, tiny, twins, *LONG, *more))
+
+
+def test_a_place_where_ranks_keep_dying_stays_empty_for_a_while(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second replacement waits, the third does not come before 20 steps have passed; the run goes on without."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=2"]))
+    with RunFolder(tmp_path / "run") as run:
+        watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
+        forked: list[int] = []
+        monkeypatch.setattr(watch, "_fork", lambda slot, resume, joins: forked.append(slot))
+        stays = SimpleNamespace(member=0, slot=0, ready=True, fault=None, port=1, tell=lambda message: None)
+        watch._ranks, watch._members = [stays], [0]  # type: ignore[list-item]
+        for death in range(supervisor.LIVES):
+            dies = SimpleNamespace(member=1 + death, slot=1, fault=None, died_of=lambda: "killed by SIGKILL")
+            assert watch._bury([dies]) == supervisor.GOES_ON  # type: ignore[list-item]
+            waits = watch._slots[1].due - time.monotonic()
+            assert waits <= 0 if death == 0 else waits == pytest.approx(supervisor.BACK_OFF * 2 ** (death - 1), abs=0.5)
+            watch._slots[1].due = 0.0
+            watch._replace()
+        assert forked == [1, 1]
+        (warning,) = of_kind(list(run.events()), "warning")
+        assert "left empty" in warning["text"]
+        watch._recorded += supervisor.QUICK
+        watch._replace()
+        assert forked == [1, 1, 1]
+
+
+def test_the_same_exception_in_the_same_step_again_ends_the_run(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = "exception:0@forward:5,exception:0@forward:5"
+    code, folder = train(tiny, *LONG, "name=a", "devices=3", f"faults.at=[{at}]")
+    assert code == 1
+    assert "a fault on order" in capsys.readouterr().err
+    assert ranks() == []
+    assert len(of_kind(records(folder), "regroup")) <= 1
+
+
+def test_resize_under_way(tiny: list[str], twins: Twins, capsys: pytest.CaptureFixture[str]) -> None:
+    """2 -> 4 -> 1 -> 3 ranks while it trains; what cannot be is refused, and asking again is harmless."""
+    longer = ("steps=400", "eval.every=0", "checkpoint.every=100", "schedule=constant")
+    name = [*tiny, *longer, "name=a"]
+    folder = Path(tiny[-1].removeprefix("runs=")) / "a"
+    codes: list[int] = []
+
+    def ask() -> None:
+        until = time.monotonic() + 60
+        while not any(r["kind"] == "step" for r in events.read(folder / "events.jsonl")) and time.monotonic() < until:
+            time.sleep(0.01)
+        codes.extend(cli.main(["resize", f"run={folder}", f"devices={n}"]) for n in (4, 4, 1, 3, 9))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    code, _ = train(name, "devices=2")
+    thread.join()
+    assert code == 0
+    assert codes == [0, 0, 0, 0, 2]
+    found = survived(folder, tiny, twins, *longer)
+    once(found)
+    assert [r["world"] for r in of_kind(found, "regroup")][-1] == 3
+    assert {4, 1} <= {r["world"] for r in of_kind(found, "regroup")}
+    assert cli.main(["resize", f"run={folder}", "devices=2"]) == 2
+    assert "not under way" in capsys.readouterr().err
