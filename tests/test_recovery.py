@@ -1,8 +1,9 @@
 """A rank that is lost – killed, crashed, hung, alone or with others – changes no bit.
 
-Rows 1, 4, 13, 16 and 17 of the usual matrix of faults. They strike on order (`faults.at`), at named phases of named steps;
-every run is compared, loss by loss and in its final state, with one that nothing happened to. What else must be as it
-was: each step once in the record, no process left.
+Rows 1, 4, 13, 16 and 17 of the usual matrix of faults. They strike on order (`faults.at`), at named phases of named
+steps; every run is compared, loss by loss and in its final state, with one that nothing happened to. What else must be
+as it was: each step once in the record, no process left. There are always enough ranks for all faults of a run, since
+how soon a replacement comes is the machine's affair.
 """
 
 from __future__ import annotations
@@ -73,26 +74,25 @@ def once(found: list[Record]) -> None:
         assert len(seen) == of_kind(found, "end")[-1]["step"]
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_kill_in_every_phase_of_a_step(rank: int, tiny: list[str], twins: Twins) -> None:
-    """Rank 0 hosts the store and speaks for the run; rank 1 is somebody; 2 is the last. The run never starts again."""
-    phases = ("forward", "backward", "reduce", "optimizer", "commit", "evaluation", "checkpoint")
-    at = [f"kill:{rank}@{phase}:{3 + 3 * i}" for i, phase in enumerate(phases)]
-    code, folder = train(tiny, *LONG, "name=a", "devices=3", f"faults.at=[{','.join(at)}]")
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "places", [("forward:3", "backward:6", "reduce:9", "optimizer:12"), ("commit:3", "evaluation:8", "checkpoint:15")]
+)
+def test_a_kill_in_every_phase_of_a_step(rank: int, places: tuple[str, ...], tiny: list[str], twins: Twins) -> None:
+    """Rank 0 hosts the store and speaks for the run. The run never starts again."""
+    at = ",".join(f"kill:{rank}@{place}" for place in places)
+    code, folder = train(tiny, *LONG, "name=a", "devices=5", f"faults.at=[{at}]")
     assert code == 0
     found = survived(folder, tiny, twins, *LONG)
     once(found)
-    struck = of_kind(found, "injected")
-    assert [one["phase"] for one in struck] == list(phases)
-    lost = of_kind(found, "regroup", why="lost")
-    assert len(of_kind(found, "fault")) == len(phases)
-    assert len(lost) >= len(phases) - 1, "two that die at once are one change"
-    assert of_kind(found, "regroup", why="joined")
+    assert [one["phase"] for one in of_kind(found, "injected")] == [place.split(":")[0] for place in places]
+    assert len(of_kind(found, "fault", fault="lost")) == len(places)
+    assert len(of_kind(found, "regroup", why="lost")) == len(places)
     assert len(of_kind(found, "start")) == 1
 
 
 def test_survivors_keep_what_they_have_finished(tiny: list[str], twins: Twins) -> None:
-    """Of 8 leaves on 4 ranks each has finished one when the sum begins: the dead rank's two and the last ones remain."""
+    """Of its 2 leaves each of 4 ranks has finished one when the sum begins: the dead rank's and the last ones remain."""
     code, folder = train(tiny, *LONG, "name=a", "devices=4", "faults.at=[kill:1@reduce:5]")
     assert code == 0
     found = survived(folder, tiny, twins, *LONG)
@@ -105,13 +105,20 @@ def test_survivors_keep_what_they_have_finished(tiny: list[str], twins: Twins) -
     assert joined["redone"] == 0, "a newcomer comes at the end of a step"
 
 
-def test_several_at_once_and_during_a_recovery(tiny: list[str], twins: Twins) -> None:
-    at = "kill:0+2@backward:4,kill:1@reduce:10,kill:0@regroup:10,segv:1@forward:16,exit:0@optimizer:20"
-    code, folder = train(tiny, *LONG, "name=a", "devices=4", f"faults.at=[{at},exception:2@reduce:24]")
+@pytest.mark.parametrize(
+    "at",
+    [
+        ("kill:0+2@backward:4", "kill:1@reduce:10", "kill:0@regroup:10"),
+        ("segv:1@forward:6", "exit:0@optimizer:12", "exception:1@reduce:18"),
+    ],
+    ids=["several at once, and in a recovery", "other ways to die"],
+)
+def test_other_losses(at: tuple[str, ...], tiny: list[str], twins: Twins) -> None:
+    code, folder = train(tiny, *LONG, "name=a", "devices=5", f"faults.at=[{','.join(at)}]")
     assert code == 0
     found = survived(folder, tiny, twins, *LONG)
     once(found)
-    assert len({one["id"] for one in of_kind(found, "injected")}) == 6
+    assert {one["id"] for one in of_kind(found, "injected")} == set(at)
 
 
 @pytest.mark.parametrize("devices", [1, 3])
@@ -156,7 +163,7 @@ MORE = [
 
 @pytest.mark.parametrize("more", MORE, ids=lambda more: more[0])
 def test_odd_runs_survive_too(more: tuple[str, ...], tiny: list[str], twins: Twins) -> None:
-    at = "kill:2@reduce:6,kill:0@backward:12,kill:1@reduce:18,kill:0@commit:22"
+    at = "kill:2@reduce:6,kill:0@backward:12,kill:1@reduce:18"
     code, folder = train(tiny, *LONG, *more, "name=a", "devices=4", f"faults.at=[{at}]")
     assert code == 0
     once(survived(folder, tiny, twins, *LONG, *more))
