@@ -9,7 +9,6 @@ how soon a replacement comes is the machine's affair.
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.test_resume import numbers, ranks
-from tests.test_train import summary, train
+from tests.test_train import Running, at_step, summary, train
 from train import cli, compose, events, plan, pulse, supervisor
 from train.channel import Requests
 from train.console import Console
@@ -92,7 +91,7 @@ def test_a_kill_in_every_phase_of_a_step(rank: int, places: tuple[str, ...], tin
 
 
 def test_survivors_keep_what_they_have_finished(tiny: list[str], twins: Twins) -> None:
-    """Of its 2 leaves each of 4 ranks has finished one when the sum begins: the dead rank's and the last ones remain."""
+    """Of 2 leaves each of 4 ranks has finished one when the sum begins: the dead rank's and the last ones remain."""
     code, folder = train(tiny, *LONG, "name=a", "devices=4", "faults.at=[kill:1@reduce:5]")
     assert code == 0
     found = survived(folder, tiny, twins, *LONG)
@@ -208,26 +207,18 @@ def test_the_same_exception_in_the_same_step_again_ends_the_run(
 
 def test_resize_under_way(tiny: list[str], twins: Twins, capsys: pytest.CaptureFixture[str]) -> None:
     """2 -> 4 -> 1 -> 3 ranks while it trains; what cannot be is refused, and asking again is harmless."""
-    longer = ("steps=400", "eval.every=0", "checkpoint.every=100", "schedule=constant")
-    name = [*tiny, *longer, "name=a"]
-    folder = Path(tiny[-1].removeprefix("runs=")) / "a"
-    codes: list[int] = []
-
-    def ask() -> None:
-        until = time.monotonic() + 60
-        while not any(r["kind"] == "step" for r in events.read(folder / "events.jsonl")) and time.monotonic() < until:
-            time.sleep(0.01)
-        codes.extend(cli.main(["resize", f"run={folder}", f"devices={n}"]) for n in (4, 4, 1, 3, 9))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    code, _ = train(name, "devices=2")
-    thread.join()
-    assert code == 0
+    longer = ("steps=250", "eval.every=0", "checkpoint.every=100")
+    running = Running([*tiny, *longer], "name=a", "devices=2")
+    running.wait_for(at_step(1))
+    codes = [cli.main(["resize", f"run={running.folder}", f"devices={n}"]) for n in (4, 4, 1, 3, 9)]
     assert codes == [0, 0, 0, 0, 2]
-    found = survived(folder, tiny, twins, *longer)
+    assert "share batch.virtual_ranks=8" in capsys.readouterr().err
+    code, _, _ = running.end()
+    assert code == 0
+    found = survived(running.folder, tiny, twins, *longer)
     once(found)
-    assert [r["world"] for r in of_kind(found, "regroup")][-1] == 3
-    assert {4, 1} <= {r["world"] for r in of_kind(found, "regroup")}
-    assert cli.main(["resize", f"run={folder}", "devices=2"]) == 2
+    worlds = [record["world"] for record in of_kind(found, "regroup")]
+    assert worlds[-1] == 3
+    assert {1, 4} <= set(worlds)
+    assert cli.main(["resize", f"run={running.folder}", "devices=2"]) == 2
     assert "not under way" in capsys.readouterr().err
