@@ -28,6 +28,7 @@ from train.group import Group
 from train.pulse import Pulse
 
 Records = list[dict[str, Any]]
+FRAGILE = ("recovery.in_place=false", "recovery.restarts=0")  # a lost rank ends the run
 ENDLESS = ("steps=100000", "schedule=constant", "eval.every=0", "checkpoint.every=0")  # a constant rate: no end to know
 
 
@@ -127,7 +128,7 @@ def test_a_second_signal_ends_a_rank_at_once(tiny: list[str], capsys: pytest.Cap
             os.kill(pids[1], TERM)
             time.sleep(0.4)
 
-    assert train_and(ask_twice, at_step(4), tiny, *ENDLESS, "name=a", "devices=2")[0] == 1
+    assert train_and(ask_twice, at_step(4), tiny, *ENDLESS, *FRAGILE, "name=a", "devices=2")[0] == 1
     err = capsys.readouterr().err
     assert "rank 1 failed" in err
     assert "killed by SIGTERM" in err
@@ -324,7 +325,7 @@ def test_four_two_three_one_four_ranks_with_a_kill_at_each_change(
     name = [*tiny, *more, "name=a"]
     for world, step, still in ((4, 8, 0.0), (2, 20, 0.0), (3, 32, 0.7), (1, 44, 0.0)):
         if world == 2:
-            code, _ = train_and(lambda pids: kill(pids[1:]), at_step(step), name, "devices=2")
+            code, _ = train_and(lambda pids: kill(pids[1:]), at_step(step), name, *FRAGILE, "devices=2")
             assert code == 1
             continue
         running = Running(name, f"devices={world}")
@@ -358,7 +359,8 @@ def test_killed_at_many_moments(tiny: list[str]) -> None:
     base = 0
     for world, lines in ((2, 1), (3, 2), (1, 5), (4, 8), (2, 11)):
         limit = base + lines
-        code, folder = train_and(kill, lambda records: len(records) >= limit, name, f"devices={world}")  # noqa: B023
+        found = lambda records: len(records) >= limit  # noqa: B023, E731
+        code, folder = train_and(kill, found, name, *FRAGILE, f"devices={world}")
         assert code == 1
         base = len(list(events.read(folder / "events.jsonl")))
     assert train(name, "devices=3")[0] == 0

@@ -80,18 +80,22 @@ def read(name: str, folder: Path) -> Record:
                     record.unequal.append(event)
     except (ValueError, KeyError, TypeError) as error:
         raise Refused(str(folder / "events.jsonl"), f"cannot be read ({type(error).__name__}: {error})") from error
+    for step in [step for step, checks in record.steps.items() if "loss" not in checks]:  # killed between the two
+        del record.steps[step]
     if not record.steps:
         raise Refused("run", f"{name} has no recorded step")
     return record
 
 
 def take(steps: dict[int, Checks], event: dict[str, Any]) -> None:
-    """Keep what an event tells of a step. That of its checksums comes after that of its numbers."""
+    """Keep what an event tells of a step. Its checksums come before its numbers, in older runs after them."""
+    known = steps.get(event.get("step", 0), {})
     if event["kind"] == "step":
-        loss, norm, rate = event["loss_hex"], event["grad_norm"], event["lr"]
-        steps[event["step"]] = {"loss": loss, "gradient norm": norm, "learning rate": rate}
+        numbers = {"loss": event["loss_hex"], "gradient norm": event["grad_norm"], "learning rate": event["lr"]}
+        steps[event["step"]] = numbers if "loss" in known else known | numbers
     elif event["kind"] == "digests":
-        steps[event["step"]] = {key: event[key] for key in DIGESTS} | steps[event["step"]]
+        checksums = {key: event[key] for key in DIGESTS}
+        steps[event["step"]] = checksums if "parameters" in known else checksums | known
 
 
 def different(a: Checks, b: Checks) -> dict[str, list[int]]:

@@ -93,7 +93,7 @@ class Saver:
         for path in manifest.candidates(self._root):  # what another rank 0 has committed
             with contextlib.suppress(manifest.Damaged):
                 found = manifest.read(path)
-                self._committed |= {found["step"]} if found["writer_epoch"] == epoch else set()
+                self._committed |= {found["step"]} if found.get("writer_epoch") == epoch else set()
         if self._policy.store and self._mirror is None:
             self._mirror = Mirror(self._root, self._policy, self._trusted, self._warn)
 
