@@ -101,6 +101,7 @@ class Group(Ranks, Strategy):
         self.local_rank = place.local_rank
         self.membership = Membership(epoch=0, members=[place.member], host="", port=0)
         self.store: Store = HashStore()
+        self.settled = False  # all that a new group begins with is done
         self._server: Store | None = None
         self._sockets: set[tuple[int, int]] = set()  # of the process group: number, inode
 
@@ -132,9 +133,12 @@ class Group(Ranks, Strategy):
             self.look()
 
     def look(self) -> None:
-        """Raise Changed where there is a newer membership that does not wait for the end of the step."""
+        """Raise Changed where there is a newer membership, unless it waits for the end of a step that is under way.
+
+        A group that has not settled heeds every one: those that come together must have heard of the same.
+        """
         news = self._news()
-        if news is not None and news.epoch > self.membership.epoch and not news.boundary:
+        if news is not None and news.epoch > self.membership.epoch and not (news.boundary and self.settled):
             raise Changed(f"epoch {news.epoch}")
 
     def change_announced(self) -> bool:
@@ -145,6 +149,7 @@ class Group(Ranks, Strategy):
     def join(self) -> None:
         """Leave this group for the newest one, once there is a newer. Raises Changed where that has changed again."""
         self._abandon()
+        self.settled = False
         until = time.monotonic() + PATIENCE
         while (new := self._news()) is None or new.epoch <= self.membership.epoch:
             if time.monotonic() > until:
@@ -170,8 +175,7 @@ class Group(Ranks, Strategy):
         made: queue.Queue[Any] = queue.Queue()
         threading.Thread(target=self._meet, args=(new, self.rank, made), daemon=True, name="meet").start()
         while made.empty():
-            if (newer := self._news()) is not None and newer.epoch > new.epoch:
-                raise Changed(f"epoch {newer.epoch}")
+            self.look()
             time.sleep(0.001)
         self._sockets = _sockets() - before
         met = made.get()

@@ -54,6 +54,7 @@ class Recovery:
         while True:
             try:
                 self._regroup(led, lost_save, began)
+                self.group.settled = True
                 return
             except Changed:
                 continue
