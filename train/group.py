@@ -91,8 +91,7 @@ class Group(Ranks, Strategy):
         listener: socket.socket | None = None,
         news: Callable[[], Membership | None] = lambda: None,
     ) -> None:
-        """`listener`: bound and listening, for the store that this rank hosts when it is the first. `news`: the newest
-        membership that it was sent."""
+        """`listener` is for the store that this rank hosts when it is the first; `news`, the newest membership sent."""
         Strategy.__init__(self, precision=precision)
         self._place, self._listener, self._news = place, listener, news
         self._device = torch.device(place.device)
