@@ -29,7 +29,7 @@ import numpy as np
 from tests.bench import report
 from train import events
 
-MODELS = ("llama_micro", "llama_nano", "llama_mini")
+MODELS = ("llama_micro", "llama_nano")
 SMALL = ["data=synthetic", "data.synthetic_tokens=400_000", "data.tokenizer.vocab=512", "model.context=64"]
 SMALL += [
     "batch.sequences=16",
