@@ -199,6 +199,9 @@ class Supervisor:
     def _publish(self, why: str) -> None:
         """Tell the ranks who belongs together from now on."""
         self._epoch += 1
+        alive = {rank.member for rank in self._ranks}
+        if why in ("joined", "resized") and not alive.issuperset(self._present):
+            why = "lost"  # and they have not gone on without it: nobody may wait for the end of a step
         first = next((rank for rank in self._ranks if rank.member == self._members[0]), None)
         membership = {
             "epoch": self._epoch,
