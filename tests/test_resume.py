@@ -357,10 +357,10 @@ def test_killed_at_many_moments(tiny: list[str]) -> None:
     more = ("steps=24", "eval.every=4", "checkpoint.every=2")
     name = [*tiny, *more, "name=a"]
     base = 0
-    for world, lines in ((2, 1), (3, 2), (1, 5), (4, 8), (2, 11)):
+    for world, lines in ((2, 2), (3, 3), (1, 6), (4, 9), (2, 12)):
         limit = base + lines
-        found = lambda records: len(records) >= limit  # noqa: B023, E731
-        code, folder = train_and(kill, found, name, *FRAGILE, f"devices={world}")
+        settings = [*name, *FRAGILE, f"devices={world}"]
+        code, folder = train_and(kill, lambda records: len(records) >= limit, settings)  # noqa: B023
         assert code == 1
         base = len(list(events.read(folder / "events.jsonl")))
     assert train(name, "devices=3")[0] == 0

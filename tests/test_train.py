@@ -364,7 +364,9 @@ def test_a_killed_parent_takes_its_ranks_along(tiny: list[str]) -> None:
 
 
 def test_a_killed_rank_ends_the_run_and_is_named(tiny: list[str]) -> None:
-    running = Running(tiny, "name=a", "devices=3", "steps=100000")
+    """Where nobody is to go on without it."""
+    settings = ("recovery.in_place=false", "recovery.restarts=0")
+    running = Running(tiny, "name=a", "devices=3", "steps=100000", *settings)
     running.wait_for(at_step(2))
     pids = running.children()
     victim = max(pids)  # forked last: rank 2
