@@ -38,7 +38,6 @@ from train import nodes
 from train.ranks import Ranks
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; whom it waits for is the supervisor's business, which acts sooner
-MEETING = timedelta(seconds=30)  # in which all ranks of an epoch must have come, where the epochs may change
 SLICE = timedelta(milliseconds=50)  # of waiting, between two looks for a newer epoch
 PATIENCE = 60.0  # seconds in which the supervisor must say how it goes on after a collective has failed
 
@@ -191,9 +190,8 @@ class Group(Ranks, Strategy):
             client = TCPStore(new.host, new.port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
             store = PrefixStore(str(new.epoch), client)
             if self.wire.type == "cpu":
-                limit = MEETING if self._place.heals else TIMEOUT
-                processes: Any = dist.ProcessGroupGloo(store, rank, len(new.members), limit)
-                processes._set_default_timeout(TIMEOUT)
+                # A newcomer waits here until the others have finished their step, however long that takes.
+                processes: Any = dist.ProcessGroupGloo(store, rank, len(new.members), TIMEOUT)
             else:
                 dist.init_process_group("nccl", store=store, rank=rank, world_size=len(new.members), timeout=TIMEOUT)
                 processes = dist.group.WORLD
