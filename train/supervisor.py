@@ -283,6 +283,8 @@ class Supervisor:
             if not self._ending:
                 self._members = [*self._members, rank.member]
                 self._publish("joined")
+        elif rank is not None and kind == "asked":
+            self._pass_on_stop()  # it may be lost before the others have heard of it
         elif kind == "regroup":
             self._present = record["members"]
         self._log.append(record)
@@ -292,9 +294,12 @@ class Supervisor:
         late = self._deadline is not None and time.monotonic() > self._deadline
         if self._asked or not (self._requests.names or late):
             return
-        self._asked = True
         by = self._requests.names[0] if self._requests.names else f"stop_after={self._config.stop_after}"
         self._record(events.Asked(rank=None, by=by).record())
+        self._pass_on_stop()
+
+    def _pass_on_stop(self) -> None:
+        self._asked = True
         for rank in self._ranks:
             rank.tell(STOP)
 
