@@ -7,7 +7,19 @@ import random
 
 import pytest
 
-from train.batch import Node, buffers, children, fold, maximal, micro_batch_seed, missing, root, shares, spine
+from train.batch import (
+    Node,
+    buffers,
+    children,
+    fold,
+    maximal,
+    micro_batch_seed,
+    missing,
+    root,
+    shares,
+    spine,
+    taken_over,
+)
 
 
 def order(node: Node) -> str:
@@ -104,6 +116,32 @@ def test_a_spine_ends_at_the_last_leaf() -> None:
         lefts, leaf = spine(Node(0, leaves))
         assert leaf == Node(leaves - 1, leaves)
         assert [v for left in lefts for v in range(*left)] == list(range(leaves - 1))
+
+
+def test_a_spine_ends_where_something_is_at_hand() -> None:
+    """Nothing under it is asked for; what is at hand on the left is a left sibling like any other."""
+    assert spine(Node(0, 8), {Node(4, 8)}) == ([Node(0, 4)], Node(4, 8))
+    assert spine(Node(0, 6), {Node(0, 4), Node(4, 5)}) == ([Node(0, 4), Node(4, 5)], Node(5, 6))
+    assert spine(Node(0, 4), {Node(0, 4)}) == ([], Node(0, 4))
+    assert spine(Node(3, 4)) == ([], Node(3, 4))
+
+
+def test_what_is_finished_stays_and_the_rest_is_shared_out() -> None:
+    """Every virtual rank has one owner, its own where it is finished; nobody gets two more than another."""
+    assert taken_over([{0, 1}, {4}, set()], 8) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert taken_over([{0, 1, 2}, {3}, set()], 4) == [[0, 1, 2], [3], []], "a rank may be left with none"
+    rng = random.Random(3)
+    for _ in range(300):
+        virtual_ranks, world = rng.randint(1, 20), rng.randint(1, 6)
+        kept: list[set[int]] = [set() for _ in range(world)]
+        for v in range(virtual_ranks):
+            if rng.random() < 0.5:
+                kept[rng.randrange(world)].add(v)
+        hosted = taken_over(kept, virtual_ranks)
+        assert sorted(itertools.chain(*hosted)) == list(range(virtual_ranks))
+        assert all(own <= set(got) and got == sorted(got) for own, got in zip(kept, hosted, strict=True))
+        more = [len(got) - len(own) for own, got in zip(kept, hosted, strict=True)]
+        assert max(more) - min(more) <= 1
 
 
 def test_aligned_shares_need_a_buffer_a_level() -> None:

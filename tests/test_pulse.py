@@ -1,0 +1,87 @@
+"""How long a rank may be silent: learnt by phase, on a clock that the test turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from train import pulse
+from train.pulse import AT_FIRST, LEAST, OFTEN, OFTENER, Pulse
+
+Silence = Callable[[float], "tuple[float, str] | None"]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+@pytest.fixture
+def heart(tmp_path: Path, clock: SimpleNamespace) -> tuple[Pulse, Silence]:
+    """A rank's side, and what the supervisor sees after so many seconds more."""
+    memory = pulse.create(tmp_path / "logs" / "pulse")
+
+    def after(seconds: float) -> tuple[float, str] | None:
+        clock.now += seconds
+        found = pulse.silent(memory)
+        clock.now -= seconds
+        return found
+
+    return Pulse(tmp_path / "logs" / "pulse"), after
+
+
+def live(rank: Pulse, clock: SimpleNamespace, *phases: tuple[str, float]) -> None:
+    for phase, seconds in phases:
+        rank.beat(phase)
+        clock.now += seconds
+
+
+def test_a_start_takes_what_it_takes(heart: tuple[Pulse, Silence], clock: SimpleNamespace) -> None:
+    rank, silent = heart
+    assert silent(1e6) is None
+    rank.beat()
+    assert silent(1e6) is None
+    live(rank, clock, ("regroup", 0.1), ("end", 0.0))
+    assert silent(1e6) is None
+
+
+def test_a_known_phase_may_last_some_times_the_longest_seen(
+    heart: tuple[Pulse, Silence], clock: SimpleNamespace
+) -> None:
+    rank, silent = heart
+    live(rank, clock, ("forward", 2.0), ("backward", 0.5), ("forward", 0.1), ("forward", 0.0))
+    assert silent(OFTEN * 2.0 - 0.1) is None
+    assert silent(OFTEN * 2.0 + 0.1) == (pytest.approx(OFTEN * 2.0 + 0.1), "forward")
+    rank.beat("backward")
+    assert silent(LEAST - 0.1) is None, "however short it was before"
+    assert silent(LEAST + 0.1) == (pytest.approx(LEAST + 0.1), "backward")
+
+
+def test_a_wait_is_no_silence(heart: tuple[Pulse, Silence], clock: SimpleNamespace) -> None:
+    """However long it lasts; and it does not make the phase's limit longer."""
+    rank, silent = heart
+    live(rank, clock, ("forward", 0.1), ("reduce", 0.05))
+    for _ in range(1000):
+        rank.beat()
+        clock.now += 0.05
+    rank.beat()
+    assert silent(LEAST - 0.1) is None
+    assert silent(LEAST + 0.1) is not None
+
+
+def test_a_new_phase_is_given_time_by_what_is_known(heart: tuple[Pulse, Silence], clock: SimpleNamespace) -> None:
+    rank, silent = heart
+    live(rank, clock, ("regroup", 0.0))
+    assert silent(AT_FIRST - 1) is None, "nothing is known"
+    assert silent(AT_FIRST + 1) is not None
+    live(rank, clock, ("regroup", 0.2), ("evaluation", 0.0))
+    assert silent(OFTENER * 0.2 - 0.1) is None
+    assert silent(OFTENER * 0.2 + 0.1) == (pytest.approx(OFTENER * 0.2 + 0.1), "evaluation")
+    for phase in ("forward", "backward"):
+        rank.beat(phase)
+        assert silent(AT_FIRST - 1) is None, "a compiler's first time"

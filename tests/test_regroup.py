@@ -1,0 +1,346 @@
+"""What recovery is made of, on ranks that do as the test says: leaving a group, taking over a step, giving the state."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins import Precision
+from torch import Tensor
+
+from tests import dist
+from tests.test_reduce import gradient, odd_model, used
+from train import nodes, optim
+from train.config import Optimizer, OptimizerKind
+from train.evidence import Evidence
+from train.flat import Buffer, Flat, Piece
+from train.group import Changed, Dismissed, Group, Membership, Place, _sockets
+from train.loop import TrainState
+from train.recovery import Recovery
+from train.reduce import ExactReducer
+
+V = 8
+LATE = 5.0  # seconds after which a rank that nothing has freed is freed by the test
+
+# --------------------------------------------------------------------------------------------------- groups
+
+
+class Member:
+    """A rank of a group that changes; who belongs to it is `sent`."""
+
+    def __init__(self, outer: Group) -> None:
+        self.outer = outer
+        listener = nodes.listen(nodes.here(1)) if outer.rank == 0 else None
+        port = torch.tensor(listener.getsockname()[1] if listener else 0)
+        self._port = int(outer.broadcast(port))
+        self._newest: Membership | None = None
+        place = Place(member=outer.rank, local_rank=0, device="cpu", loopback=True, backend="gloo", heals=True)
+        self.group = Group(place, Precision(), listener, lambda: self._newest)
+
+    def send(self, epoch: int, *members: int, boundary: bool = False) -> None:
+        port = self._port
+        self._newest = Membership(
+            epoch=epoch, members=list(members), host="127.0.0.1", port=port, boundary=boundary, why="lost"
+        )
+
+    def join(self, epoch: int, *members: int) -> None:
+        self.send(epoch, *members)
+        self.group.join()
+
+    def gathered(self) -> list[int]:
+        found: list[int] = self.group.all_gather(torch.tensor(self.outer.rank)).tolist()
+        return found
+
+
+def frees_the_other(outer: Group) -> str:
+    """Rank 0 waits for rank 1, which leaves; nobody tells rank 0, unless it is too late."""
+    member, why = Member(outer), ""
+    member.join(1, 0, 1)
+    if outer.rank == 0:
+        late = threading.Timer(LATE, member.send, (2, 0, 1))
+        late.start()
+        try:
+            member.gathered()
+        except Changed as change:
+            why = str(change)
+        late.cancel()
+    else:
+        time.sleep(0.3)
+    member.join(2, 0, 1)
+    assert member.gathered() == [0, 1]
+    return why
+
+
+def test_who_waits_for_a_rank_that_leaves_is_freed() -> None:
+    why, _ = dist.run("tests.test_regroup:frees_the_other", 2)
+    assert why
+    assert why != "epoch 2", "it was freed by the test"
+
+
+def leaves_what_never_ends(outer: Group) -> list[Any]:
+    """Rank 0 waits for rank 1, is told to go on without it, and does. Then rank 1 comes after all."""
+    member = Member(outer)
+    member.join(1, 0, 1)
+    received, sent = torch.zeros(2, dtype=torch.int64), torch.tensor([7 + outer.rank])
+    if outer.rank == 0:
+        threading.Timer(0.3, member.send, (2, 0)).start()
+        began = time.monotonic()
+        with pytest.raises(Changed, match="epoch 2"):
+            member.group.wait(member.group.processes._allgather_base(received, sent))
+        seconds = time.monotonic() - began
+        member.group.join()
+        outer.barrier()
+        outer.barrier()
+        return [member.group.world, seconds < LATE / 2, received.tolist().count(8)]
+    outer.barrier()
+    with pytest.raises(Changed):
+        member.group.wait(member.group.processes._allgather_base(received, sent))
+    member.send(2, 0)
+    with pytest.raises(Dismissed):
+        member.group.join()
+    outer.barrier()
+    return []
+
+
+def test_a_collective_that_will_never_end_is_left() -> None:
+    """And nothing is written to its tensors when what it waits for arrives: the other is refused, and dismissed."""
+    assert dist.run("tests.test_regroup:leaves_what_never_ends", 2) == [[1, True, 0], []]
+
+
+def changes_often(outer: Group) -> list[int]:
+    """Open sockets after each of some epochs, with a collective left unfinished in every one."""
+    member, counts = Member(outer), []
+    for epoch in range(1, 7):
+        member.join(epoch, 0, 1, 2)
+        assert member.gathered() == [0, 1, 2]
+        if outer.rank == 0:
+            pending = member.group.sum_up(torch.zeros(1000))  # noqa: F841
+        counts.append(len(_sockets()))
+        outer.barrier()
+    return counts
+
+
+def test_a_group_that_is_left_leaves_no_descriptors() -> None:
+    for counts in dist.run("tests.test_regroup:changes_often", 3):
+        assert len(set(counts[1:])) == 1, counts
+
+
+def waits_for_a_boundary(outer: Group) -> bool:
+    member = Member(outer)
+    member.join(1, 0, 1)
+    member.send(2, 0, 1, boundary=True)
+    with pytest.raises(Changed):  # a group that has not settled heeds every change
+        member.group.look()
+    member.group.settled = True
+    member.group.look()
+    announced = member.group.change_announced()
+    assert member.gathered() == [0, 1], "the step goes on to its end"
+    member.send(3, 0, 1)
+    with pytest.raises(Changed):
+        member.group.look()
+    return announced
+
+
+def test_who_joins_interrupts_nothing() -> None:
+    assert dist.run("tests.test_regroup:waits_for_a_boundary", 2) == [True, True]
+
+
+# ------------------------------------------------------------------------------------- the step in flight
+
+
+class Half:
+    """A rank in the middle of a step."""
+
+    def __init__(self, ranks: Group, dtype: str = "float32") -> None:
+        self.model = odd_model()
+        self.flat = Flat(self.model, V)
+        self.optimizer = optim.build(Optimizer(kind=OptimizerKind.adamw), self.flat)
+        self.reducer = ExactReducer(
+            ranks, self.flat, V, 1, dtype=getattr(torch, dtype), bucket_bytes=20_480, evidence=Evidence(self.flat)
+        )
+        self.computed: list[int] = []
+
+    def leaves(self, most: int = V) -> None:
+        """Compute hosted leaves, `most` of them: in the middle of the next one the rank hears of a change."""
+        for v, buffer in self.reducer.leaves():
+            if most == 0:
+                return
+            most -= 1
+            self._leaf(v, buffer)
+
+    def _leaf(self, v: int, buffer: Buffer) -> None:
+        terms = [(p * gradient(v, p)).sum() for p in used(self.model)]
+        torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+        buffer.loss += 0.1 * v
+        buffer.tokens = 1000 + v
+        self.computed.append(v)
+
+    def pieces(self) -> list[Piece]:
+        return self.flat.pieces() + optim.pieces(self.optimizer, self.flat)
+
+    def total(self) -> dict[str, Any]:
+        total = self.reducer.finish()
+        summed = total.gradient[: self.flat.size]
+        return {
+            "sha256": sha256(summed),
+            "loss": float(total.loss).hex(),
+            "norm": float(total.norm).hex(),
+            "leaves": total.leaves.tolist(),
+            "state": total.state.tolist(),
+        }
+
+
+def sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().numpy().data).hexdigest()
+
+
+def recovered(half: Half, member: Member, step: int, whole: bool) -> SimpleNamespace:
+    """Have `half`, with the state after `step` or with none, regroup with the others; what was said and asked for."""
+    said = SimpleNamespace(sent=[], caught_up=[])
+    group = member.group
+    member.send(2, 0, 1, 2)
+    last = SimpleNamespace(numbers=torch.arange(5) + step, world=group.world, rate=0.125 * step)
+    recorder = SimpleNamespace(
+        last=last if whole else None,
+        catch_up=lambda *it: said.caught_up.append([it[0], it[1], it[2].tolist(), it[3]]),
+        regrouped=lambda recorded: None,
+    )
+    said.state = TrainState(step=step if whole else 0, flat=half.flat, optimizer=half.optimizer, handled=group.rank)
+    part = Recovery(
+        group=group,
+        state=said.state,
+        parts=SimpleNamespace(recorder=recorder, phase=lambda name, step: None),  # type: ignore[arg-type]
+        reducer=half.reducer,
+        keeper=SimpleNamespace(saver=SimpleNamespace(give_up=lambda: False, regrouped=lambda pieces, step: None)),  # type: ignore[arg-type]
+        balance=SimpleNamespace(regrouped=lambda state, parts, joined: None),  # type: ignore[arg-type]
+        channel=SimpleNamespace(send=said.sent.append),  # type: ignore[arg-type]
+        begin=lambda: None,
+        whole=whole,
+    )
+    part.regroup()
+    assert part.whole
+    return said
+
+
+def takes_over(group: Group, dtype: str, done: list[int]) -> dict[str, Any]:
+    """Rank r is interrupted when it has computed `done[r]` of its leaves; the last rank is a newcomer afterwards."""
+    member = Member(group)
+    member.join(1, 0, 1, 2)
+    half = Half(member.group, dtype)
+    hosted = len(half.reducer.hosted[group.rank])
+    half.leaves(done[group.rank])
+    before, half.computed = half.computed, []
+    dies = group.rank == group.world - 1 > 0
+    if dies:
+        half = Half(member.group, dtype)
+        with torch.no_grad():
+            half.flat.parameters.zero_()
+    said = recovered(half, member, 3, whole=not dies)
+    kept = half.reducer.kept()
+    half.leaves()
+    sent = [(event.kept, event.redone) for event in said.sent]
+    result = {
+        "hosted": hosted,
+        "before": before,
+        "kept": sorted(kept),
+        "again": list(half.computed),
+        "sent": sent,
+        "total": half.total(),
+    }
+    half.leaves()  # the next step is an ordinary one
+    return result | {"next": half.total(), "shares": [len(own) for own in half.reducer.hosted]}
+
+
+def alone(group: Group, dtype: str) -> dict[str, Any]:
+    half = Half(group, dtype)
+    half.leaves()
+    return half.total()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_is_taken_over_with_what_is_finished(dtype: str) -> None:
+    """Of 2 or 3 leaves. What was sent before, its last leaf, a rank has lost; everything else is computed once."""
+    (expected,) = dist.run("tests.test_regroup:alone", 1, dtype=dtype)
+    for done in ([3, 3, 2], [1, 2, 0], [0, 0, 0]):
+        results = dist.run("tests.test_regroup:takes_over", 3, dtype=dtype, done=done)
+        kept = [result["kept"] for result in results]
+        again = sorted(v for result in results for v in result["again"])
+        assert all(set(one) <= set(result["before"]) for one, result in zip(kept, results, strict=True))
+        assert kept[-1] == []
+        assert again == sorted(set(range(V)) - {v for own in kept for v in own}), "each that is missing, once"
+        finished = [min(many, result["hosted"] - 1) for many, result in zip(done[:2], results[:2], strict=True)]
+        assert [len(own) for own in kept[:2]] == finished
+        assert results[0]["sent"] == [[sum(finished), V - sum(finished) if sum(finished) else 0]]
+        for result in results:
+            assert result["total"] == result["next"] == expected
+            assert result["shares"] == [result["hosted"] for result in results]
+
+
+# ------------------------------------------------------------------------------------------ the state
+
+
+def hands_over(group: Group, steps: list[int]) -> dict[str, Any]:
+    """Rank r is at step `steps[r]`, in the middle of the next one; -1: it is new."""
+    member = Member(group)
+    member.join(1, 0, 1, 2)
+    half, step = Half(member.group), steps[group.rank]
+    for number, piece in enumerate(half.pieces()):
+        piece.data.copy_(torch.arange(piece.data.numel()) * (step + 2.0) + number)
+    if step >= 0:
+        half.leaves(1)
+    before = len(half.reducer.kept())
+    said = recovered(half, member, step, whole=step >= 0)
+    return {
+        "before": before,
+        "kept": len(half.reducer.kept()),
+        "step": said.state.step,
+        "handled": said.state.handled,
+        "first": float(half.pieces()[0].data[1]),
+        "state": sha256(torch.cat([piece.data for piece in half.pieces()])),
+        "updates": [float(moments["step"]) for moments in half.optimizer.state.values()],
+        "caught_up": said.caught_up,
+        "sent": [(event.step, event.kept, event.redone) for event in said.sent],
+    }
+
+
+@pytest.mark.parametrize("steps", [[5, 6, 6], [6, 5, -1], [-1, 6, 6]])
+def test_a_step_that_one_rank_has_applied_is_committed(steps: list[int]) -> None:
+    """The others take its state and its numbers, and drop what they have of a step that is over."""
+    results = dist.run("tests.test_regroup:hands_over", 3, steps=steps)
+    assert len({result["state"] for result in results}) == 1
+    for rank, result in enumerate(results):
+        assert result["before"] == (steps[rank] >= 0)
+        assert result["kept"] == (0 if 5 in steps else result["before"]), "of a step that is over"
+        assert result["step"] == 6
+        assert result["handled"] == (0 if 5 in steps else 1), "what one has not done, all do"
+        catches_up = [[6, 0.75, [6, 7, 8, 9, 10], 3]]
+        assert result["caught_up"] == (catches_up if steps[rank] < 6 else [])
+        assert result["first"] == 8.0
+        assert steps[rank] == 6 or set(result["updates"]) == {6.0}
+    assert results[0]["sent"] == [[6, 0, 0] if 5 in steps else [6, 2, V - 2]]
+
+
+def test_a_state_that_arrives_damaged_is_not_used() -> None:
+    with pytest.raises(AssertionError, match="did not arrive as rank 1 sent it"):
+        dist.run("tests.test_regroup:receives_other_bits", 3)
+
+
+def receives_other_bits(group: Group) -> None:
+    member = Member(group)
+    member.join(1, 0, 1, 2)
+    half = Half(member.group)
+    broadcast = member.group.broadcast
+
+    def flipped(tensor: Tensor, source: int = 0) -> Tensor:
+        broadcast(tensor, source)
+        if group.rank == 0 and tensor.numel() == 301 * 17:
+            tensor.view(torch.int32)[100] ^= 1 << 20
+        return tensor
+
+    member.group.broadcast = flipped  # type: ignore[method-assign]
+    recovered(half, member, 4 + int(group.rank == 1), whole=True)
