@@ -332,7 +332,7 @@ class Supervisor:
         gone = {rank.member for rank in lost}
         alive = {rank.member for rank in self._ranks}
         poisoned = any(fault["fault"] == "not finite" for fault in faults)  # and so is every rank's state
-        if self._heals and not poisoned and any(member in alive for member in self._members):
+        if self._heals and not poisoned and any(member in alive for member in self._present):  # who has a state
             if gone & set(self._members):
                 self._members = [member for member in self._members if member in alive]
                 self._publish("lost")
