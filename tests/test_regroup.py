@@ -1,4 +1,4 @@
-"""What recovery is made of, on ranks that do as the test says: leaving a group, taking over a step, giving the state."""
+"""What recovery is made of, on ranks that do as they are told: leaving a group, taking over a step, giving the state."""
 
 from __future__ import annotations
 
@@ -342,5 +342,5 @@ def receives_other_bits(group: Group) -> None:
             tensor.view(torch.int32)[100] ^= 1 << 20
         return tensor
 
-    member.group.broadcast = flipped  # type: ignore[method-assign]
+    member.group.broadcast = flipped  # type: ignore[method-assign,assignment]
     recovered(half, member, 4 + int(group.rank == 1), whole=True)
