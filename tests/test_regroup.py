@@ -1,4 +1,4 @@
-"""What recovery is made of, on ranks that do as they are told: leaving a group, taking over a step, giving the state."""
+"""What recovery is made of, on ranks that do as they are told: leaving a group, taking over a step, giving state."""
 
 from __future__ import annotations
 

@@ -98,7 +98,8 @@ def main() -> None:
     for key in ("stall", "handed"):
         a, b, c = np.linalg.lstsq(inputs, np.array([figures[key]["p50"] for figures in rows]), rcond=None)[0]
         fits[key] = {"a_s": a, "b_s_per_byte": b, "c_s_per_rank": c}
-    report.write("stall", "make bench-stall", rows=rows, fit_of_p50=fits)
+    given = f" ARGS='{' '.join(sys.argv[1:])}'" if len(sys.argv) > 1 else ""
+    report.write("stall", f"make bench-stall{given}", rows=rows, fit_of_p50=fits)
 
 
 if __name__ == "__main__":
