@@ -100,7 +100,8 @@ class Supervisor:
         self._node = nodes.here(config.nodes)
         self._ranks: list[Rank] = []
         self._log = events.EventLog(run.events_path)
-        self._asked = self._stopped = False
+        self._heeded = False  # what was asked of this process
+        self._asked = self._stopped = False  # the ranks
         limit = seconds(config.stop_after)
         self._deadline = None if limit is None else time.monotonic() + limit
         self._members: list[int] = []  # who shall belong together
@@ -292,8 +293,9 @@ class Supervisor:
 
     def _ask_to_stop(self) -> None:
         late = self._deadline is not None and time.monotonic() > self._deadline
-        if self._asked or not (self._requests.names or late):
+        if self._heeded or not (self._requests.names or late):
             return
+        self._heeded = True
         by = self._requests.names[0] if self._requests.names else f"stop_after={self._config.stop_after}"
         self._record(events.Asked(rank=None, by=by).record())
         self._pass_on_stop()
