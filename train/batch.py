@@ -134,7 +134,7 @@ def taken_over(kept: Sequence[Collection[int]], virtual_ranks: int) -> list[list
 
     `kept`: by rank, the virtual ranks whose sums it has. A rank may be left with none.
     """
-    rest = [v for v in range(virtual_ranks) if not any(v in own for own in kept)]
+    rest = missing([Node(v, v + 1) for own in kept for v in own], root(virtual_ranks))
     cuts = [len(rest) * rank // len(kept) for rank in range(len(kept) + 1)]
     return [sorted([*own, *rest[a:b]]) for own, (a, b) in zip(kept, pairwise(cuts), strict=True)]
 

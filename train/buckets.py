@@ -82,7 +82,8 @@ class Reducer(ABC):
         self._last: Buffer
         self._final: int | None
         self._most_losses: int
-        self._watch_parameters()
+        for index, parameter in enumerate(flat.items):  # each says when its gradient is there: once a micro-batch
+            parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._ready(index))  # type: ignore[no-untyped-call]
         self.lay_out()
         if sharded:
             flat.own(self._mine)
@@ -220,11 +221,6 @@ class Reducer(ABC):
         """(W, most) -> (): their sum over all ranks."""
 
     # ---------------------------------------------------------------------------------------------- buckets
-
-    def _watch_parameters(self) -> None:
-        """Have every parameter say when its gradient is there: once a micro-batch."""
-        for index, parameter in enumerate(self.flat.items):
-            parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._ready(index))  # type: ignore[no-untyped-call]
 
     def _last_leaf(self) -> Iterator[tuple[int, Buffer]]:
         """The last hosted leaf, whose gradients are sent as they become ready."""

@@ -21,7 +21,6 @@ from omegaconf import MISSING
 _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"  # in a wheel; in a checkout
 
-
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit codes; 75: stopped on request, saved, resumable
 
 
@@ -415,6 +414,12 @@ class Train:
         _no_secret(self.resume_from, "resume_from")
         never = bool(self.resume_from) and self.resume.mode is ResumeMode.never
         require(not never, "resume_from", "contradicts resume=never: leave one of them out")
+
+    @property
+    def heals(self) -> bool:
+        """Whether a rank that is lost can be replaced, and ranks be added, while the others go on."""
+        whole = self.sharding is Sharding.none and self.accelerator == "cpu" and self.nodes == 1
+        return self.recovery.in_place and whole
 
     @property
     def folder(self) -> Path:

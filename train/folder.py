@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train import events, manifest
-from train.config import GROUPS, MODELS, Refused, ResumeMode, Train
+from train.config import GROUPS, MODELS, Refused, ResumeMode, Train, require
 
 # What may differ between the nodes of a run: each one's own affair. The rest steers what the ranks do together.
 LOCAL = (
@@ -90,19 +90,18 @@ class RunFolder:
         self.path, self.node = path, node
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / (".lock" if node == 0 else f".lock-{node}"), os.O_RDWR | os.O_CREAT, 0o644)
+            lock = _lock(path / (".lock" if node == 0 else f".lock-{node}"))
         except OSError as error:
             raise Refused(str(path), f"cannot be written ({error.strerror})") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Refused(str(path), "another process is training this run: choose another name=…") from error
+        require(lock is not None, str(path), "another process is training this run: choose another name=…")
+        assert lock is not None
+        self._held = lock
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        os.close(self._held)
 
     @property
     def events_path(self) -> Path:
@@ -165,6 +164,25 @@ class RunFolder:
         replace(self.path / "data.json", json.dumps(data, indent=1))
         replace(self.path / "config.yaml", to_yaml(config))
         (self.path / "summary.json").unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds this lock for as long as it is open; None where another process does. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def under_way(path: Path) -> bool:
+    """Whether a supervisor holds this run's folder."""
+    lock = _lock(path / ".lock")
+    if lock is not None:
+        os.close(lock)
+    return lock is None
 
 
 def replace(path: Path, text: str) -> None:

@@ -135,21 +135,21 @@ class Group(Ranks, Strategy):
 
         A group that has not settled heeds every one: those that come together must have heard of the same.
         """
-        news = self._news()
-        if news is not None and news.epoch > self.membership.epoch and not (news.boundary and self.settled):
-            raise Changed(f"epoch {news.epoch}")
+        newer = self.newer()
+        if newer is not None and not (newer.boundary and self.settled):
+            raise Changed(f"epoch {newer.epoch}")
 
-    def change_announced(self) -> bool:
-        """Is there a newer membership?"""
+    def newer(self) -> Membership | None:
+        """The newest membership, if this group's is an older one."""
         news = self._news()
-        return news is not None and news.epoch > self.membership.epoch
+        return news if news is not None and news.epoch > self.membership.epoch else None
 
     def join(self) -> None:
         """Leave this group for the newest one, once there is a newer. Raises Changed where that has changed again."""
         self._abandon()
         self.settled = False
         until = time.monotonic() + PATIENCE
-        while (new := self._news()) is None or new.epoch <= self.membership.epoch:
+        while (new := self.newer()) is None:
             if time.monotonic() > until:
                 raise TimeoutError("the group has failed, and the supervisor does not say how to go on")
             time.sleep(0.001)
@@ -203,7 +203,8 @@ class Group(Ranks, Strategy):
         """Leave the process group, whatever it is stuck in.
 
         gloo has no way to end a collective but its time-out, and would write into our tensors when what it waits for
-        arrives after all. Shutting its connections down ends every collective at once, here and at the other ends.
+        arrives after all. Shutting its connections down ends every collective at once, here and for whoever waits for
+        this rank; who waits for another one goes by the supervisor's word.
         """
         for number, inode in self._sockets:
             with contextlib.suppress(OSError):  # closed already; its number may be another's by now

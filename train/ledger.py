@@ -205,11 +205,11 @@ def by_kind(found: Iterable[Record]) -> dict[str, Any]:
     table = {}
     for kind, ones in sorted(kinds.items()):
         times = {key: [one[key] for one in ones if one[key] is not None] for key in ("detection_s", "recovery_s")}
-        row = {key: {"p50": _quantile(v, 0.5), "p99": _quantile(v, 0.99)} for key, v in times.items()}
+        row = {key: {"p50": quantile(v, 0.5), "p99": quantile(v, 0.99)} for key, v in times.items()}
         table[kind] = {"n": len(ones), "survived": sum(one["survived"] for one in ones), **row}
     return table
 
 
-def _quantile(values: list[float], q: float) -> float | None:
+def quantile(values: list[float], q: float) -> float | None:
     """The smallest value that is not below a share q of them."""
     return sorted(values)[math.ceil(q * len(values)) - 1] if values else None

@@ -6,16 +6,14 @@ and nothing listens anywhere. It says how many ranks there shall be, not how man
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
 from pathlib import Path
 
 from train import events
 from train.commands import Resize as Config
-from train.config import DONE, FAILED, Refused, Sharding
-from train.folder import WISH, locate, read_train, replace
+from train.config import DONE, FAILED, Refused
+from train.folder import WISH, locate, read_train, replace, under_way
 
 PATIENCE = 60.0  # seconds in which the ranks must have come to the end of a step, and newcomers be ready
 
@@ -27,32 +25,20 @@ def resize(config: Config) -> int:
     most = run.batch.virtual_ranks
     if config.devices > most:
         raise Refused("devices", f"{config.devices} ranks cannot share batch.virtual_ranks={most}: use {most} or fewer")
-    if run.nodes > 1 or run.accelerator != "cpu" or run.sharding is not Sharding.none or not run.recovery.in_place:
+    if not run.heals:
         why = "only one node's CPU ranks with whole states change in place"
         raise Refused("run", f"{why}: stop {config.run} and start it again with devices={config.devices}")
-    if not _under_way(path):
+    if not under_way(path):
         raise Refused("run", f"{config.run} is not under way: start it with devices={config.devices}")
     replace(path / WISH, json.dumps({"devices": config.devices}))
     until = time.monotonic() + PATIENCE
-    while _under_way(path) and time.monotonic() < until:
+    while under_way(path) and time.monotonic() < until:
         if not (path / WISH).exists() and _world(path) == config.devices:
             print(f"{config.run} has {config.devices} rank{'s' * (config.devices > 1)}")
             return DONE
         time.sleep(0.1)
-    print(f"{config.run} has {_world(path)} ranks: it {'goes on' if _under_way(path) else 'has ended'}")
+    print(f"{config.run} has {_world(path)} ranks: it {'goes on' if under_way(path) else 'has ended'}")
     return FAILED
-
-
-def _under_way(path: Path) -> bool:
-    """Whether a supervisor holds the run's folder."""
-    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
 
 
 def _world(path: Path) -> int:

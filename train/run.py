@@ -156,7 +156,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     parts = engine.parts(
         recorder,
         phase=phase,
-        asked=lambda: (channel.stop_requested(), group.change_announced()),
+        asked=lambda: (channel.stop_requested(), group.newer() is not None),
         due=(
             Due(config.eval.every, keeper.evaluate),
             Due(config.checkpoint.every, keeper.save, when_stopping=True),

@@ -78,6 +78,7 @@ class Saver:
         self._given_up = threading.Event()
         self._snapshot: checkpoint.Snapshot | None = None
         self._mirror: Mirror | None = None
+        self._leads = False  # this rank has become rank 0, which it stays
 
     def regrouped(self, pieces: Sequence[Piece], step: int) -> None:
         """The ranks are new, and with them who writes what; `step` is where the run, or this rank, begins."""
@@ -90,10 +91,12 @@ class Saver:
             return
         for draft in self._root.glob(f".draft-step-*-{epoch}.*"):  # of the ranks that there were
             shutil.rmtree(draft, ignore_errors=True)
-        for path in manifest.candidates(self._root):  # what another rank 0 has committed
-            with contextlib.suppress(manifest.Damaged):
-                found = manifest.read(path)
-                self._committed |= {found["step"]} if found.get("writer_epoch") == epoch else set()
+        if not self._leads:
+            self._leads = True
+            for path in manifest.candidates(self._root):  # what another rank 0 has committed before
+                with contextlib.suppress(manifest.Damaged):
+                    found = manifest.read(path)
+                    self._committed |= {found["step"]} if found.get("writer_epoch") == epoch else set()
         if self._policy.store and self._mirror is None:
             self._mirror = Mirror(self._root, self._policy, self._trusted, self._warn)
 

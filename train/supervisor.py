@@ -20,12 +20,11 @@ from typing import Any
 
 from train import events, folder, hardware, mirror, nodes, plan, pulse
 from train.channel import STOP, Requests
-from train.config import DONE, FAILED, REFUSED, STOPPED, Refused, ResumeMode, Sharding, Train, seconds
+from train.config import DONE, FAILED, REFUSED, STOPPED, Refused, ResumeMode, Train, seconds
 from train.console import Console
 from train.data.prepare import prepare
 from train.data.writing import Preparer
 from train.faults.plan import plan as planned
-from train.folder import WISH
 from train.processes import Rank, forkserver
 from train.summary import summarize
 
@@ -84,6 +83,10 @@ class Slot:
     deaths: list[int] = dataclasses.field(default_factory=list)  # the last recorded step, at each
     due: float = 0.0  # when a replacement may be forked, on the monotonic clock
 
+    def lately(self, step: int) -> int:
+        """How many have died here in the last few steps before `step`."""
+        return sum(step - death < QUICK for death in self.deaths)
+
 
 class Supervisor:
     def __init__(
@@ -112,8 +115,7 @@ class Supervisor:
         self._recorded = 0  # the last step whose event is here
         self._causes: set[tuple[Any, ...]] = set()  # of faults that were survived
         self._futile = 0  # restarts of all ranks since the last step
-        whole = config.sharding is Sharding.none and config.accelerator == "cpu" and config.nodes == 1
-        self._heals = config.recovery.in_place and whole
+        self._heals = config.heals
 
     def fetch(self, origin: mirror.Origin, data: str) -> bool:
         """Bring in the newest checkpoint of `resume_from`, if it is newer than this folder's; whether there was one."""
@@ -128,7 +130,7 @@ class Supervisor:
 
         path = origin.fetch(root, admit)
         for refused in origin.refused:
-            self._own(events.Warned(rank=0, text=f"passed over: {refused}"))
+            self._record(events.Warned(rank=0, text=f"passed over: {refused}").record())
         here = self._run.checkpointed()
         if path is not None:
             self._console.say(f"fetched {path.name} from {url}")
@@ -137,10 +139,6 @@ class Supervisor:
                 raise Refused("resume_from", f"{url} holds no checkpoint that is whole, and resume=required")
             self._console.say(f"{url} holds no checkpoint yet: starting at step 0")
         return here
-
-    def _own(self, event: events.Event) -> None:
-        self._log.append(event.record())
-        self._console.event(event.record())
 
     def run(self, resume: bool) -> int:
         """Start the ranks, watch them to their end, write the summary."""
@@ -324,9 +322,8 @@ class Supervisor:
         self._causes |= set(causes)
         for rank in lost:
             slot = self._slots.get(rank.slot, Slot())  # none, after a resize
-            deaths = slot.deaths
-            deaths.append(self._recorded)
-            recent = sum(self._recorded - step < QUICK for step in deaths)
+            slot.deaths.append(self._recorded)
+            recent = slot.lately(self._recorded)
             slot.due = now + (BACK_OFF * 2 ** (recent - 2) if recent > 1 else 0)
             if recent == LIVES:
                 text = f"its place is left empty: {LIVES} processes died there within {QUICK} steps"
@@ -347,7 +344,7 @@ class Supervisor:
 
     def _resize(self) -> None:
         """Heed `colossus resize`: who is too many leaves at the end of a step, who is missing is forked."""
-        wish = self._run.path / WISH
+        wish = self._run.path / folder.WISH
         if not self._heals or not wish.exists():
             return
         devices = int(folder.read_json(wish)["devices"])  # type: ignore[index]
@@ -368,9 +365,8 @@ class Supervisor:
         if not self._heals or self._asked or self._ending:
             return
         for number, slot in self._slots.items():
-            recent = sum(self._recorded - step < QUICK for step in slot.deaths)
             taken = any(rank.slot == number for rank in self._ranks)
-            if not taken and recent < LIVES and time.monotonic() >= slot.due:
+            if not taken and slot.lately(self._recorded) < LIVES and time.monotonic() >= slot.due:
                 self._fork(number, resume=self._run.checkpointed(), joins=True)
 
     def _culprit(self, lost: list[Rank]) -> Rank:

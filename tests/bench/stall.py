@@ -28,6 +28,7 @@ import numpy as np
 
 from tests.bench import report
 from train import events
+from train.ledger import quantile
 
 MODELS = ("llama_micro", "llama_nano")
 SMALL = ["data=synthetic", "data.synthetic_tokens=400_000", "data.tokenizer.vocab=512", "model.context=64"]
@@ -76,8 +77,8 @@ def row(model: str, ranks: int, count: int, spacing: int, runs: Path) -> dict[st
         "leaves_again": statistics.mean(kill["again"] for kill in found),
     }
     for key in ("noticed", "stall", "back", "handed"):
-        values = sorted(kill[key] for kill in found)
-        figures[key] = {"p50": statistics.median(values), "p99": values[-(-99 * len(values) // 100) - 1]}
+        values = [kill[key] for kill in found]
+        figures[key] = {"p50": statistics.median(values), "p99": quantile(values, 0.99)}
     times = ", ".join(
         f"{key} {figures[key]['p50']:.3f} / {figures[key]['p99']:.3f} s" for key in ("stall", "back", "handed")
     )
