@@ -8,6 +8,7 @@ how soon a replacement comes is the machine's affair.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections import Counter
@@ -88,6 +89,12 @@ def test_a_kill_in_every_phase_of_a_step(rank: int, places: tuple[str, ...], tin
     assert len(of_kind(found, "fault", fault="lost")) == len(places)
     assert len(of_kind(found, "regroup", why="lost")) == len(places)
     assert len(of_kind(found, "start")) == 1
+    due = {10, 20, 30}
+    assert {one["step"] for one in of_kind(found, "eval")} == due, "what was due is done, whoever is lost"
+    saved = {one["step"] for one in of_kind(found, "checkpoint")}
+    # A save that was under way two steps after its own may be lost with a rank, and is said to be.
+    assert saved | {one["step"] for one in of_kind(found, "warning")} == due
+    assert saved == due or "checkpoint:15" not in places, "who is lost in a save has it begun again"
 
 
 def test_survivors_keep_what_they_have_finished(tiny: list[str], twins: Twins) -> None:
@@ -178,7 +185,7 @@ def test_a_place_where_ranks_keep_dying_stays_empty_for_a_while(
         forked: list[int] = []
         monkeypatch.setattr(watch, "_fork", lambda slot, resume, joins: forked.append(slot))
         stays = SimpleNamespace(member=0, slot=0, ready=True, fault=None, port=1, tell=lambda message: None)
-        watch._ranks, watch._members = [stays], [0]  # type: ignore[list-item]
+        watch._ranks, watch._members, watch._present = [stays], [0], [0]  # type: ignore[list-item]
         for death in range(supervisor.LIVES):
             dies = SimpleNamespace(member=1 + death, slot=1, fault=None, died_of=lambda: "killed by SIGKILL")
             assert watch._bury([dies]) == supervisor.GOES_ON  # type: ignore[list-item]
@@ -192,6 +199,35 @@ def test_a_place_where_ranks_keep_dying_stays_empty_for_a_while(
         watch._recorded += supervisor.QUICK
         watch._replace()
         assert forked == [1, 1, 1]
+
+
+def test_what_the_others_are_told_of_losses_and_newcomers(tiny: list[str], tmp_path: Path) -> None:
+    """A newcomer comes at the end of a step, unless that step will have no end; and alone it has no state."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=3"]))
+    with RunFolder(tmp_path / "run") as run:
+        watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
+        told: list[Record] = []
+
+        def process(member: int, ready: bool = True) -> Any:
+            words: dict[str, Any] = {"fault": None, "left": False, "port": 1, "died_of": lambda: "killed by SIGKILL"}
+            tell = lambda message: told.append(json.loads(message))  # noqa: E731
+            return SimpleNamespace(member=member, slot=member % 3, ready=ready, tell=tell, **words)
+
+        def joins(member: int) -> tuple[list[int], bool, str]:
+            watch._ranks.append(newcomer := process(member, ready=False))
+            watch._record(events.Ready(rank=member).record(), newcomer)
+            return told[-1]["members"], told[-1]["boundary"], told[-1]["why"]
+
+        ranks = [process(member) for member in range(3)]
+        watch._ranks, watch._members, watch._present = ranks[:2], [0, 1, 2], [0, 1, 2]
+        assert watch._bury([ranks[2]]) == supervisor.GOES_ON
+        assert (told[-1]["members"], told[-1]["boundary"], told[-1]["why"]) == ([0, 1], False, "lost")
+        assert joins(5) == ([0, 1, 5], False, "lost"), "who has not heard of the loss would wait for the dead"
+        words: dict[str, Any] = {"why": "lost", "kept": 0, "redone": 0, "seconds": 0.0}
+        watch._record(events.Regroup(step=1, epoch=1, members=[0, 1], world=2, **words).record())
+        assert joins(6) == ([0, 1, 5, 6], True, "joined")
+        watch._ranks = watch._ranks[2:]
+        assert watch._bury(ranks[:2]) is None, "those that are left have no state: all start again"
 
 
 def test_the_same_exception_in_the_same_step_again_ends_the_run(

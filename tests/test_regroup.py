@@ -1,4 +1,4 @@
-"""What recovery is made of, on ranks that do as they are told: leaving a group, taking over a step, giving state."""
+"""What recovery is made of, on ranks that do as a test says: leaving a group, going on with a step, giving a state."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def waits_for_a_boundary(outer: Group) -> bool:
         member.group.look()
     member.group.settled = True
     member.group.look()
-    announced = member.group.change_announced()
+    announced = member.group.newer() is not None
     assert member.gathered() == [0, 1], "the step goes on to its end"
     member.send(3, 0, 1)
     with pytest.raises(Changed):
@@ -199,11 +199,21 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().numpy().data).hexdigest()
 
 
-def recovered(half: Half, member: Member, step: int, whole: bool) -> SimpleNamespace:
-    """Have `half`, with the state after `step` or with none, regroup with the others; what was said and asked for."""
-    said = SimpleNamespace(sent=[], caught_up=[])
+def recovered(half: Half, member: Member, step: int, whole: bool, again: bool = False) -> SimpleNamespace:
+    """Have `half`, with the state after `step` or with none, regroup with the others; what was said and asked for.
+
+    `again`: the ranks change once more in the middle of it.
+    """
+    said = SimpleNamespace(sent=[], caught_up=[], again=again)
+
+    def regrouped(pieces: list[Piece], step: int) -> None:
+        if said.again:
+            said.again = False
+            member.send(3, *group.membership.members)
+            raise Changed
+
     group = member.group
-    member.send(2, 0, 1, 2)
+    member.send(2, *group.membership.members)
     last = SimpleNamespace(numbers=torch.arange(5) + step, world=group.world, rate=0.125 * step)
     recorder = SimpleNamespace(
         last=last if whole else None,
@@ -216,10 +226,10 @@ def recovered(half: Half, member: Member, step: int, whole: bool) -> SimpleNames
         state=said.state,
         parts=SimpleNamespace(recorder=recorder, phase=lambda name, step: None),  # type: ignore[arg-type]
         reducer=half.reducer,
-        keeper=SimpleNamespace(saver=SimpleNamespace(give_up=lambda: False, regrouped=lambda pieces, step: None)),  # type: ignore[arg-type]
+        keeper=SimpleNamespace(saver=SimpleNamespace(give_up=lambda: False, regrouped=regrouped)),  # type: ignore[arg-type]
         balance=SimpleNamespace(regrouped=lambda state, parts, joined: None),  # type: ignore[arg-type]
         channel=SimpleNamespace(send=said.sent.append),  # type: ignore[arg-type]
-        begin=lambda: None,
+        begin=lambda: said.sent.append("begun"),
         whole=whole,
     )
     part.regroup()
@@ -236,6 +246,7 @@ def takes_over(group: Group, dtype: str, done: list[int]) -> dict[str, Any]:
     half.leaves(done[group.rank])
     before, half.computed = half.computed, []
     dies = group.rank == group.world - 1 > 0
+    unfinished = [b for b in half.reducer._taken if all(b is not done for done in half.reducer._done.values())]
     if dies:
         half = Half(member.group, dtype)
         with torch.no_grad():
@@ -243,6 +254,8 @@ def takes_over(group: Group, dtype: str, done: list[int]) -> dict[str, Any]:
     said = recovered(half, member, 3, whole=not dies)
     kept = half.reducer.kept()
     half.leaves()
+    for buffer in half.reducer._free + half.reducer._taken:
+        assert all(buffer is not other for other in unfinished), "an abandoned collective may still write to it"
     sent = [(event.kept, event.redone) for event in said.sent]
     result = {
         "hosted": hosted,
@@ -284,7 +297,7 @@ def test_a_step_is_taken_over_with_what_is_finished(dtype: str) -> None:
 # ------------------------------------------------------------------------------------------ the state
 
 
-def hands_over(group: Group, steps: list[int]) -> dict[str, Any]:
+def hands_over(group: Group, steps: list[int], again: bool) -> dict[str, Any]:
     """Rank r is at step `steps[r]`, in the middle of the next one; -1: it is new."""
     member = Member(group)
     member.join(1, 0, 1, 2)
@@ -294,7 +307,7 @@ def hands_over(group: Group, steps: list[int]) -> dict[str, Any]:
     if step >= 0:
         half.leaves(1)
     before = len(half.reducer.kept())
-    said = recovered(half, member, step, whole=step >= 0)
+    said = recovered(half, member, step, whole=step >= 0, again=again)
     return {
         "before": before,
         "kept": len(half.reducer.kept()),
@@ -308,21 +321,24 @@ def hands_over(group: Group, steps: list[int]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["once", "interrupted"])
 @pytest.mark.parametrize("steps", [[5, 6, 6], [6, 5, -1], [-1, 6, 6]])
-def test_a_step_that_one_rank_has_applied_is_committed(steps: list[int]) -> None:
+def test_a_step_that_one_rank_has_applied_is_committed(steps: list[int], again: bool) -> None:
     """The others take its state and its numbers, and drop what they have of a step that is over."""
-    results = dist.run("tests.test_regroup:hands_over", 3, steps=steps)
+    results = dist.run("tests.test_regroup:hands_over", 3, steps=steps, again=again)
     assert len({result["state"] for result in results}) == 1
     for rank, result in enumerate(results):
         assert result["before"] == (steps[rank] >= 0)
-        assert result["kept"] == (0 if 5 in steps else result["before"]), "of a step that is over"
+        ahead = steps[rank] == 6 and (again or 5 not in steps)
+        assert result["kept"] == (result["before"] if ahead else 0), "of a step that is over"
         assert result["step"] == 6
         assert result["handled"] == (0 if 5 in steps else 1), "what one has not done, all do"
         catches_up = [[6, 0.75, [6, 7, 8, 9, 10], 3]]
         assert result["caught_up"] == (catches_up if steps[rank] < 6 else [])
         assert result["first"] == 8.0
         assert steps[rank] == 6 or set(result["updates"]) == {6.0}
-    assert results[0]["sent"] == [[6, 0, 0] if 5 in steps else [6, 2, V - 2]]
+    kept = sum(result["kept"] for result in results)
+    assert results[0]["sent"] == [[6, kept, V - kept if kept else 0]]
 
 
 def test_a_state_that_arrives_damaged_is_not_used() -> None:
@@ -342,5 +358,5 @@ def receives_other_bits(group: Group) -> None:
             tensor.view(torch.int32)[100] ^= 1 << 20
         return tensor
 
-    member.group.broadcast = flipped  # type: ignore[method-assign,assignment]
+    member.group.broadcast = flipped  # type: ignore[method-assign, assignment]
     recovered(half, member, 4 + int(group.rank == 1), whole=True)
