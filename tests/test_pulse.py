@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,3 +87,21 @@ def test_a_new_phase_is_given_time_by_what_is_known(heart: tuple[Pulse, Silence]
     for phase in ("forward", "backward"):
         rank.beat(phase)
         assert silent(AT_FIRST - 1) is None, "a compiler's first time"
+
+
+def test_a_sign_that_is_being_written_is_not_taken_for_silence(tmp_path: Path) -> None:
+    """A rank in another process writes as fast as it can, while we read."""
+    memory = pulse.create(tmp_path / "pulse")
+    code = (
+        "import sys, pathlib; from train.pulse import Pulse\n"
+        "rank = Pulse(pathlib.Path(sys.argv[1])); rank.beat('forward'); print('beats', flush=True)\n"
+        "while True: rank.beat('forward')"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pulse")], stdout=subprocess.PIPE)
+    try:
+        assert rank.stdout is not None
+        rank.stdout.readline()
+        assert [found for _ in range(300_000) if (found := pulse.silent(memory))] == []
+    finally:
+        rank.kill()
+        rank.communicate()

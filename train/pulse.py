@@ -36,7 +36,9 @@ def _map(path: Path) -> mmap.mmap:
 
 def silent(memory: mmap.mmap) -> tuple[float, str] | None:
     """For how many seconds a rank has given no sign of life, and in which phase, if that is too long; else None."""
-    last, limit, phase = LAYOUT.unpack_from(memory)
+    while (content := memory[:]) != memory[:]:
+        pass  # it is being written just now
+    last, limit, phase = LAYOUT.unpack(content)
     seconds = time.monotonic() - last
     return (seconds, phase.rstrip(b"\0").decode()) if seconds > limit else None
 
@@ -55,7 +57,8 @@ class Pulse:
         if self._phase not in UNWATCHED:
             self._longest[self._phase] = max(self._longest.get(self._phase, 0.0), now - self._last)
         self._last, self._phase = now, phase or self._phase
-        LAYOUT.pack_into(self._memory, 0, now, self._limit(), self._phase[:16].encode())
+        # Not `pack_into`, which first writes zeros, for the reader to see: a sign of life from long ago.
+        self._memory[:] = LAYOUT.pack(now, self._limit(), self._phase[:16].encode())
 
     def _limit(self) -> float:
         if self._phase in UNWATCHED:
