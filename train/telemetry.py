@@ -73,7 +73,7 @@ class Recorder:
         self._lag = LAG if self._on_gpu else 0
         self._heed: dict[str, int] = {}  # the step from which a request is heeded, by all ranks alike
         self._step = 0
-        self._recent: deque[events.Event] = deque(maxlen=2 * LAG + 4)  # of the last steps
+        self._unsaid: deque[events.Event] = deque(maxlen=2 * LAG + 4)  # of the last steps, while another rank speaks
         self.last: _Pending | None = None
 
     def resume_clock(self) -> None:
@@ -113,9 +113,9 @@ class Recorder:
         self.flush()
 
     def regrouped(self, recorded: int | None) -> None:
-        """The ranks have changed; say the steps after `recorded` again, if this rank speaks for the run from now on."""
+        """The ranks have changed; say what comes after step `recorded`, if this rank speaks for the run from now on."""
         self._heed.pop("change", None)
-        for event in self._recent if recorded is not None else ():
+        for event in self._unsaid if recorded is not None else ():
             if event.step > recorded:  # type: ignore[attr-defined]
                 self._send(event)
         self.resume_clock()
@@ -145,9 +145,10 @@ class Recorder:
 
     def _say(self, event: events.Event) -> None:
         """Rank 0 speaks for all; the others remember, in case that it is lost before it could."""
-        self._recent.append(event)
         if self._fabric.is_global_zero:
             self._send(event)
+        else:
+            self._unsaid.append(event)
 
     def _record(self, pending: _Pending, loss: float, norm: float) -> None:
         now = time.perf_counter()
