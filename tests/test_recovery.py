@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.test_resume import numbers, ranks
 from tests.test_train import Running, at_step, summary, train
@@ -24,6 +25,7 @@ from train import cli, compose, events, plan, pulse, supervisor
 from train.channel import Requests
 from train.console import Console
 from train.folder import RunFolder
+from train.telemetry import Recorder
 
 Record = dict[str, Any]
 LONG = ("steps=30", "eval.every=10", "checkpoint.every=10")
@@ -228,6 +230,24 @@ def test_what_the_others_are_told_of_losses_and_newcomers(tiny: list[str], tmp_p
         assert joins(6) == ([0, 1, 5, 6], True, "joined")
         watch._ranks = watch._ranks[2:]
         assert watch._bury(ranks[:2]) is None, "those that are left have no state: all start again"
+
+
+def test_a_new_rank_0_says_each_step_once(tiny: list[str]) -> None:
+    """What the old one left unsaid, what is in the record already, and the step that it has just been handed."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a"]))
+    said: list[Any] = []
+    fabric = SimpleNamespace(is_global_zero=False, device=torch.device("cpu"), world_size=2)
+    recorder = Recorder(config, fabric, said.append, vocab=300)  # type: ignore[arg-type]
+    numbers = torch.zeros(4 + 2 * 8 + 2 + 2, dtype=torch.int64)
+    for step in (1, 2, 3):
+        recorder.catch_up(step, 0.1, numbers, world=2)
+    assert said == []
+    fabric.is_global_zero = True
+    recorder.catch_up(4, 0.1, numbers, world=2)
+    recorder.regrouped(recorded=2)
+    assert sorted((event.step, event.kind) for event in said if event.kind != "throughput") == [
+        (step, kind) for step in (3, 4) for kind in ("digests", "step")
+    ]
 
 
 def test_the_same_exception_in_the_same_step_again_ends_the_run(

@@ -99,7 +99,7 @@ class Group(Ranks, Strategy):
         self.local_rank = place.local_rank
         self.membership = Membership(epoch=0, members=[place.member], host="", port=0)
         self.store: Store = HashStore()
-        self.settled = False  # all that a new group begins with is done
+        self.settled = self.membership  # the last for which all is done that a new group begins with
         self._server: Store | None = None
         self._sockets: set[tuple[int, int]] = set()  # of the process group: number, inode
 
@@ -136,7 +136,7 @@ class Group(Ranks, Strategy):
         A group that has not settled heeds every one: those that come together must have heard of the same.
         """
         newer = self.newer()
-        if newer is not None and not (newer.boundary and self.settled):
+        if newer is not None and not (newer.boundary and self.settled is self.membership):
             raise Changed(f"epoch {newer.epoch}")
 
     def newer(self) -> Membership | None:
@@ -147,7 +147,6 @@ class Group(Ranks, Strategy):
     def join(self) -> None:
         """Leave this group for the newest one, once there is a newer. Raises Changed where that has changed again."""
         self._abandon()
-        self.settled = False
         until = time.monotonic() + PATIENCE
         while (new := self.newer()) is None:
             if time.monotonic() > until:

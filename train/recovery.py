@@ -54,7 +54,7 @@ class Recovery:
         while True:
             try:
                 self._regroup(led, lost_save, began)
-                self.group.settled = True
+                self.group.settled = self.group.membership
                 return
             except Changed:
                 continue
@@ -102,7 +102,7 @@ class Recovery:
                     epoch=membership.epoch,
                     members=membership.members,
                     world=group.world,
-                    why=membership.why,
+                    why=membership.why if set(group.settled.members) - set(membership.members) else "joined",
                     kept=count,
                     redone=reducer.virtual_ranks - count if count else 0,
                     seconds=time.perf_counter() - began,
