@@ -232,6 +232,23 @@ def test_what_the_others_are_told_of_losses_and_newcomers(tiny: list[str], tmp_p
         assert watch._bury(ranks[:2]) is None, "those that are left have no state: all start again"
 
 
+def test_a_loss_after_the_others_have_left_is_not_theirs_to_heal(tiny: list[str], tmp_path: Path) -> None:
+    """Rank 1 has left and its process still lives when rank 0 fails in its last words: nobody can go on in place.
+    A newcomer that dies then concerns nobody."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=2"]))
+    with RunFolder(tmp_path / "run") as run:
+        watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
+        ranks = [
+            SimpleNamespace(member=m, slot=m % 2, left=False, fault=None, died_of=lambda: "killed by SIGKILL")
+            for m in range(3)
+        ]
+        watch._ranks, watch._members, watch._present = ranks[:2], [0, 1], [0, 1]  # type: ignore[list-item,assignment]
+        assert watch._bury(ranks[2:]) == supervisor.GOES_ON  # type: ignore[arg-type]
+        watch._record(events.Left(rank=1, step=9, stopped=True).record(), ranks[1])  # type: ignore[arg-type]
+        watch._ranks = ranks[1:2]  # type: ignore[assignment]
+        assert watch._bury(ranks[:1]) is None  # type: ignore[arg-type]
+
+
 def test_a_new_rank_0_says_each_step_once(tiny: list[str]) -> None:
     """What the old one left unsaid, what is in the record already, and the step that it has just been handed."""
     config = plan.resolve(compose.config("train", [*tiny, "name=a"]))

@@ -328,13 +328,14 @@ class Supervisor:
             if recent == LIVES:
                 text = f"its place is left empty: {LIVES} processes died there within {QUICK} steps"
                 self._record(events.Warned(rank=rank.member, text=text).record())
-        gone = {rank.member for rank in lost}
         alive = {rank.member for rank in self._ranks}
+        left = [member for member in self._members if member in alive]
         poisoned = any(fault["fault"] == "not finite" for fault in faults)  # and so is every rank's state
-        if self._heals and not poisoned and any(member in alive for member in self._present):  # who has a state
-            if gone & set(self._members):
-                self._members = [member for member in self._members if member in alive]
-                self._publish("lost")
+        if left == self._members and self._heals:
+            return GOES_ON  # a newcomer, or one that was on its way out
+        if self._heals and not poisoned and set(left) & set(self._present):  # somebody who stays has the state
+            self._members = left
+            self._publish("lost")
             return GOES_ON
         if self._futile >= self._config.recovery.restarts or self._config.nodes > 1 or self._asked:
             return self._fail(faults[0])
