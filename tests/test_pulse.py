@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from train import pulse
+from train import compose, plan, pulse
 from train.pulse import AT_FIRST, LEAST, OFTEN, OFTENER, Pulse
 
 Silence = Callable[[float], "tuple[float, str] | None"]
@@ -84,9 +84,20 @@ def test_a_new_phase_is_given_time_by_what_is_known(heart: tuple[Pulse, Silence]
     live(rank, clock, ("regroup", 0.2), ("evaluation", 0.0))
     assert silent(OFTENER * 0.2 - 0.1) is None
     assert silent(OFTENER * 0.2 + 0.1) == (pytest.approx(OFTENER * 0.2 + 0.1), "evaluation")  # type: ignore[comparison-overlap]
-    for phase in ("forward", "backward"):
+    for phase, rank.first in (("forward", AT_FIRST), ("backward", 31.0)):
         rank.beat(phase)
-        assert silent(AT_FIRST - 1) is None, "a compiler's first time"
+        assert silent(rank.first - 1) is None, "a first time"
+        assert silent(rank.first + 1) is not None
+
+
+def test_the_first_micro_batch_may_last_by_its_size(tiny: list[str]) -> None:
+    """Nobody waits ten minutes for a rank that hangs in its first step, where nothing is compiled."""
+    small = plan.resolve(compose.config("train", [*tiny, "devices=2", "compile=false"]))
+    assert pulse.COLD < pulse.first(small, 300) < pulse.COLD + 1
+    long = plan.resolve(compose.config("train", [*tiny, "devices=2", "compile=false", "model.context=32768"]))
+    assert pulse.first(long, 300) > pulse.COLD + 1
+    compiled = plan.resolve(compose.config("train", [*tiny, "devices=2", "compile=true"]))
+    assert pulse.first(compiled, 300) > AT_FIRST
 
 
 def test_a_sign_that_is_being_written_is_not_taken_for_silence(tmp_path: Path) -> None:

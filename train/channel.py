@@ -67,7 +67,7 @@ class Channel:
     """Used by all threads of a rank. Knows where it is: a failure can say in which phase of which step it was."""
 
     def __init__(self, connection: Connection, pulse: Pulse) -> None:
-        self._connection, self._pulse = connection, pulse
+        self._connection, self.pulse = connection, pulse
         self._sending = threading.Lock()  # a line goes up whole, whichever thread it is from
         self._stop = False
         self._membership: dict[str, Any] | None = None
@@ -75,7 +75,7 @@ class Channel:
 
     def phase(self, name: str, step: int) -> None:
         self.where = (name, step)
-        self._pulse.beat(name)
+        self.pulse.beat(name)
 
     def send(self, event: events.Event) -> None:
         self._send(events.line(event.record()).encode())
@@ -101,10 +101,10 @@ class Channel:
 
     def beat(self) -> None:
         """What goes on takes long, and is alive."""
-        self._pulse.beat()
+        self.pulse.beat()
 
     def _hear(self) -> None:
-        self._pulse.beat()  # whoever listens is alive: it is done in every slice of a wait for others
+        self.pulse.beat()  # whoever listens is alive: it is done in every slice of a wait for others
         while self._connection.poll():
             self._take(self._connection.recv_bytes())
 

@@ -13,13 +13,24 @@ import struct
 import time
 from pathlib import Path
 
+from train.config import Train
+from train.flops import flops_per_token
+
 LAYOUT = struct.Struct("dd16s")  # time of the last sign (monotonic); seconds of silence that are in order; phase
 LEAST = 4.0  # seconds of silence that are always in order
 OFTEN = 5.0  # times the longest silence seen in the phase
 OFTENER = 50.0  # in a phase that is new: times the longest seen in any other
-AT_FIRST = 600.0  # where none was seen yet: compilers, cold caches
+AT_FIRST = 600.0  # where none was seen yet
 COMPILED = ("forward", "backward")  # whose first time tells nothing of others, and others nothing of it
+COLD = 30.0  # for caches, in the first of these on a CPU; compilers and GPUs take up to AT_FIRST
+SLOWEST = 1e9  # FLOP/s of a rank: what is slower than this is taken for silent
 UNWATCHED = ("start", "end")  # model building, last words: they take what they take
+
+
+def first(config: Train, vocab: int) -> float:
+    """Seconds that the first forward or backward pass of a process may last."""
+    flops = flops_per_token(config.model, vocab) * config.model.context * int(config.batch.micro_batch)
+    return (COLD if config.accelerator == "cpu" and not config.compile else AT_FIRST) + flops / SLOWEST
 
 
 def create(path: Path) -> mmap.mmap:
@@ -50,6 +61,7 @@ class Pulse:
         self._memory = _map(path)
         self._last, self._phase = time.monotonic(), "start"
         self._longest: dict[str, float] = {}
+        self.first = AT_FIRST  # what `first` says, once there is a configuration
 
     def beat(self, phase: str | None = None) -> None:
         """A sign of life, in a phase that begins or, without one, in the phase that goes on."""
@@ -65,6 +77,8 @@ class Pulse:
             return float("inf")
         if self._phase in self._longest:
             return max(LEAST, OFTEN * self._longest[self._phase])
-        if self._phase in COMPILED or not self._longest:
+        if self._phase in COMPILED:
+            return self.first
+        if not self._longest:
             return AT_FIRST
         return max(LEAST, OFTENER * max(self._longest.values()))

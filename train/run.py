@@ -37,7 +37,7 @@ from train.group import Changed, Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
 from train.loop import Due, fit
 from train.processes import die_with_parent, log_to
-from train.pulse import Pulse
+from train.pulse import Pulse, first
 from train.recovery import Recovery
 from train.saver import Saver
 from train.telemetry import NotFinite, Recorder
@@ -105,6 +105,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     folder = Path(order.folder)
     config = read_train(folder / "config.yaml")
     prepared = Prepared.from_json((folder / "data.json").read_text())
+    channel.pulse.first = first(config, prepared.vocab)
 
     def news() -> Membership | None:
         sent = channel.membership()

@@ -52,7 +52,7 @@ class Memory(Channel):
 
     def __init__(self, path: Path) -> None:
         pulse.create(path)
-        self.where, self._pulse = ("start", None), Pulse(path)
+        self.where, self.pulse = ("start", None), Pulse(path)
         self.lines: list[str] = []
 
     def send(self, event: events.Event) -> None:
