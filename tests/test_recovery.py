@@ -162,6 +162,40 @@ def test_a_rank_that_hangs_is_found_and_says_where(kind: str, tiny: list[str], t
     assert re.search(r'File ".*train/loop.py", line \d+ in micro_batch', log), "the stack of the culprit"
 
 
+@pytest.mark.parametrize(
+    "places", [("forward:0", "backward:6", "reduce:9", "optimizer:12"), ("commit:3", "evaluation:8", "checkpoint:15")]
+)
+def test_a_bit_that_flips_names_its_rank_and_changes_nothing(
+    places: tuple[str, ...], tiny: list[str], twins: Twins
+) -> None:
+    """A stored weight or moment: its rank says so before anything of it counts, and is lost like any other."""
+    at = [f"flip:{i % 3}@{place}:{1 + 20 * (i % 2)}" for i, place in enumerate(places)]
+    code, folder = train(tiny, *LONG, "name=a", "devices=5", f"faults.at=[{','.join(at)}]")
+    assert code == 0
+    found = survived(folder, tiny, twins, *LONG)
+    once(found)
+    struck, faults = of_kind(found, "injected"), of_kind(found, "fault")
+    assert {one["fault"] for one in faults} == {"corrupted"}
+    assert [one["member"] for one in struck] == [one["rank"] for one in faults]
+    for one, fault in zip(struck, faults, strict=True):
+        assert fault["step"] - one["step"] in (0, 1), "the same step, or the next where it struck after the sum"
+        assert "bits of the state changed before" in fault["cause"]
+
+
+@pytest.mark.parametrize("more", ["recovery.guard=true", "recovery.guard=false"])
+def test_without_the_guard_a_flipped_bit_goes_unseen(more: str, tiny: list[str], twins: Twins) -> None:
+    """With sharded moments nobody else has them: all start again from the checkpoint, to the same bits."""
+    at = "faults.at=[flip:1@forward:14:3]"
+    code, folder = train(tiny, *LONG, "name=a", "devices=2", "sharding=optimizer", more, at)
+    assert code == 0
+    if more.endswith("true"):
+        found = survived(folder, tiny, twins, *LONG)
+        assert [start["step"] for start in of_kind(found, "start")] == [0, 10]
+    else:
+        assert summary(folder)["state_sha256"] != twins.of(tiny, *LONG)[1]["state_sha256"]
+        assert not of_kind(records(folder), "fault")
+
+
 MORE = [
     ("batch.virtual_ranks=6", "batch.sequences=24", "batch.micro_batch=2", "precision=bf16", "model.dropout=0.1"),
     ("reduce.dtype=bf16",),

@@ -27,6 +27,8 @@ DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit codes; 75: stopped on reque
 class Refused(Exception):
     """A user's mistake: `key` (or file, or rank) and one line that says what to do. Exit code 2."""
 
+    fault = "refused"
+
     def __init__(self, key: str, why: str) -> None:
         super().__init__(f"{key}: {why}" if key else why)
         self.key, self.why = key, why
@@ -348,6 +350,7 @@ ACCELERATORS = ("auto", "cpu", "cuda")
 @dataclass(slots=True, kw_only=True)
 class Recovery:
     in_place: bool = True  # when a rank is lost the others go on, and it is replaced; false: all start again
+    guard: bool = True  # each rank on a CPU checks that no bit of its state changes between steps
     restarts: int = 3  # of all ranks, from the last checkpoint, with no step in between, before the run fails
 
 

@@ -139,6 +139,10 @@ class Flat:
         """The parameters that this rank holds: here, all of them whole."""
         return self.named_parts("model", "", 0, self.parameters.detach(), replicated=True)
 
+    def held(self) -> list[tuple[int, Tensor]]:
+        """The parameters that this rank holds, each stretch with where it begins: views."""
+        return [(0, self.parameters.detach())]
+
     def release(self) -> None:
         """Forget copies of what other ranks hold: they have changed it. Here there are none."""
 
@@ -176,9 +180,11 @@ class Flat:
         """Of `tensor`, float32, which lies from `start` on: int64 for every ALIGN elements; they are to be summed.
 
         Integers modulo 2^64 add up to the same in any order: the sum does not depend on who holds which part. A
-        single changed bit always changes it.
+        single changed bit always changes it. Upper halves are mixed into lower ones, or two changed signs could
+        cancel out: 2^63 times any odd number is 2^63.
         """
         groups = tensor.view(torch.int64).view(-1, ALIGN // 2).sum(1)
+        groups ^= (groups >> 32) & 0xFFFFFFFF
         return groups.mul_(self._weights[start // ALIGN :][: groups.numel()])
 
     def by_parameter(self, checksums: Tensor, start: int, into: Tensor) -> None:

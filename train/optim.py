@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from train.config import Optimizer, OptimizerKind, Schedule, ScheduleKind
 from train.flat import Flat, Piece
@@ -47,6 +48,24 @@ def pieces(optimizer: torch.optim.Optimizer, flat: Flat) -> list[Piece]:
         if moment != "step"
         for piece in flat.named_parts("optimizer", f"{moment}.", start, values, replicated)
     ]
+
+
+class Stored:
+    """All numbers of the state that this rank holds, as 1-D views into it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, flat: Flat) -> None:
+        self._optimizer, self._flat = optimizer, flat
+
+    def tensors(self) -> list[tuple[int, Tensor]]:
+        """Each with where it begins in the flat layout."""
+        owned = [(start, self._optimizer.state[tensor]) for half in self._flat.owned for start, tensor in half]
+        moments = [(start, state[name]) for start, state in owned for name in state if name != "step"]
+        return self._flat.held() + moments
+
+    def checksum(self) -> int:
+        """64 bits. A single changed bit always changes them: all weights are odd."""
+        parts = [self._flat.checksum(tensor, start).sum() for start, tensor in self.tensors()]
+        return int(sum((2 * i + 1) * part for i, part in enumerate(parts)))
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -22,15 +22,14 @@ from typing import Any
 
 import torch
 
-from train import events, flops, plan, telemetry
+from train import events, flops, optim, plan, telemetry
 from train.balance import Balance
 from train.channel import Channel
 from train.config import Refused, Sharding, Train
 from train.data.prepare import Prepared
 from train.data.stream import Validation
 from train.engine import Engine
-from train.faults import inject
-from train.faults import plan as faults
+from train.faults import detect
 from train.fingerprint import fingerprint
 from train.folder import LOCAL, identity, plain_identity, read_train
 from train.group import Changed, Dismissed, Group, Membership, Place
@@ -40,7 +39,7 @@ from train.processes import die_with_parent, log_to
 from train.pulse import Pulse, first
 from train.recovery import Recovery
 from train.saver import Saver
-from train.telemetry import NotFinite, Recorder
+from train.telemetry import Recorder
 from train.trained import precision
 
 
@@ -121,8 +120,8 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     balance = Balance(config, group, engine.reducer, channel)
     recorder = Recorder(config, fabric, channel.send, prepared.vocab, on_seconds=balance.observe)
 
-    wanted, record = int(config.devices) * config.nodes, folder / "events.jsonl"
-    phase = inject.armed(faults.plan(config), group, wanted, order.place.member, channel, record)
+    stored = optim.Stored(state.optimizer, state.flat)
+    phase = detect.watched(config, group, order.place.member, channel, folder / "events.jsonl", stored)
 
     @functools.cache  # opening the set verifies it: once for the part, once for the whole
     def validation(tokens: int) -> Validation:
@@ -230,10 +229,8 @@ def _agree(config: Train, prepared: Prepared, group: Group) -> None:
 def _cause(error: BaseException) -> tuple[str, str]:
     """The kind of a failure and one line on it, with what to change where that is known."""
     first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, Refused):
-        return "refused", str(error)
-    if isinstance(error, NotFinite):
-        return "not finite", str(error)
+    if kind := getattr(error, "fault", None):
+        return kind, str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "out of memory", f"out of memory: use a smaller batch.micro_batch, model.context or model ({first})"
     return "exception", f"{type(error).__name__}: {first}"

@@ -114,6 +114,9 @@ class ShardedFlat(Flat):
         """One of this rank's chunks, by where it begins."""
         return self._mine[begin][: end - begin] if self._mine else super().stretch(begin, end)  # not cut yet
 
+    def held(self) -> list[tuple[int, Tensor]]:
+        return [(begin, self.stretch(begin, end)) for begin, end in self.ranges]
+
     def buckets(self, elements: int, world: int) -> list[Range]:
         return self._buckets
 

@@ -41,6 +41,8 @@ Send = Callable[[events.Event], None]
 class NotFinite(Exception):
     """The loss or the gradient is NaN or infinite: training on would write nonsense over the last good state."""
 
+    fault = "not finite"
+
 
 @dataclass(slots=True)
 class _Pending:

@@ -3,7 +3,8 @@
 The main job's model and batch with evidence.digests off, on, and on with evidence.parameters, in one process with one
 thread, taking turns (A B C, C B A); the figures are medians of each turn's ratio to the turn without evidence. Seconds
 are of the processor, not of the clock: other work on the machine counts less so. As the effect is smaller than the
-noise of a whole step all the same, the passes over memory that checksums are made of are measured by themselves too.
+noise of a whole step all the same, the passes over memory that checksums are made of, and those of the guard, are
+measured by themselves too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from tests.bench import report
 from tests.bench.loop_overhead import ours
-from train import compose, plan
+from train import compose, optim, plan
 from train.config import Train
 from train.flat import Flat
 from train.models.build import build
@@ -27,17 +28,26 @@ CASES = {"off": ["evidence.digests=false"], "steps": [], "parameters": ["evidenc
 STEPS, TURNS = 3, 14
 
 
-def passes(config: Train, vocab: int) -> float:
-    """CPU seconds of a step's checksums in one process: of each virtual rank's gradient, the parameters and the sum."""
+def passes(config: Train, vocab: int) -> tuple[float, float]:
+    """CPU seconds of a step's checksums in one process, by themselves.
+
+    In the record: of each virtual rank's gradient, the parameters and the sum. Of the guard: of parameters and moments,
+    when a step is committed, before its sum and before the optimizer; each rank pays it whole.
+    """
     flat = Flat(build(config.model, vocab, seed=0, device=torch.device("cpu")))
+    stored = optim.Stored(optim.build(config.optimizer, flat), flat)
     gradient = flat.buffer().tensor.normal_()
-    seconds = []
+    recorded, guarded = [], []
     for _ in range(50):
         started = time.process_time()
         for _ in range(config.batch.virtual_ranks + 2):
             int(flat.checksum(gradient, 0).sum())
-        seconds.append(time.process_time() - started)
-    return statistics.median(seconds)
+        recorded.append(time.process_time() - started)
+        started = time.process_time()
+        for _ in range(3):
+            stored.checksum()
+        guarded.append(time.process_time() - started)
+    return statistics.median(recorded), statistics.median(guarded)
 
 
 def main() -> int:
@@ -59,7 +69,7 @@ def main() -> int:
                 measured[case] = (time.process_time() - started) / STEPS
             seconds += [measured] if turn else []  # the first one warms up
     tokens = configs["off"].tokens_per_step
-    alone = passes(configs["off"], configs["off"].data.tokenizer.vocab)
+    alone, guard = passes(configs["off"], configs["off"].data.tokenizer.vocab)
     step = statistics.median(measured["off"] for measured in seconds)
     results: dict[str, Any] = {}
     for case in CASES:
@@ -75,6 +85,7 @@ def main() -> int:
         ratio = f"{result['ratio_median']:.3f} ({low:.3f} … {high:.3f})"
         print(f"{case:10} {result['tokens_per_cpu_s']:,.0f} tokens per CPU second, {ratio} of what there is without")
     print(f"the checksums by themselves: {1e3 * alone:.2f} ms a step, {100 * alone / step:.2f} % of it")
+    print(f"the guard by itself: {1e3 * guard:.2f} ms a step, {100 * guard / step:.2f} % of it")
     report.write(
         "evidence_cost",
         "make bench-evidence",
@@ -87,6 +98,8 @@ def main() -> int:
         step_cpu_s=step,
         checksums_cpu_s=alone,
         checksums_share_of_a_step=alone / step,
+        guard_cpu_s=guard,
+        guard_share_of_a_step=guard / step,
     )
     return 0
 

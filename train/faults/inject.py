@@ -9,12 +9,16 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from train import events
 from train.channel import Channel
@@ -31,19 +35,34 @@ class Seat(Protocol):
     world: int
 
 
-def armed(planned: Sequence[Injection], seat: Seat, wanted: int, member: int, channel: Channel, record: Path) -> Phase:
+def armed(
+    planned: Sequence[Injection],
+    seat: Seat,
+    wanted: int,
+    member: int,
+    channel: Channel,
+    record: Path,
+    stored: Callable[[], list[tuple[int, Tensor]]] = list,
+) -> Phase:
     """What the loop calls at each phase: the channel's, with an injector behind it where faults are planned.
 
-    `wanted`: ranks that the run shall have. `record`: its events.
+    `wanted`: ranks that the run shall have. `record`: its events. `stored`: the rank's state, whose bits may flip.
     """
-    return Injector(planned, seat, wanted, member, channel, record) if planned else channel.phase
+    return Injector(planned, seat, wanted, member, channel, record, stored) if planned else channel.phase
 
 
 class Injector:
     def __init__(
-        self, planned: Sequence[Injection], seat: Seat, wanted: int, member: int, channel: Channel, record: Path
+        self,
+        planned: Sequence[Injection],
+        seat: Seat,
+        wanted: int,
+        member: int,
+        channel: Channel,
+        record: Path,
+        stored: Callable[[], list[tuple[int, Tensor]]],
     ) -> None:
-        self._seat, self._wanted, self._member = seat, wanted, member
+        self._seat, self._wanted, self._member, self._stored = seat, wanted, member, stored
         self._channel, self._record = channel, record
         self._ahead = [(one, rank) for one in planned for rank in one.ranks]  # by step
         self._factor, self._slow_until = 1.0, 0
@@ -84,6 +103,8 @@ class Injector:
         self._channel.settle()
         if one.kind == "slow":
             self._factor, self._slow_until = one.amount, step + one.steps
+        elif one.kind == "flip":
+            flip([tensor for _, tensor in self._stored()], int(one.amount), one.id)
         else:
             STRIKES[one.kind](one.amount)
 
@@ -92,6 +113,14 @@ class Injector:
         if self._computing and step < self._slow_until and phase != "regroup":
             time.sleep((time.perf_counter() - self._since) * (self._factor - 1))
         self._computing, self._since = phase in ("forward", "backward"), time.perf_counter()
+
+
+def flip(tensors: Sequence[Tensor], bits: int, seed: str) -> None:
+    """Turn over so many bits of these tensors, which `seed` chooses; all bits are alike."""
+    rng, sizes = random.Random(seed), [tensor.numel() for tensor in tensors]
+    for _ in range(bits):
+        (tensor,) = rng.choices(tensors, sizes)
+        tensor.view(torch.uint8)[rng.randrange(4 * tensor.numel())] ^= 1 << rng.randrange(8)
 
 
 def _crash(_: float) -> None:

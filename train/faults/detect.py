@@ -1,0 +1,66 @@
+"""What a rank can see of its own bits, and of the others' speed.
+
+A bit that flips in a stored weight or moment makes no noise: the loss goes on, a little wrong, on all ranks, since
+they all add what the sick one computed. So each rank takes a checksum of its state when a step is committed, and again
+before anything made from that state can count: before its sum is complete, before the optimizer changes it, before it
+is saved or handed on. A rank whose state has changed in between says so and ends; what it computed is lost with it,
+and the others go on as after any other loss. That needs no second copy, no majority and no neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from train.channel import Channel
+from train.config import Train
+from train.evidence import word
+from train.faults.inject import Phase, Seat, armed
+from train.faults.plan import plan
+from train.optim import Stored
+
+CHECKED = ("reduce", "optimizer", "evaluation", "checkpoint", "regroup")
+
+
+class Corrupted(Exception):
+    """This rank's state is not what it was when the last step was committed."""
+
+    fault = "corrupted"
+
+
+def watched(config: Train, seat: Seat, member: int, channel: Channel, record: Path, stored: Stored) -> Phase:
+    """What is called at each phase of a rank: the channel, faults on order behind it, and the guard around both.
+
+    `record`: the run's events. On a GPU there is no guard: to read its checksum would wait for the device.
+    """
+    ranks = int(config.devices) * config.nodes
+    phase = armed(plan(config), seat, ranks, member, channel, record, stored.tensors)
+    return Guard(phase, stored.checksum) if config.recovery.guard and config.accelerator == "cpu" else phase
+
+
+class Guard:
+    """A rank's watch over the bits that it holds, called at each phase."""
+
+    def __init__(self, phase: Phase, checksum: Callable[[], int]) -> None:
+        """`phase`: what else is called. `checksum`: of the state that this rank holds, 64 bits."""
+        self._phase, self._checksum = phase, checksum
+        self._taken: int | None = None
+        self._step = 0  # how many steps were committed when it was taken
+
+    def __call__(self, phase: str, step: int) -> None:
+        if phase == "commit":
+            self._take(step + 1)
+        elif phase == "forward" and self._taken is None:  # after a start, or a regroup that may have brought the state
+            self._take(step)
+        self._phase(phase, step)
+        if phase in CHECKED and self._step == step:
+            self._check(phase)
+        if phase == "regroup":
+            self._taken = None
+
+    def _take(self, step: int) -> None:
+        self._taken, self._step = self._checksum(), step
+
+    def _check(self, phase: str) -> None:
+        if self._taken is not None and (now := self._checksum()) != self._taken:
+            raise Corrupted(f"bits of the state changed before {phase}: checksum {word(self._taken)}, now {word(now)}")
