@@ -299,7 +299,7 @@ def balanced(group: Group) -> list[Any]:
     reducer = ExactReducer(Ranks.default(), flat, virtual_ranks=8)
     channel = Recorded()
     batch = SimpleNamespace(virtual_ranks=8, weights="auto")
-    balance = Balance(SimpleNamespace(batch=batch), Ranks.default(), reducer, channel)  # type: ignore[arg-type]
+    balance = Balance(SimpleNamespace(batch=batch), group, reducer, channel)  # type: ignore[arg-type]
 
     def leaf(virtual_rank: int, buffer: Buffer) -> None:
         time.sleep(0.03 if group.rank == 1 else 0.001)
@@ -310,7 +310,8 @@ def balanced(group: Group) -> list[Any]:
             leaf(v, buffer)
         balance.observe(step, reducer.finish().seconds.tolist())
         shares.append([len(own) for own in reducer.hosted])
-    return [shares, [(event.shares, event.why) for event in channel.sent]]
+    *slow, shared = channel.sent or [None]
+    return [shares, shared and (shared.shares, shared.why), [(event.rank, event.step) for event in slow]]
 
 
 def test_a_slow_rank_is_given_less() -> None:
@@ -318,5 +319,6 @@ def test_a_slow_rank_is_given_less() -> None:
     assert first[0] == second[0], "the ranks decide alike"
     assert first[0][0] == [4, 4]
     assert first[0][-1] == [7, 1]
-    assert first[1] == [[[7, 1], "measured"]]
-    assert second[1] == []
+    assert first[1] == [[7, 1], "measured"]
+    assert first[2] == [[1, 9]], "and it is named"
+    assert second[1:] == [None, []], "rank 0 speaks for all"

@@ -20,6 +20,7 @@ from train.buckets import Reducer
 from train.channel import Channel
 from train.config import Train
 from train.evidence import word
+from train.faults.detect import slow
 from train.group import Group
 from train.loop import Parts, TrainState, micro_batch
 
@@ -35,6 +36,7 @@ class Balance:
         self._config, self._group, self._reducer, self._channel = config, group, reducer, channel
         self._follows = config.batch.weights == "auto"
         self._seconds: list[list[float]] = []
+        self._slow: set[int] = set()  # members that have been named, until they are as fast as the others again
 
     def regrouped(self, state: TrainState, parts: Parts, joined: bool) -> None:
         """The ranks have changed: share out anew; with newcomers among them, shake hands first."""
@@ -71,14 +73,23 @@ class Balance:
         _same_micro_batch(state, parts, 1)
 
     def observe(self, step: int, seconds: list[float]) -> None:
-        """Take what each rank needed for a leaf in a step; change the shares where the slowest wins enough by it."""
-        if not self._follows or 0.0 in seconds or len(seconds) != self._group.world:
+        """Take what each rank needed for a leaf in a step: name who is slow, and share out anew where it pays."""
+        if 0.0 in seconds or len(seconds) != self._group.world:
             return
         self._seconds.append(seconds)
         if len(self._seconds) == WINDOW:
             medians = [statistics.median(of_rank) for of_rank in zip(*self._seconds, strict=True)]
             self._seconds = []
-            self._follow(step, medians, "measured")
+            self._name(step, slow(medians))
+            if self._follows:
+                self._follow(step, medians, "measured")
+
+    def _name(self, step: int, slow: dict[int, float]) -> None:
+        members = self._group.membership.members
+        now = {members[rank]: times for rank, times in slow.items()}
+        for member in sorted(now.keys() - self._slow) if self._group.rank == 0 else ():
+            self._channel.send(events.Slow(rank=member, step=step, times=now[member]))
+        self._slow = set(now)
 
     def _follow(self, step: int, seconds: list[float], why: str) -> None:
         now, better = self._reducer.hosted, self._shares([1 / s for s in seconds])

@@ -129,6 +129,11 @@ class Console:
     def _on_warning(self, record: dict[str, Any]) -> None:
         self.say(f"warning (rank {record['rank']}): {record['text']}")
 
+    def _on_slow(self, record: dict[str, Any]) -> None:
+        self.say(
+            f"step {record['step']}: rank {record['rank']} is slow: {record['times']:.1f} times the median rank's time"
+        )
+
     # ------------------------------------------------------------------------------------------------ end
 
     def finished_already(self, config: Train, summary: dict[str, Any]) -> None:

@@ -206,6 +206,16 @@ class Warned(Event):
 
 
 @dataclass(slots=True, kw_only=True)
+class Slow(Event):
+    """A rank takes much longer than the others for the same work."""
+
+    kind: ClassVar[str] = "slow"
+    rank: int
+    step: int
+    times: float  # as long as the median rank
+
+
+@dataclass(slots=True, kw_only=True)
 class Asked(Event):
     """Somebody wants the run to save and stop."""
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from train import events, flops, optim, plan, telemetry
+from train import events, optim, telemetry
 from train.balance import Balance
 from train.channel import Channel
 from train.config import Refused, Sharding, Train
@@ -168,7 +168,9 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         restore(state, folder / "checkpoints", group, channel, order.resume, numerics)
         recorder.peak, source = telemetry.peak(config, fabric, group)
         if fabric.is_global_zero:
-            channel.send(_start(config, prepared.vocab, state.step, group.world, numerics, recorder.peak, source))
+            channel.send(
+                telemetry.start(config, prepared.vocab, state.step, group.world, numerics, recorder.peak, source)
+            )
 
     if order.joins:
         recorder.peak, _ = telemetry.peak(config, fabric, group)
@@ -184,30 +186,6 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         channel=channel,
         begin=begin,
         joined=sharded,
-    )
-
-
-def _start(
-    config: Train, vocab: int, step: int, world: int, numerics: dict[str, Any], peak: float | None, peak_source: str
-) -> events.Start:
-    return events.Start(
-        step=step,
-        world=world,
-        virtual_ranks=config.batch.virtual_ranks,
-        micro_batch=int(config.batch.micro_batch),
-        micro_batches=config.batch.micro_batches,
-        device=str(numerics["device"]),
-        peak_flops=peak and peak * world,
-        peak_source=peak_source,
-        precision=config.precision,
-        compiled=config.compile is True,
-        parameters=flops.parameters(config.model, vocab),
-        flops_per_token=flops.flops_per_token(config.model, vocab),
-        memory_bytes=plan.memory(config, vocab).total,
-        tokens_per_step=config.tokens_per_step,
-        steps=config.steps,
-        fingerprint=numerics,
-        identity=plain_identity(config),
     )
 
 

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -27,10 +28,11 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor
 
-from train import events, flops, hardware
+from train import events, flops, hardware, plan
 from train.buckets import Total
 from train.config import Train
 from train.evidence import word
+from train.folder import plain_identity
 from train.group import Group
 
 LAG = 2  # steps between a number's making and its reading, on a GPU
@@ -245,3 +247,28 @@ def peak(config: Train, fabric: Fabric, group: Group) -> tuple[float | None, str
         mine, source = hardware.peak_flops(name, config.precision), "datasheet"
     total = group.all_reduce(torch.tensor([mine if mine else float("nan")], dtype=torch.float64)).item()
     return (total / group.world, source) if total == total else (None, "unknown device")
+
+
+def start(
+    config: Train, vocab: int, step: int, world: int, numerics: dict[str, Any], peak: float | None, peak_source: str
+) -> events.Start:
+    """What a run says of itself when it begins, or goes on. `peak`: dense FLOP/s of a rank's device."""
+    return events.Start(
+        step=step,
+        world=world,
+        virtual_ranks=config.batch.virtual_ranks,
+        micro_batch=int(config.batch.micro_batch),
+        micro_batches=config.batch.micro_batches,
+        device=str(numerics["device"]),
+        peak_flops=peak and peak * world,
+        peak_source=peak_source,
+        precision=config.precision,
+        compiled=config.compile is True,
+        parameters=flops.parameters(config.model, vocab),
+        flops_per_token=flops.flops_per_token(config.model, vocab),
+        memory_bytes=plan.memory(config, vocab).total,
+        tokens_per_step=config.tokens_per_step,
+        steps=config.steps,
+        fingerprint=numerics,
+        identity=plain_identity(config),
+    )

@@ -9,7 +9,8 @@ and the others go on as after any other loss. That needs no second copy, no majo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from train.channel import Channel
@@ -20,6 +21,19 @@ from train.faults.plan import plan
 from train.optim import Stored
 
 CHECKED = ("reduce", "optimizer", "evaluation", "checkpoint", "regroup")
+
+
+SLOW = 1.3  # times what the others take
+
+
+def slow(seconds: Sequence[float]) -> dict[int, float]:
+    """The ranks that are slow, with how many times as long as the median rank each takes for the same work.
+
+    `seconds`: of each rank, for a leaf, without its waiting for others: under synchronous training the wall time of a
+    step is the same for all and names nobody. Medians over some steps, for a single one says little.
+    """
+    typical = statistics.median_low(seconds)
+    return {rank: mine / typical for rank, mine in enumerate(seconds) if mine > SLOW * typical}
 
 
 class Corrupted(Exception):
