@@ -323,6 +323,24 @@ def test_the_same_exception_in_the_same_step_again_ends_the_run(
     assert len(of_kind(records(folder), "regroup")) <= 1
 
 
+def test_one_cause_that_takes_several_ranks_at_once_is_survived(tiny: list[str], tmp_path: Path) -> None:
+    """Seen in one look or in two. Once the others have gone on, the same again is no bad luck."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=4"]))
+    with RunFolder(tmp_path / "run") as run:
+        watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
+        fault = events.Fault(fault="exception", phase="reduce", rank=0, step=7, cause="OSError: no route").record()
+        stays, *lost = [
+            SimpleNamespace(member=m, slot=m, ready=True, fault=fault if m else None, port=1, tell=lambda _: None)
+            for m in range(4)
+        ]
+        watch._ranks, watch._members, watch._present = [stays], [0, 1, 2, 3], [0, 1, 2, 3]  # type: ignore[list-item]
+        assert watch._bury(lost[:1]) == supervisor.GOES_ON  # type: ignore[arg-type]
+        assert watch._bury(lost[1:2]) == supervisor.GOES_ON  # type: ignore[arg-type]
+        words: dict[str, Any] = {"why": "lost", "kept": 0, "redone": 0, "seconds": 0.0}
+        watch._record(events.Regroup(step=7, epoch=2, members=[0], world=1, **words).record())
+        assert watch._bury(lost[2:]) == 1  # type: ignore[arg-type]
+
+
 def test_resize_under_way(tiny: list[str], twins: Twins, capsys: pytest.CaptureFixture[str]) -> None:
     """2 -> 4 -> 1 -> 3 ranks while it trains; what cannot be is refused, and asking again is harmless."""
     longer = ("steps=250", "eval.every=0", "checkpoint.every=100")

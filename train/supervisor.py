@@ -114,6 +114,7 @@ class Supervisor:
         self._next_member = self._epoch = self._writer_epoch = 0
         self._recorded = 0  # the last step whose event is here
         self._causes: set[tuple[Any, ...]] = set()  # of faults that were survived
+        self._fresh: set[tuple[Any, ...]] = set()  # of those since the ranks last went on: one may take several ranks
         self._futile = 0  # restarts of all ranks since the last step
         self._heals = config.heals
 
@@ -284,8 +285,9 @@ class Supervisor:
                 self._publish("joined")
         elif rank is not None and kind == "asked":
             self._pass_on_stop()  # it may be lost before the others have heard of it
-        elif kind == "regroup":
-            self._present = record["members"]
+        elif kind in ("regroup", "start"):
+            self._present = record.get("members", self._present)
+            self._causes, self._fresh = self._causes | self._fresh, set()
         self._log.append(record)
         self._console.event(record)
 
@@ -319,7 +321,7 @@ class Supervisor:
         for fault, cause in zip(faults, causes, strict=True):
             if fault["fault"] == "refused" or (fault["step"] is not None and cause in self._causes):  # not bad luck
                 return self._fail(fault)
-        self._causes |= set(causes)
+        self._fresh |= set(causes)
         for rank in lost:
             slot = self._slots.get(rank.slot, Slot())  # none, after a resize
             slot.deaths.append(self._recorded)

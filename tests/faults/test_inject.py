@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import signal
@@ -49,6 +50,7 @@ def life(record: Path, *texts: str, seat: Seat | None = None, wanted: int = 4, p
 
     def rank(connection: Connection) -> None:
         ours.close()
+        faulthandler.disable()  # pytest's own would write of the crash on order
         walk(armed(planned, seat or Seat(1, 4), wanted, 7, channel(connection, record.parent), record))
 
     process = context.Process(target=rank, args=(theirs,))
