@@ -9,7 +9,6 @@ import pytest
 
 from train.batch import (
     Node,
-    buffers,
     children,
     fold,
     maximal,
@@ -20,6 +19,7 @@ from train.batch import (
     spine,
     taken_over,
 )
+from train.plan import buffers
 
 
 def order(node: Node) -> str:

@@ -21,7 +21,9 @@ LAYERS = [
     ("loop",),
     ("keeper", "balance", "engine"),
     ("recovery", "run", "rerun"),
-    ("supervisor", "runs", "replay", "diff", "drill", "resize"),
+    ("supervisor",),
+    ("job", "runs", "replay", "diff", "resize"),
+    ("drill",),
     ("compose", "cli", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -33,6 +35,7 @@ WITHOUT_TORCH += [
     "pulse",
     "processes",
     "supervisor",
+    "job",
     "runs",
     "nodes",
     "manifest",
@@ -77,7 +80,7 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 10_500
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 10_700
 
 
 def test_the_sum_needs_no_lightning() -> None:

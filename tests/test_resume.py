@@ -19,7 +19,7 @@ import pytest
 
 from tests import dist
 from tests.test_train import Running, at_step, descendants, gone, sha256, steps, summary, train
-from train import cli, compose, events, manifest, plan, pulse, supervisor
+from train import cli, compose, events, job, manifest, plan, pulse
 from train.channel import MARK, RECORDED, STOP, Channel
 from train.config import Refused
 from train.data.prepare import Counts, Prepared
@@ -163,7 +163,7 @@ def test_a_signal_before_there_are_ranks_is_no_failure(
     """While the data is prepared: 75, since the same command starts again. While keys are still being read: 130."""
     handlers = [signal.getsignal(n) for n in (TERM, INT, USR1)]
     with monkeypatch.context() as patch:
-        patch.setattr(supervisor, "prepare", lambda *_, **__: os.kill(os.getpid(), number))
+        patch.setattr(job, "prepare", lambda *_, **__: os.kill(os.getpid(), number))
         code, folder = train(tiny, "name=a", "devices=1")
     assert code == 75
     assert f"asked to stop ({number.name}) before the first step" in capsys.readouterr().out

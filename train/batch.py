@@ -148,31 +148,6 @@ def _subtrees(first: int, end: int, node: Node) -> int:
     return sum(_subtrees(first, end, child) for child in children(node))
 
 
-def buffers(virtual_ranks: int, hosted: Sequence[int]) -> int:
-    """Gradient buffers alive at once on a rank that hosts these virtual ranks: what a memory plan counts.
-
-    While the tree is folded in order, a buffer is alive for each finished left sibling, and one for the leaf at work.
-    """
-    alive = most = 0
-
-    def leaf(node: Node) -> int | None:
-        nonlocal alive, most
-        if not node.is_leaf:
-            return None
-        alive += 1
-        most = max(most, alive)
-        return 1
-
-    def add(left: int, right: int) -> int:
-        nonlocal alive
-        alive -= 1
-        return left
-
-    for node in maximal(hosted, root(virtual_ranks)):
-        fold(node, leaf, add)
-    return most
-
-
 def checksum(content: bytes, before: int = 0) -> int:
     """63 bits over some bytes and the checksum of what came before them: which tokens a virtual rank has seen."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=before.to_bytes(8, "big")).digest(), "big") >> 1

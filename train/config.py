@@ -350,8 +350,12 @@ ACCELERATORS = ("auto", "cpu", "cuda")
 @dataclass(slots=True, kw_only=True)
 class Recovery:
     in_place: bool = True  # when a rank is lost the others go on, and it is replaced; false: all start again
+    spike: float = 0.0  # times the spread of the last losses above them, from where on one is gone back from; 0: off
     guard: bool = True  # each rank on a CPU checks that no bit of its state changes between steps
     restarts: int = 3  # of all ranks, from the last checkpoint, with no step in between, before the run fails
+
+    def __post_init__(self) -> None:
+        at_least(self, "recovery.", spike=0, restarts=0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -415,6 +419,8 @@ class Train:
         require(not full or self.batch.weights == "even", "batch.weights", why)
         seconds(self.stop_after)
         _no_secret(self.resume_from, "resume_from")
+        why = "goes back on one node only: use 0, or nodes=1"
+        require(not self.recovery.spike or self.nodes == 1, "recovery.spike", why)
         never = bool(self.resume_from) and self.resume.mode is ResumeMode.never
         require(not never, "resume_from", "contradicts resume=never: leave one of them out")
 

@@ -129,6 +129,11 @@ class Console:
     def _on_warning(self, record: dict[str, Any]) -> None:
         self.say(f"warning (rank {record['rank']}): {record['text']}")
 
+    def _on_rollback(self, record: dict[str, Any]) -> None:
+        out = record["left_out"]
+        without = f" without batch{'es' * (len(out) > 1)} {', '.join(map(str, out))}" if out else ""
+        self.say(f"step {record['step']}: its loss cannot be right: all start again from before it{without}")
+
     def _on_slow(self, record: dict[str, Any]) -> None:
         self.say(
             f"step {record['step']}: rank {record['rank']} is slow: {record['times']:.1f} times the median rank's time"

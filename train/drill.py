@@ -18,9 +18,9 @@ from train.commands import Format
 from train.config import DONE, FAILED, Faults, Train
 from train.faults.plan import Injection, plan
 from train.folder import read_train
+from train.job import train
 from train.ledger import by_kind, recoveries
 from train.summary import summarize
-from train.supervisor import train
 
 Record = dict[str, Any]
 

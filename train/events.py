@@ -216,6 +216,15 @@ class Slow(Event):
 
 
 @dataclass(slots=True, kw_only=True)
+class RolledBack(Event):
+    """The loss of a step cannot be right: all starts again from before it."""
+
+    kind: ClassVar[str] = "rollback"
+    step: int
+    left_out: list[int]  # batches, which no step sees any more
+
+
+@dataclass(slots=True, kw_only=True)
 class Asked(Event):
     """Somebody wants the run to save and stop."""
 

@@ -161,9 +161,17 @@ class RunFolder:
         stored = read_json(self.path / "data.json")
         if stored is not None and self.checkpointed() and stored["digest"] != data["digest"]:
             raise Refused("data", f"the corpus is not the one that {self.path} began with: choose another name=…")
-        replace(self.path / "data.json", json.dumps(data, indent=1))
+        replace(self.path / "data.json", json.dumps({**data, "left_out": (stored or {}).get("left_out", [])}, indent=1))
         replace(self.path / "config.yaml", to_yaml(config))
         (self.path / "summary.json").unlink(missing_ok=True)
+
+    def leave_out(self, batches: Callable[[list[int]], Iterable[int]]) -> list[int]:
+        """Let the ranks that are started from now on pass over more batches, which may depend on those so far: all."""
+        data = read_json(self.path / "data.json")
+        assert data is not None, "it was written before any rank was started"
+        data["left_out"] = sorted({*data["left_out"], *batches(data["left_out"])})
+        replace(self.path / "data.json", json.dumps(data, indent=1))
+        return list(data["left_out"])
 
 
 def _lock(path: Path) -> int | None:

@@ -62,6 +62,10 @@ class Stored:
         moments = [(start, state[name]) for start, state in owned for name in state if name != "step"]
         return self._flat.held() + moments
 
+    def gradients(self) -> list[Tensor]:
+        """Of the leaf that is being computed, a tensor each parameter."""
+        return [parameter.grad for parameter in self._flat.items if parameter.grad is not None]
+
     def checksum(self) -> int:
         """64 bits. A single changed bit always changes them: all weights are odd."""
         parts = [self._flat.checksum(tensor, start).sum() for start, tensor in self.tensors()]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train import flops, hardware
-from train.batch import buffers, shares
+from train.batch import Node, fold, maximal, root, shares
 from train.commands import Format, Plan
 from train.config import ReduceMode, Refused, Sharding, TokenizerKind, Train
 
@@ -72,6 +73,31 @@ def device_memory(accelerator: str, devices: int) -> int:
 def vocabulary(config: Train) -> int:
     """The number of token ids that can be known before the data is prepared: an upper bound for a trained BPE."""
     return 257 if config.data.tokenizer.kind is TokenizerKind.bytes else config.data.tokenizer.vocab
+
+
+def buffers(virtual_ranks: int, hosted: Sequence[int]) -> int:
+    """Gradient buffers alive at once on a rank that hosts these virtual ranks.
+
+    While the tree is folded in order, a buffer is alive for each finished left sibling, and one for the leaf at work.
+    """
+    alive = most = 0
+
+    def leaf(node: Node) -> int | None:
+        nonlocal alive, most
+        if not node.is_leaf:
+            return None
+        alive += 1
+        most = max(most, alive)
+        return 1
+
+    def add(left: int, right: int) -> int:
+        nonlocal alive
+        alive -= 1
+        return left
+
+    for node in maximal(hosted, root(virtual_ranks)):
+        fold(node, leaf, add)
+    return most
 
 
 def _gradient_buffers(virtual_ranks: int, world: int) -> int:

@@ -147,6 +147,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
                 "writer_epoch": order.writer_epoch,
                 "identity": plain_identity(config),
                 "data": prepared.digest,
+                "left_out": prepared.left_out,
             },
             policy=config.checkpoint,
             send=channel.send,

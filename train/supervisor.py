@@ -13,67 +13,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
+from collections import Counter
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-from train import events, folder, hardware, mirror, nodes, plan, pulse
+from train import events, folder, hardware, manifest, nodes, pulse
 from train.channel import STOP, Requests
-from train.config import DONE, FAILED, REFUSED, STOPPED, Refused, ResumeMode, Train, seconds
+from train.config import DONE, FAILED, REFUSED, STOPPED, Train, seconds
 from train.console import Console
-from train.data.prepare import prepare
+from train.data.order import passing
 from train.data.writing import Preparer
-from train.faults.plan import plan as planned
-from train.processes import Rank, forkserver
+from train.faults.losses import Losses
+from train.processes import Rank
 from train.summary import summarize
 
 MOURNING = 1.0  # seconds in which the others may say what a dead rank did to them, before it is named
 GOES_ON = -1  # no exit code: the ranks that are left take over
 QUICK = 20  # steps: who dies again within so many is suspected of a reason of its own
 LIVES = 3  # deaths in so few steps after which a place is left empty
+TRIES = 6  # times that a step's loss may be no good, before the run fails
 BACK_OFF = 1.0  # seconds before the second replacement; twice as many before each further one
-
-
-def train(config: Train) -> int:
-    """`colossus train`. Returns the exit code; raises Refused before anything has started."""
-    console = Console()
-    with Requests() as requests:
-        try:
-            with folder.RunFolder(config.folder, nodes.here(config.nodes).index) as run:
-                return _train(config, run, console, requests)
-        except KeyboardInterrupt:
-            console.close()
-            console.say(f"asked to stop ({requests.names[0]}) before the first step: the same command starts again")
-            return STOPPED
-
-
-def _train(config: Train, run: folder.RunFolder, console: Console, requests: Requests) -> int:
-    origin = mirror.Origin(config.resume_from, "resume_from") if config.resume_from else None
-    elsewhere = next(origin.manifests(), None) if origin else None
-    config = plan.resolve(run.pinned(config, elsewhere))
-    planned(config)
-    resume = run.admit(config, elsewhere)
-    if (store := config.checkpoint.store) and (
-        held := next(mirror.Origin(store, "checkpoint.store").manifests(), None)
-    ):
-        folder.compare(held.get("identity", {}), config, f"the run at {store}", "use another checkpoint.store=…")
-    finished = run.finished(config)
-    if finished is not None:
-        console.finished_already(config, finished)
-        return DONE
-    context = forkserver()
-    prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
-    try:
-        run.write(config, dataclasses.asdict(prepared))
-        supervisor = Supervisor(config, run, console, context, preparer, requests)
-        if origin is not None and run.node == 0:
-            resume = supervisor.fetch(origin, prepared.digest) or resume
-        requests.hold()
-        return supervisor.run(resume)
-    finally:
-        if preparer is not None:
-            preparer.stop()
 
 
 @dataclasses.dataclass(slots=True)
@@ -116,30 +78,10 @@ class Supervisor:
         self._causes: set[tuple[Any, ...]] = set()  # of faults that were survived
         self._fresh: set[tuple[Any, ...]] = set()  # of those since the ranks last went on: one may take several ranks
         self._futile = 0  # restarts of all ranks since the last step
+        self._losses = Losses(config.recovery.spike or float("inf"))
+        self._wrong: int | None = None  # the step, counted from 1, whose loss cannot be right
+        self._rolled: Counter[int] = Counter()  # how often each such step has been gone back from
         self._heals = config.heals
-
-    def fetch(self, origin: mirror.Origin, data: str) -> bool:
-        """Bring in the newest checkpoint of `resume_from`, if it is newer than this folder's; whether there was one."""
-        url, root = self._config.resume_from, self._run.path / "checkpoints"
-
-        def admit(found: dict[str, Any]) -> None:
-            folder.compare(
-                found.get("identity", {}), self._config, f"the checkpoint at {url}", "use another resume_from=…"
-            )
-            if found.get("data") != data:
-                raise Refused("data", f"the corpus is not the one that the checkpoint at {url} was trained on")
-
-        path = origin.fetch(root, admit)
-        for refused in origin.refused:
-            self._record(events.Warned(rank=0, text=f"passed over: {refused}").record())
-        here = self._run.checkpointed()
-        if path is not None:
-            self._console.say(f"fetched {path.name} from {url}")
-        elif not here:
-            if self._config.resume.mode is ResumeMode.required:
-                raise Refused("resume_from", f"{url} holds no checkpoint that is whole, and resume=required")
-            self._console.say(f"{url} holds no checkpoint yet: starting at step 0")
-        return here
 
     def run(self, resume: bool) -> int:
         """Start the ranks, watch them to their end, write the summary."""
@@ -163,7 +105,7 @@ class Supervisor:
 
     def _start(self, resume: bool, again: bool = False) -> None:
         """All ranks anew, from the newest checkpoint or from the beginning."""
-        self._record(events.Launch(world=len(self._slots) * self._config.nodes, again=again).record())
+        self.record(events.Launch(world=len(self._slots) * self._config.nodes, again=again))
         self._writer_epoch = 1 + sum(record["kind"] == "start" for record in self._run.events())
         self._next_member = self._node.index * len(self._slots)
         for slot in self._slots:
@@ -240,6 +182,8 @@ class Supervisor:
                 self._console.error(f"the data: {error}")
                 return FAILED
             self._end_silence()
+            if self._wrong is not None and not (self._asked or self._ending):
+                return self._roll_back(self._wrong)
             lost = [rank for rank in dead if not rank.left]
             if lost and not self._heals:
                 lost = [self._culprit(lost)]
@@ -267,10 +211,15 @@ class Supervisor:
         for rank in self._ranks:
             rank.hear(self._record, self._log.sync)
 
+    def record(self, event: events.Event) -> None:
+        self._record(event.record())
+
     def _record(self, record: dict[str, Any], rank: Rank | None = None) -> None:
         kind = record["kind"]
         if kind == "step":
             self._recorded, self._futile = record["step"], 0
+            if self._losses.spikes(record):
+                self._wrong = record["step"]
         elif rank is not None and kind == "left":
             rank.left = True
             self._stopped = self._stopped or record["stopped"]
@@ -297,7 +246,7 @@ class Supervisor:
             return
         self._heeded = True
         by = self._requests.names[0] if self._requests.names else f"stop_after={self._config.stop_after}"
-        self._record(events.Asked(rank=None, by=by).record())
+        self.record(events.Asked(rank=None, by=by))
         self._pass_on_stop()
 
     def _pass_on_stop(self) -> None:
@@ -319,6 +268,8 @@ class Supervisor:
             faults.append(rank.fault)
         causes = [tuple(fault[key] for key in ("fault", "phase", "step", "cause")) for fault in faults]
         for fault, cause in zip(faults, causes, strict=True):
+            if fault["fault"] == "not finite" and self._config.recovery.spike and not self._asked:
+                return self._roll_back(fault["step"] + 1)
             if fault["fault"] == "refused" or (fault["step"] is not None and cause in self._causes):  # not bad luck
                 return self._fail(fault)
         self._fresh |= set(causes)
@@ -329,7 +280,7 @@ class Supervisor:
             slot.due = now + (BACK_OFF * 2 ** (recent - 2) if recent > 1 else 0)
             if recent == LIVES:
                 text = f"its place is left empty: {LIVES} processes died there within {QUICK} steps"
-                self._record(events.Warned(rank=rank.member, text=text).record())
+                self.record(events.Warned(rank=rank.member, text=text))
         alive = {rank.member for rank in self._ranks}
         left = [member for member in self._members if member in alive]
         poisoned = any(fault["fault"] == "not finite" for fault in faults)  # and so is every rank's state
@@ -343,6 +294,23 @@ class Supervisor:
             return self._fail(faults[0])
         self._futile += 1
         self._console.say("no rank can go on: all start again from the last checkpoint")
+        return None
+
+    def _roll_back(self, step: int) -> int | None:
+        """All ranks start again from before `step`; the second time without its batch, then with twice as many out."""
+        self._wrong, times = None, self._rolled[step]
+        self._rolled[step] += 1
+        width = min(2 ** (times - 1) if times else 0, step)
+        if times >= TRIES:
+            cause = f"the loss of step {step} is no good, though it was gone back from {times} times"
+            return self._fail(events.Fault(fault="loss", phase="the loss", rank=0, step=step, cause=cause).record())
+        self._end_all()
+        root, first = self._run.path / "checkpoints", step - max(width, 1)
+        for path in manifest.candidates(root):
+            if (manifest.step_of(path.name) or 0) > first:
+                shutil.rmtree(path)
+        batches = self._run.leave_out(lambda out: [passing(i, out) for i in range(first, first + width)])
+        self.record(events.RolledBack(step=step, left_out=batches))
         return None
 
     def _resize(self) -> None:

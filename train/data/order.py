@@ -35,6 +35,15 @@ def keys(*parts: int | str) -> tuple[int, ...]:
     return struct.unpack(f"<{ROUNDS}Q", hashlib.blake2b(repr(parts).encode(), digest_size=8 * ROUNDS).digest())
 
 
+def passing(index: int, left_out: Sequence[int]) -> int:
+    """The number at `index` of 0, 1, 2 … without those in `left_out`, which are in order."""
+    for number in left_out:
+        if number > index:
+            break
+        index += 1
+    return index
+
+
 def scramble(x: Word) -> Word:
     """splitmix64's finalizer (Steele et al., OOPSLA 2014): each bit of the result depends on all 64 bits of x."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Prepared:
     skipped: int  # documents left out because they are not UTF-8
     train: Counts
     validation: Counts
+    left_out: list[int] = field(default_factory=list)  # batches of a run that no step sees: their loss was no good
 
     @classmethod
     def from_json(cls, text: str) -> Prepared:

@@ -7,7 +7,8 @@ restore or to get wrong, and whoever takes over a virtual rank reads the very to
 read. The chain is closed arithmetic from one end to the other:
 
     (step, virtual rank, micro-batch, row)
-      -> g, the global index of a sample              step · sequences + (v · k + i) · micro_batch + row
+      -> the batch: the step, unless batches were left out because of their loss     order.passing
+      -> g, the global index of a sample              batch · sequences + (v · k + i) · micro_batch + row
       -> a source and its own count of samples        order.deal
       -> an epoch, a shard, a place in the shard      cumulative counts of the shards before it
       -> a window of the shard                        order.permute, keyed by (seed, source, epoch, shard)
@@ -28,7 +29,7 @@ from itertools import pairwise
 import numpy as np
 
 from train.config import Refused
-from train.data.order import SLOTS, Ints, deal, keys, permute, shares
+from train.data.order import SLOTS, Ints, deal, keys, passing, permute, shares
 from train.data.prepare import Prepared
 from train.data.store import Shard, Store, token_type
 from train.data.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Stream:
         self.virtual_ranks = virtual_ranks
         self.micro_batches = sequences // virtual_ranks // micro_batch
         assert self.micro_batches * virtual_ranks * micro_batch == sequences, "batch.* has been checked by config"
+        self.left_out = sorted(prepared.left_out)
         self.stores = [Store(folder, "train") for folder in prepared.stores]
         self.slots = shares(prepared.weights)
         if 0 in self.slots:
@@ -63,7 +65,8 @@ class Stream:
         """(source, epoch, shard, window in the shard) of each row."""
         assert 0 <= virtual_rank < self.virtual_ranks, f"virtual rank {virtual_rank} of {self.virtual_ranks}"
         assert 0 <= micro_batch < self.micro_batches, f"micro-batch {micro_batch} of {self.micro_batches}"
-        first = step * self.sequences + (virtual_rank * self.micro_batches + micro_batch) * self.rows
+        batch = passing(step, self.left_out)
+        first = batch * self.sequences + (virtual_rank * self.micro_batches + micro_batch) * self.rows
         return [self._place(*deal(g, self.slots, self.seed)) for g in range(first, first + self.rows)]
 
     def document(self, source: int, shard: int, window: int, offset: int = 0) -> int | None:

@@ -48,7 +48,7 @@ def watched(config: Train, seat: Seat, member: int, channel: Channel, record: Pa
     `record`: the run's events. On a GPU there is no guard: to read its checksum would wait for the device.
     """
     ranks = int(config.devices) * config.nodes
-    phase = armed(plan(config), seat, ranks, member, channel, record, stored.tensors)
+    phase = armed(plan(config), seat, ranks, member, channel, record, stored)
     return Guard(phase, stored.checksum) if config.recovery.guard and config.accelerator == "cpu" else phase
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from train import events
 from train.channel import Channel
 from train.faults.plan import Injection
+from train.optim import Stored
 
 Phase = Callable[[str, int], None]  # takes a phase's name and the steps committed
 EXIT = 3  # the exit code of a rank that leaves without a word
@@ -42,7 +43,7 @@ def armed(
     member: int,
     channel: Channel,
     record: Path,
-    stored: Callable[[], list[tuple[int, Tensor]]] = list,
+    stored: Stored | None = None,
 ) -> Phase:
     """What the loop calls at each phase: the channel's, with an injector behind it where faults are planned.
 
@@ -60,7 +61,7 @@ class Injector:
         member: int,
         channel: Channel,
         record: Path,
-        stored: Callable[[], list[tuple[int, Tensor]]],
+        stored: Stored | None,
     ) -> None:
         self._seat, self._wanted, self._member, self._stored = seat, wanted, member, stored
         self._channel, self._record = channel, record
@@ -103,8 +104,10 @@ class Injector:
         self._channel.settle()
         if one.kind == "slow":
             self._factor, self._slow_until = one.amount, step + one.steps
-        elif one.kind == "flip":
-            flip([tensor for _, tensor in self._stored()], int(one.amount), one.id)
+        elif one.kind == "flip" and self._stored is not None:
+            flip([tensor for _, tensor in self._stored.tensors()], int(one.amount), one.id)
+        elif one.kind == "nan" and self._stored is not None:
+            self._stored.gradients()[0].view(-1)[0] = float("nan")
         elif one.kind == "exception":
             raise RuntimeError(f"a fault on order, {one.id.partition('#')[0]}")  # of two alike the cause is the same
         else:

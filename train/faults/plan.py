@@ -20,6 +20,8 @@ from train.config import Faults, Refused, Train, choice, require
 # kind -> what AMOUNT is if it is left out: seconds; of `slow` the factor, of `flip` how many bits of the rank's state.
 # An hour is forever: somebody has to notice.
 KINDS = {"kill": 0, "segv": 0, "stop": 0, "gil": 3600, "hang": 3600, "exception": 0, "exit": 0, "slow": 1.5, "flip": 1}
+KINDS |= {"nan": 0}
+IN_A_LEAF = {"slow": "forward", "nan": "backward"}  # what strikes only while something is computed
 PHASES = ("forward", "backward", "reduce", "optimizer", "commit", "evaluation", "checkpoint", "regroup")
 SLOW_STEPS = 20  # that a rank is slow for, if it is not said
 
@@ -96,7 +98,7 @@ def _spread(faults: Faults, steps: int, world: int) -> list[str]:
         step = (2 * i + 1) * steps // (2 * faults.count)
         # The last one has no later recovery to strike in, and of two ranks one is left, which a recovery needs.
         never = phase == "regroup" and (world == 2 or i == faults.count - 1)
-        texts.append(f"{kind}:{rank}@{'forward' if kind == 'slow' or never else phase}:{step}")
+        texts.append(f"{kind}:{rank}@{IN_A_LEAF.get(kind, 'forward' if never else phase)}:{step}")
     return texts
 
 
@@ -119,7 +121,7 @@ def _drawn(faults: Faults, steps: int, world: int) -> list[str]:
             while time < 1:
                 kind, phase, first = rng.choice(kinds), rng.choice(faults.phases), rng.randrange(world)
                 ranks = "+".join(str((first + i) % world) for i in range(block))
-                texts.append(f"{kind}:{ranks}@{'forward' if kind == 'slow' else phase}:{int(time * steps)}")
+                texts.append(f"{kind}:{ranks}@{IN_A_LEAF.get(kind, phase)}:{int(time * steps)}")
                 time += rng.expovariate(rate)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         why = "a table has gpus, days and causes, each with count and inject"

@@ -1,0 +1,90 @@
+"""`colossus train`: from a composed configuration to ranks under a supervisor.
+
+All that can be refused is refused here, before anything is started. Torch is never imported; while the data is prepared
+a forkserver imports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from train import events, folder, manifest, mirror, nodes, plan
+from train.channel import Requests
+from train.config import DONE, STOPPED, Refused, ResumeMode, Train
+from train.console import Console
+from train.data.prepare import prepare
+from train.faults.plan import plan as planned
+from train.processes import forkserver
+from train.supervisor import Supervisor
+
+
+def train(config: Train) -> int:
+    """`colossus train`. Returns the exit code; raises Refused before anything has started."""
+    console = Console()
+    with Requests() as requests:
+        try:
+            with folder.RunFolder(config.folder, nodes.here(config.nodes).index) as run:
+                return _train(config, run, console, requests)
+        except KeyboardInterrupt:
+            console.close()
+            console.say(f"asked to stop ({requests.names[0]}) before the first step: the same command starts again")
+            return STOPPED
+
+
+def _train(config: Train, run: folder.RunFolder, console: Console, requests: Requests) -> int:
+    origin = mirror.Origin(config.resume_from, "resume_from") if config.resume_from else None
+    elsewhere = next(origin.manifests(), None) if origin else None
+    config = plan.resolve(run.pinned(config, elsewhere))
+    planned(config)
+    resume = run.admit(config, elsewhere)
+    if (store := config.checkpoint.store) and (
+        held := next(mirror.Origin(store, "checkpoint.store").manifests(), None)
+    ):
+        folder.compare(held.get("identity", {}), config, f"the run at {store}", "use another checkpoint.store=…")
+    finished = run.finished(config)
+    if finished is not None:
+        console.finished_already(config, finished)
+        return DONE
+    context = forkserver()
+    prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
+    try:
+        run.write(config, dataclasses.asdict(prepared))
+        supervisor = Supervisor(config, run, console, context, preparer, requests)
+        if origin is not None and run.node == 0:
+            resume = _fetch(origin, prepared.digest, config, run, supervisor, console) or resume
+        requests.hold()
+        return supervisor.run(resume)
+    finally:
+        if preparer is not None:
+            preparer.stop()
+
+
+def _fetch(
+    origin: mirror.Origin,
+    data: str,
+    config: Train,
+    run: folder.RunFolder,
+    supervisor: Supervisor,
+    console: Console,
+) -> bool:
+    """Bring in the newest checkpoint of `resume_from`, if it is newer than this folder's; whether there was one."""
+    url = config.resume_from
+
+    def admit(found: dict[str, Any]) -> None:
+        folder.compare(found.get("identity", {}), config, f"the checkpoint at {url}", "use another resume_from=…")
+        if found.get("data") != data:
+            raise Refused("data", f"the corpus is not the one that the checkpoint at {url} was trained on")
+
+    path = origin.fetch(run.path / "checkpoints", admit)
+    for refused in origin.refused:
+        supervisor.record(events.Warned(rank=0, text=f"passed over: {refused}"))
+    here = run.checkpointed()
+    if path is not None:
+        run.leave_out(lambda _: manifest.read(path).get("left_out", []))
+        console.say(f"fetched {path.name} from {url}")
+    elif not here:
+        if config.resume.mode is ResumeMode.required:
+            raise Refused("resume_from", f"{url} holds no checkpoint that is whole, and resume=required")
+        console.say(f"{url} holds no checkpoint yet: starting at step 0")
+    return here
