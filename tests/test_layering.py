@@ -19,7 +19,7 @@ LAYERS = [
     ("buckets",),
     ("reduce", "shard", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify"),
     ("loop",),
-    ("keeper", "balance", "engine"),
+    ("keeper", "balance", "engine", "audit"),
     ("recovery", "run", "rerun"),
     ("supervisor",),
     ("job", "runs", "replay", "diff", "resize"),
@@ -80,7 +80,7 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 10_700
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 10_900
 
 
 def test_the_sum_needs_no_lightning() -> None:

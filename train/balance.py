@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from train import events
 from train.batch import shares
@@ -72,7 +73,7 @@ class Balance:
         """Compute a micro-batch alone, so that compilers and caches have done their work before others wait."""
         _same_micro_batch(state, parts, 1)
 
-    def observe(self, step: int, seconds: list[float]) -> None:
+    def observe(self, step: int, seconds: list[float], leaves: Tensor | None = None) -> None:
         """Take what each rank needed for a leaf in a step: name who is slow, and share out anew where it pays."""
         if 0.0 in seconds or len(seconds) != self._group.world:
             return

@@ -351,11 +351,13 @@ ACCELERATORS = ("auto", "cpu", "cuda")
 class Recovery:
     in_place: bool = True  # when a rank is lost the others go on, and it is replaced; false: all start again
     spike: float = 0.0  # times the spread of the last losses above them, from where on one is gone back from; 0: off
+    audit: float = 0.0  # the share of virtual ranks' gradients that another rank computes again, and compares
     guard: bool = True  # each rank on a CPU checks that no bit of its state changes between steps
     restarts: int = 3  # of all ranks, from the last checkpoint, with no step in between, before the run fails
 
     def __post_init__(self) -> None:
         at_least(self, "recovery.", spike=0, restarts=0)
+        require(0 <= self.audit <= 1, "recovery.audit", f"{self.audit} is not a share between 0 and 1")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -421,6 +423,9 @@ class Train:
         _no_secret(self.resume_from, "resume_from")
         why = "goes back on one node only: use 0, or nodes=1"
         require(not self.recovery.spike or self.nodes == 1, "recovery.spike", why)
+        auditable = self.evidence.digests and self.reduce.mode is ReduceMode.exact and not full
+        why = "compares digests of virtual ranks: not with evidence.digests=false, reduce=fast or sharding=full"
+        require(not self.recovery.audit or auditable, "recovery.audit", why)
         never = bool(self.resume_from) and self.resume.mode is ResumeMode.never
         require(not never, "resume_from", "contradicts resume=never: leave one of them out")
 

@@ -129,6 +129,11 @@ class Console:
     def _on_warning(self, record: dict[str, Any]) -> None:
         self.say(f"warning (rank {record['rank']}): {record['text']}")
 
+    def _on_audit(self, record: dict[str, Any]) -> None:
+        first, second = record["suspects"]
+        one = f"rank {first} or rank {second}" if first != second else f"rank {first}"
+        self.say(f"step {record['step']}: {one} computes virtual rank {record['virtual_rank']}'s gradient wrongly")
+
     def _on_rollback(self, record: dict[str, Any]) -> None:
         out = record["left_out"]
         without = f" without batch{'es' * (len(out) > 1)} {', '.join(map(str, out))}" if out else ""

@@ -216,6 +216,16 @@ class Slow(Event):
 
 
 @dataclass(slots=True, kw_only=True)
+class Audited(Event):
+    """Two ranks did not compute the same bits; one of them is wrong."""
+
+    kind: ClassVar[str] = "audit"
+    step: int
+    virtual_rank: int
+    suspects: list[int]
+
+
+@dataclass(slots=True, kw_only=True)
 class RolledBack(Event):
     """The loss of a step cannot be right: all starts again from before it."""
 

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from train import events, optim, telemetry
+from train.audit import Audit
 from train.balance import Balance
 from train.channel import Channel
 from train.config import Refused, Sharding, Train
@@ -118,7 +119,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     fabric, state = engine.fabric, engine.state
     numerics = fingerprint(config, fabric.device)
     balance = Balance(config, group, engine.reducer, channel)
-    recorder = Recorder(config, fabric, channel.send, prepared.vocab, on_seconds=balance.observe)
+    recorder = Recorder(config, fabric, channel.send, prepared.vocab, on_step=[balance.observe])
 
     stored = optim.Stored(state.optimizer, state.flat)
     phase = detect.watched(config, group, order.place.member, channel, folder / "events.jsonl", stored)
@@ -163,6 +164,11 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
             Due(config.checkpoint.every, keeper.save, when_stopping=True),
         ),
     )
+
+    if config.recovery.audit:
+        audit = Audit(config, state, parts, engine.reducer, group, channel)
+        parts = replace(parts, phase=audit.phase)
+        recorder.on_step.append(audit.compare)
 
     def begin() -> None:
         _agree(config, prepared, group)

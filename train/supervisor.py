@@ -33,7 +33,9 @@ from train.summary import summarize
 MOURNING = 1.0  # seconds in which the others may say what a dead rank did to them, before it is named
 GOES_ON = -1  # no exit code: the ranks that are left take over
 QUICK = 20  # steps: who dies again within so many is suspected of a reason of its own
+DOUBTS = 3  # audits without agreement after which a place is left empty, if no other place has as many
 LIVES = 3  # deaths in so few steps after which a place is left empty
+POISON = ("not finite", "miscomputed")  # faults that every rank's state has part in, when one of them is seen
 TRIES = 6  # times that a step's loss may be no good, before the run fails
 BACK_OFF = 1.0  # seconds before the second replacement; twice as many before each further one
 
@@ -44,6 +46,8 @@ class Slot:
 
     deaths: list[int] = dataclasses.field(default_factory=list)  # the last recorded step, at each
     due: float = 0.0  # when a replacement may be forked, on the monotonic clock
+    doubts: int = 0  # audits that its ranks took part in and that did not agree
+    left_out: bool = False  # for good
 
     def lately(self, step: int) -> int:
         """How many have died here in the last few steps before `step`."""
@@ -105,12 +109,13 @@ class Supervisor:
 
     def _start(self, resume: bool, again: bool = False) -> None:
         """All ranks anew, from the newest checkpoint or from the beginning."""
-        self.record(events.Launch(world=len(self._slots) * self._config.nodes, again=again))
+        used = [number for number, slot in self._slots.items() if not slot.left_out]
+        self.record(events.Launch(world=len(used) * self._config.nodes, again=again))
         self._writer_epoch = 1 + sum(record["kind"] == "start" for record in self._run.events())
         self._next_member = self._node.index * len(self._slots)
-        for slot in self._slots:
-            self._fork(slot, resume, joins=False)
-        self._members = self._present = list(range(len(self._slots) * self._config.nodes))
+        for number in used:
+            self._fork(number, resume, joins=False)
+        self._members = self._present = list(range(len(used) * self._config.nodes))
         self._ending = False
         self._publish("start")
 
@@ -234,6 +239,8 @@ class Supervisor:
                 self._publish("joined")
         elif rank is not None and kind == "asked":
             self._pass_on_stop()  # it may be lost before the others have heard of it
+        elif kind == "audit":
+            self._suspect(record["suspects"])
         elif kind in ("regroup", "start"):
             self._present = record.get("members", self._present)
             self._causes, self._fresh = self._causes | self._fresh, set()
@@ -270,7 +277,8 @@ class Supervisor:
         for fault, cause in zip(faults, causes, strict=True):
             if fault["fault"] == "not finite" and self._config.recovery.spike and not self._asked:
                 return self._roll_back(fault["step"] + 1)
-            if fault["fault"] == "refused" or (fault["step"] is not None and cause in self._causes):  # not bad luck
+            again = fault["step"] is not None and fault["fault"] != "miscomputed" and cause in self._causes
+            if fault["fault"] == "refused" or again:  # not bad luck
                 return self._fail(fault)
         self._fresh |= set(causes)
         for rank in lost:
@@ -283,7 +291,7 @@ class Supervisor:
                 self.record(events.Warned(rank=rank.member, text=text))
         alive = {rank.member for rank in self._ranks}
         left = [member for member in self._members if member in alive]
-        poisoned = any(fault["fault"] == "not finite" for fault in faults)  # and so is every rank's state
+        poisoned = any(fault["fault"] in POISON for fault in faults)
         if left == self._members and self._heals:
             return GOES_ON  # a newcomer, or one that was on its way out
         if self._heals and not poisoned and set(left) & set(self._present):  # somebody who stays has the state
@@ -295,6 +303,17 @@ class Supervisor:
         self._futile += 1
         self._console.say("no rank can go on: all start again from the last checkpoint")
         return None
+
+    def _suspect(self, members: list[int]) -> None:
+        """One of these computes wrongly. Who is there each time, whoever checks, has its place left empty for good."""
+        for number in [rank.slot for rank in self._ranks if rank.member in members]:
+            self._slots[number].doubts += 1
+        worst, second = [*sorted((slot.doubts for slot in self._slots.values()), reverse=True), 0][:2]
+        for number, slot in self._slots.items():
+            if slot.doubts == worst >= DOUBTS and worst > second and self._heals and not slot.left_out:
+                slot.left_out = True
+                text = f"its place is left empty: it took part in {worst} audits whose ranks did not agree"
+                self.record(events.Warned(rank=number, text=text))
 
     def _roll_back(self, step: int) -> int | None:
         """All ranks start again from before `step`; the second time without its batch, then with twice as many out."""
@@ -337,7 +356,7 @@ class Supervisor:
             return
         for number, slot in self._slots.items():
             taken = any(rank.slot == number for rank in self._ranks)
-            if not taken and slot.lately(self._recorded) < LIVES and time.monotonic() >= slot.due:
+            if not taken and not slot.left_out and slot.lately(self._recorded) < LIVES and time.monotonic() >= slot.due:
                 self._fork(number, resume=self._run.checkpointed(), joins=True)
 
     def _culprit(self, lost: list[Rank]) -> Rank:

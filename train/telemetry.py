@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from train.group import Group
 LAG = 2  # steps between a number's making and its reading, on a GPU
 
 Send = Callable[[events.Event], None]
+# Takes the step, how long each rank took for a leaf, and the checksums of each leaf: (V, 2) of tokens and of gradient.
+OnStep = Callable[[int, list[float], Tensor], None]
 
 
 class NotFinite(Exception):
@@ -64,10 +66,10 @@ class Recorder:
         fabric: Fabric,
         send: Send,
         vocab: int,
-        on_seconds: Callable[[int, list[float]], None] = lambda step, seconds: None,
+        on_step: Sequence[OnStep] = (),
     ) -> None:
-        """`on_seconds` is told, on every rank at the same step, how long each rank took for a leaf."""
-        self._config, self._fabric, self._send, self._on_seconds = config, fabric, send, on_seconds
+        """`on_step` are told of a step's numbers as soon as they have arrived, on every rank."""
+        self._config, self._fabric, self._send, self.on_step = config, fabric, send, list(on_step)
         self._vocab = vocab
         self.peak: float | None = None  # dense FLOP/s of a rank's device
         self._on_gpu = fabric.device.type == "cuda"
@@ -142,7 +144,9 @@ class Recorder:
                 self._heed.setdefault("change", pending.step + self._lag)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFinite(f"loss {loss}, gradient norm {norm} in step {pending.step}: try a lower optimizer.lr")
-            self._on_seconds(pending.step, seconds)
+            leaves = pending.numbers[4:-world][: 2 * self._config.batch.virtual_ranks].view(-1, 2)
+            for told in self.on_step:
+                told(pending.step, seconds, leaves)
             if self._config.evidence.digests:  # said first: a step whose event is there has all of its events
                 self._say(_digests(pending.step, pending.numbers[4:-world], self._config.batch.virtual_ranks))
             self._record(pending, loss, norm)

@@ -64,7 +64,9 @@ def test_none_is_none_and_faults_have_no_say_in_what_a_run_is() -> None:
 
 def test_a_drill_is_even_over_kinds_ranks_phases_and_steps() -> None:
     planned = plan(config("devices=4", "faults=drill", "steps=240", "faults.count=40"))
-    assert Counter(one.kind for one in planned) == dict.fromkeys(KINDS, 4)
+    assert Counter(one.kind for one in planned) == dict.fromkeys(set(KINDS) - {"sdc"}, 4), (
+        "which nobody sees without an audit"
+    )
     assert Counter(one.ranks for one in planned) == {(rank,): 10 for rank in range(4)}
     assert {one.phase for one in planned} == set(PHASES)
     steps = [one.step for one in planned]

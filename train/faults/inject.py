@@ -108,6 +108,8 @@ class Injector:
             flip([tensor for _, tensor in self._stored.tensors()], int(one.amount), one.id)
         elif one.kind == "nan" and self._stored is not None:
             self._stored.gradients()[0].view(-1)[0] = float("nan")
+        elif one.kind == "sdc" and self._stored is not None:
+            self._stored.gradients()[0].view(-1)[0] += 0.01  # silent data corruption: a plausible wrong number
         elif one.kind == "exception":
             raise RuntimeError(f"a fault on order, {one.id.partition('#')[0]}")  # of two alike the cause is the same
         else:

@@ -20,8 +20,8 @@ from train.config import Faults, Refused, Train, choice, require
 # kind -> what AMOUNT is if it is left out: seconds; of `slow` the factor, of `flip` how many bits of the rank's state.
 # An hour is forever: somebody has to notice.
 KINDS = {"kill": 0, "segv": 0, "stop": 0, "gil": 3600, "hang": 3600, "exception": 0, "exit": 0, "slow": 1.5, "flip": 1}
-KINDS |= {"nan": 0}
-IN_A_LEAF = {"slow": "forward", "nan": "backward"}  # what strikes only while something is computed
+KINDS |= {"nan": 0, "sdc": 0}
+IN_A_LEAF = {"slow": "forward", "nan": "backward", "sdc": "backward"}  # what strikes only while something is computed
 PHASES = ("forward", "backward", "reduce", "optimizer", "commit", "evaluation", "checkpoint", "regroup")
 SLOW_STEPS = 20  # that a rank is slow for, if it is not said
 

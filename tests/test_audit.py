@@ -1,0 +1,72 @@
+"""A rank that computes wrongly, now and then or always, is found by another one that computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_resume import numbers
+from tests.test_train import summary, train
+from train import compose, events, plan
+from train.audit import drawn
+from train.config import Refused
+
+STEPS = ("steps=16", "checkpoint.every=4", "eval.every=0")
+
+
+def of_kind(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in events.read(folder / "events.jsonl") if record["kind"] == kind]
+
+
+def test_each_gradient_is_drawn_with_the_same_probability(tiny: list[str]) -> None:
+    """Whatever the number of ranks; others with another seed."""
+    drawn_by = {}
+    for seed, share in ((0, 0.1), (1, 0.1), (0, 0.0), (0, 1.0)):
+        config = plan.resolve(compose.config("train", [*tiny, f"seed={seed}", f"recovery.audit={share}"]))
+        drawn_by[seed, share] = [(step, v) for step in range(2000) for v in drawn(config, step)]
+    assert len(drawn_by[0, 0.1]) / 16_000 == pytest.approx(0.1, abs=0.01), "four standard deviations"
+    assert drawn_by[0, 0.1] != drawn_by[1, 0.1]
+    assert len(drawn_by[0, 0.0]) == 0
+    assert len(drawn_by[0, 1.0]) == 16_000
+
+
+@pytest.mark.parametrize("more", [(), ("precision=bf16", "reduce.dtype=bf16", "sharding=optimizer")])
+def test_a_wrong_gradient_is_found_and_undone(more: tuple[str, ...], tiny: list[str]) -> None:
+    """Every gradient is audited: before the step is saved the run goes back, and no bit is changed in the end."""
+    at = "faults.at=[sdc:1@backward:6]"
+    _, twin = train(tiny, *STEPS, *more, "name=twin", "devices=1", "recovery.audit=1")
+    assert of_kind(twin, "audit") == [], "nothing is found where nothing is wrong"
+    code, folder = train(tiny, *STEPS, *more, "name=a", "devices=3", at, "recovery.audit=1")
+    assert code == 0
+    (found,) = of_kind(folder, "audit")
+    assert found["step"] == 7
+    assert 1 in found["suspects"]
+    assert [start["step"] for start in of_kind(folder, "start")] == [0, 4]
+    last = {step["step"]: step["loss_hex"] for step in of_kind(folder, "step")}
+    assert last == numbers(twin)
+    assert summary(folder)["state_sha256"] == summary(twin)["state_sha256"]
+    if not more:
+        code, folder = train(tiny, *STEPS, "name=b", "devices=3", at)
+        assert code == 0
+        assert summary(folder)["state_sha256"] != summary(twin)["state_sha256"], "without the audit it goes unseen"
+
+
+def test_who_is_always_wrong_is_left_out(tiny: list[str]) -> None:
+    """Found with one partner and another: only the sick one was there each time. The run goes on without its place."""
+    at = "faults.at=[sdc:1@backward:5,sdc:1@backward:6,sdc:1@backward:7,sdc:1@backward:9]"
+    code, folder = train(tiny, *STEPS, "name=a", "devices=3", at, "recovery.audit=1")
+    assert code == 0
+    _, twin = train(tiny, *STEPS, "name=twin", "devices=1")
+    (warning,) = of_kind(folder, "warning")
+    assert warning["rank"] == 1
+    assert "3 audits" in warning["text"]
+    assert summary(folder)["world_sizes"] == [3, 3, 3, 2]
+    assert summary(folder)["state_sha256"] == summary(twin)["state_sha256"]
+
+
+@pytest.mark.parametrize("more", ["evidence.digests=false", "reduce=fast", "sharding=full"])
+def test_what_cannot_be_audited_is_refused(more: str, tiny: list[str]) -> None:
+    with pytest.raises(Refused, match=r"recovery\.audit"):
+        compose.config("train", [*tiny, "name=a", "recovery.audit=0.1", more])
