@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from train import cli, compose
-from train.config import Llama, Refused, ResumeMode, SourceKind, Train, seconds
+from train.config import Refused, ResumeMode, SourceKind, Train, seconds
 from train.folder import read_train, to_yaml
+from train.shapes import Llama
 
 TEXT_SOURCE = Path(__file__).parent
 

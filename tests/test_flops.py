@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 
-from train.config import CONFIGS, Llama, Model, Refused
+from train import compose
+from train.config import CONFIGS, Model, Refused
 from train.flops import active_parameters, auto_micro_batch, flops_per_token, memory, mfu, padded_vocab, parameters
 from train.models.build import build
+from train.shapes import GPT2, MODELS, Llama
 
 META = torch.device("meta")
 SHAPES = [
@@ -20,16 +23,19 @@ SHAPES = [
     Llama(layers=3, width=64, heads=4, kv_heads=2, ffn=96, tied=False),
     Llama(),
     Llama(context=8192, layers=32, width=4096, heads=32, kv_heads=8, ffn=14336, tied=False),
+    GPT2(layers=2, width=32, heads=2, ffn=40, positions=300),
+    GPT2(),
 ]
-EIGHT_B = SHAPES[-1]
+EIGHT_B = SHAPES[3]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vocab", [257, 4096])
-def test_parameters_are_those_of_the_built_model(shape: Llama, vocab: int) -> None:
+def test_parameters_are_those_of_the_built_model(shape: Model, vocab: int) -> None:
     model = build(shape, vocab, seed=0, device=META)
     assert parameters(shape, vocab) == sum(p.numel() for p in model.parameters())
-    looked_up = 0 if shape.tied else model.get_parameter("embedding.weight").numel()
+    tables = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)]
+    looked_up = sum(tables) if isinstance(shape, Llama) and not shape.tied else sum(tables[1:])
     assert active_parameters(shape, vocab) == parameters(shape, vocab) - looked_up
 
 
@@ -43,6 +49,17 @@ def test_llama_8b() -> None:
     assert mfu(EIGHT_B, 128_256, 10_000, None) is None
 
 
+def test_published_shapes_have_their_published_sizes() -> None:
+    """GPT-2's four (transformers counts their parameters so), and Llama 3.1's three."""
+    sizes = {"gpt2_124m": 124_439_808, "gpt2_350m": 354_823_168, "gpt2_774m": 774_030_080, "gpt2_1558m": 1_557_611_200}
+    sizes |= {"llama_8b": 8_030_261_248, "llama_70b": 70_553_706_496, "llama_405b": 405_853_388_800}
+    for name, count in sizes.items():
+        config = compose.config("plan", [f"model={name}"])
+        padding = (50_304 - 50_257) * config.model.width if name.startswith("gpt2") else 0
+        assert parameters(config.model, 50_257) == count + padding
+        assert sum(p.numel() for p in build(config.model, 50_257, seed=0, device=META).parameters()) == count + padding
+
+
 def test_padded_vocab() -> None:
     assert [padded_vocab(v) for v in (1, 64, 65, 50_257)] == [64, 64, 128, 50_304]
 
@@ -53,9 +70,17 @@ def test_unknown_family_is_refused() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize(("context", "kv_heads"), [(256, 4), (512, 2)])
-def test_activations_are_what_autograd_keeps(precision: str, context: int, kv_heads: int) -> None:
-    shape = Llama(context=context, layers=3, width=128, heads=4, kv_heads=kv_heads, ffn=352)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Llama(context=256, layers=3, width=128, heads=4, kv_heads=4, ffn=352),
+        Llama(context=512, layers=3, width=128, heads=4, kv_heads=2, ffn=352),
+        GPT2(context=256, layers=3, width=128, heads=4, ffn=512),
+    ],
+    ids=["llama-256", "llama-512", "gpt2"],
+)
+def test_activations_are_what_autograd_keeps(precision: str, shape: Model) -> None:
+    context = shape.context
     model = build(shape, 1024, seed=0, device=torch.device("cpu"))
     constant = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
@@ -108,12 +133,13 @@ def test_memory_grows_with_the_micro_batch_alone_where_it_should() -> None:
     assert math.isclose(one.logits, 256 * 4096 * 6)
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("llama_*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*_*.yaml")), ids=lambda p: p.stem)
 def test_the_named_sizes_say_their_size(path: Path) -> None:
     text = path.read_text()
     said = re.search(r"^# ([0-9,]+) parameters at a vocabulary of ([0-9,]+)", text, re.MULTILINE)
     assert said is not None
     count, vocab = (int(number.replace(",", "")) for number in said.groups())
     values = yaml.safe_load(text)
-    assert values.pop("defaults") == ["schema_llama", "_self_"]
-    assert parameters(Llama(**values), vocab) == count
+    family = path.stem.split("_")[0]
+    assert values.pop("defaults") == [f"schema_{family}", "_self_"]
+    assert parameters(MODELS[family](**values), vocab) == count

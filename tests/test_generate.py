@@ -5,18 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.config import Llama
+from train.config import Model
 from train.generate import choose, generate, probabilities
 from train.models.build import build
 from train.models.language import LanguageModel
+from train.shapes import GPT2, Llama
 
 VOCAB = 100  # of 128 rows: ids above are never produced
 
 
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    shape = Llama(context=16, layers=2, width=32, heads=4, kv_heads=2, ffn=48, dropout=0.3, tied=False)
-    return build(shape, VOCAB, seed=2, device=torch.device("cpu"))
+SHAPES: dict[str, Model] = {
+    "gpt2": GPT2(context=16, layers=2, width=32, heads=4, ffn=48, dropout=0.3, positions=20),
+    "llama": Llama(context=16, layers=2, width=32, heads=4, kv_heads=2, ffn=48, dropout=0.3, tied=False),
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    model = build(SHAPES[request.param], VOCAB, seed=2, device=torch.device("cpu"))
+    for name, parameter in model.named_parameters():
+        if name == "positions.weight":  # else one matrix for input and output repeats what it has just read
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    return model
 
 
 def draw(model: LanguageModel, seed: int = 0, **options: float) -> list[list[int]]:

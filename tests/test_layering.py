@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
-    ("config", "events", "batch", "flops", "hardware"),
+    ("config", "shapes", "events", "batch", "flops", "hardware"),
     ("commands", "ledger", "pulse"),
     ("data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
@@ -41,7 +41,7 @@ WITHOUT_TORCH += [
     "manifest",
     "mirror",
 ]
-WITHOUT_TORCH += ["verify", "resize", "drill", "faults.plan", "data.prepare", "data.stream"]
+WITHOUT_TORCH += ["shapes", "verify", "resize", "drill", "faults.plan", "data.prepare", "data.stream"]
 
 
 def imports(path: Path) -> set[str]:
@@ -80,7 +80,7 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 10_900
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 11_900
 
 
 def test_the_sum_needs_no_lightning() -> None:

@@ -11,10 +11,11 @@ import torch
 
 from tests import dist
 from train import engine, optim
-from train.config import Batch, Evidence, Llama, Optimizer, OptimizerKind, Reduce, ReduceMode, Sharding
+from train.config import Batch, Evidence, Optimizer, OptimizerKind, Reduce, ReduceMode, Sharding
 from train.group import Group
 from train.models.build import build
 from train.ranks import Ranks
+from train.shapes import Llama
 from train.shard import ShardedFlat
 
 VOCAB = 97

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, get_type_hints
 from train import compose
 from train.channel import REQUESTS
 from train.commands import SCHEMAS
-from train.config import DONE, MODELS, REFUSED, Refused, Train
+from train.config import DONE, REFUSED, Refused, Train
+from train.shapes import MODELS
 
 INTERRUPTED = 130  # Ctrl-C, or another request to stop, in a command that saves nothing or has not begun
 
@@ -124,8 +125,8 @@ def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     for item in fields(schema):
         kind = hints[item.name]
         if prefix == "" and item.name == "model":
-            kind = MODELS["llama"]
-        if isinstance(kind, type) and is_dataclass(kind):
+            yield from {key: why for model in MODELS.values() for key, why in _keys(model, "model.")}.items()
+        elif isinstance(kind, type) and is_dataclass(kind):
             yield from _keys(kind, f"{prefix}{item.name}.")
         else:
             choices = kind if isinstance(kind, type) and issubclass(kind, Enum) else ()

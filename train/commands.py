@@ -9,7 +9,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from train.config import ACCELERATORS, GROUPS, MODELS, Train, at_least, choice, require
+from train.config import ACCELERATORS, GROUPS, Train, at_least, choice, require
+from train.shapes import MODELS
 
 
 class Format(Enum):

@@ -28,9 +28,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from train.commands import register
 from train.config import CONFIGS, STOPPED, Refused, Train
 from train.faults.plan import plan
+from train.models.hf_config import adopt
 
 # The last part of keys whose values are text, quoted whole; and of those where a list [a,b] may stand as well.
-TEXT, PATHS = {"prompt", "sample", "store", "resume_from"}, {"path", "run", "runs", "cache"}
+TEXT, PATHS = {"prompt", "sample", "store", "resume_from"}, {"path", "run", "runs", "cache", "out"}
 
 
 @contextmanager
@@ -108,6 +109,7 @@ def _checked(composed: DictConfig) -> Any:
     except OmegaConfBaseException as error:
         raise Refused(error.full_key or "", _first_line(error)) from error
     if isinstance(checked, Train):
+        adopt(checked)
         keys = list(_keys(composed))
         for key in checked.resume.allowed():
             if key not in keys:

@@ -56,37 +56,17 @@ def choice(value: Any, key: str, choices: tuple[Any, ...]) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class Model:
-    """What every model family has. `family` names the module in `train/models/` that builds it."""
+    """What every model family has: the families are in shapes.py."""
 
     family: str = MISSING
     context: int = 256  # tokens a sequence
     dropout: float = 0.0
+    vocab: int = 0  # token ids that it knows; 0: those of the tokenizer
+    path: str = ""  # model=hf: the folder, laid out as transformers does, whose weights it begins with
 
     def __post_init__(self) -> None:
-        at_least(self, "model.", context=2)
+        at_least(self, "model.", context=2, vocab=0)
         require(0 <= self.dropout < 1, "model.dropout", f"{self.dropout} is not in [0, 1)")
-
-
-@dataclass(slots=True, kw_only=True)
-class Llama(Model):
-    """Llama's shape (arXiv 2302.13971, 2307.09288): RMSNorm, rotary positions, grouped queries, SwiGLU."""
-
-    family: str = "llama"
-    layers: int = 4
-    width: int = 256
-    heads: int = 4
-    kv_heads: int = 4
-    ffn: int = 704  # width of the feed-forward layer
-    rope_base: float = 10_000.0
-    norm_eps: float = 1e-5
-    tied: bool = True  # one matrix for input and output embedding
-
-    def __post_init__(self) -> None:
-        Model.__post_init__(self)
-        at_least(self, "model.", layers=1, width=1, heads=1, kv_heads=1, ffn=1)
-        require(self.width % self.heads == 0, "model.heads", f"{self.heads} heads do not divide width {self.width}")
-        require((self.width // self.heads) % 2 == 0, "model.heads", "rotary positions need an even head size")
-        require(self.heads % self.kv_heads == 0, "model.kv_heads", f"{self.kv_heads} do not divide {self.heads} heads")
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -457,6 +437,5 @@ def seconds(text: str) -> float | None:
     return float(match[1]) * UNITS[match[2]]
 
 
-MODELS: dict[str, type[Model]] = {"llama": Llama}
 GROUPS = {"data": Data, "optimizer": Optimizer, "schedule": Schedule, "reduce": Reduce, "resume": Resume}
 GROUPS |= {"faults": Faults}

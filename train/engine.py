@@ -23,6 +23,7 @@ from train.evidence import Evidence
 from train.flat import Flat
 from train.group import Group
 from train.loop import Due, Parts, TrainState
+from train.models import hf
 from train.models.build import build
 from train.models.language import LanguageModel
 from train.ranks import Ranks
@@ -49,6 +50,7 @@ class Engine:
         _numerics(config, group.root_device, threads)
         fabric = Fabric(accelerator=config.accelerator, devices=1, strategy=group, loggers=list(loggers))
         model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
+        hf.begin(model)
         flat, reducer = laid_out(config, group, model)
         state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
         return cls(config, prepared, group, fabric, model, reducer, state)

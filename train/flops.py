@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from train.config import Llama, Model, choice
+from train.config import Model, choice
+from train.shapes import GPT2, Llama
 
 ROWS = 64  # vocabularies are padded to a multiple: 50,257 rows are slower than 50,304 on every tensor core
 CPU_TOKENS = 2048  # of a micro-batch, see auto_micro_batch
@@ -22,7 +23,7 @@ CUDA_TOKENS = 32_768  # the same, assumed
 
 
 def padded_vocab(vocab: int) -> int:
-    """Rows of the embedding. Those above `vocab` are never a target; training pushes their logits down."""
+    """Rows of the embedding. Those above `vocab` are zero, and stay so: their logits are cut off."""
     return -(-vocab // ROWS) * ROWS
 
 
@@ -33,13 +34,14 @@ class Sizes:
     layers: int
     embedding: int  # parameters of the input embedding
     head: int  # of the output matrix; 0 where it is tied to the embedding
-    vectors: int  # of the norms' gains
+    vectors: int  # of the norms' gains, and biases
     matrices: int  # of everything else
     active: int  # of `matrices`, those that one token is multiplied with
     attention: int  # L·d: layers times width of attention
     halves: int  # numbers that all layers keep a token for the backward pass in the compute precision
     singles: int  # the same, in fp32 in any precision
     scores: int  # the same, per key that a query sees, where attention keeps its scores (CPU)
+    positions: int = 0  # parameters of a table that is only looked up
 
 
 def _llama(model: Llama, vocab: int) -> Sizes:
@@ -63,23 +65,42 @@ def _llama(model: Llama, vocab: int) -> Sizes:
     )
 
 
-FAMILIES: dict[str, Callable[[Any, int], Sizes]] = {"llama": _llama}  # each takes its own config
+def _gpt2(model: GPT2, vocab: int) -> Sizes:
+    d, f = model.width, model.ffn
+    matrices = model.layers * (4 * d * d + 2 * d * f)
+    return Sizes(
+        layers=model.layers,
+        embedding=padded_vocab(vocab) * d,
+        head=0,
+        positions=(model.positions or model.context) * d,
+        vectors=model.layers * (4 * d + 5 * d + f) + 2 * d,
+        matrices=matrices,
+        active=matrices,
+        attention=model.layers * d,
+        # the inputs of qkv, up and out and the scaled queries, keys, values (6 d), and up and gelu(up) (2 f)
+        halves=model.layers * (6 * d + 2 * f) + d,
+        singles=(2 * model.layers + 1) * d,  # a norm keeps its input
+        scores=model.layers * model.heads,
+    )
+
+
+FAMILIES: dict[str, Callable[[Any, int], Sizes]] = {"gpt2": _gpt2, "llama": _llama}
 
 
 def sizes(model: Model, vocab: int) -> Sizes:
-    """Raises Refused for a family that is not in FAMILIES."""
+    """For `vocab` token ids, or `model.vocab` if it says so. Raises Refused for a family that is not in FAMILIES."""
     choice(model.family, "model.family", tuple(FAMILIES))
-    return FAMILIES[model.family](model, vocab)
+    return FAMILIES[model.family](model, model.vocab or vocab)
 
 
 def parameters(model: Model, vocab: int) -> int:
     """All of them, a tied matrix once, padding rows included."""
     s = sizes(model, vocab)
-    return s.embedding + s.head + s.vectors + s.matrices
+    return s.embedding + s.head + s.positions + s.vectors + s.matrices
 
 
 def active_parameters(model: Model, vocab: int) -> int:
-    """Those that one token is multiplied with: all but the input embedding, which counts where it is tied."""
+    """Those that one token is multiplied with: no table that is only looked up, no expert that was not chosen."""
     s = sizes(model, vocab)
     return (s.head or s.embedding) + s.vectors + s.active
 
@@ -139,7 +160,7 @@ def memory(
         optimizer=n * 4 * optimizer_states,
         activations=tokens * a_token,
         # the log-probabilities in fp32, and the logits or their gradient
-        logits=tokens * padded_vocab(vocab) * (4 + half),
+        logits=tokens * padded_vocab(model.vocab or vocab) * (4 + half),
     )
 
 

@@ -23,7 +23,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train import events, manifest
-from train.config import GROUPS, MODELS, Refused, ResumeMode, Train, require
+from train.config import GROUPS, Refused, ResumeMode, Train, require
+from train.shapes import MODELS
 
 # What may differ between the nodes of a run: each one's own affair. The rest steers what the ranks do together.
 LOCAL = (

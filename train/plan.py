@@ -118,7 +118,8 @@ def memory(config: Train, vocab: int) -> flops.Memory:
         share = 1 if config.sharding is Sharding.none else world
         return replace(whole, gradients=leaf + sums, optimizer=whole.optimizer // share)
     sizes = flops.sizes(config.model, vocab)
-    gathered = 4 * (sizes.embedding + sizes.head + sizes.matrices // sizes.layers)  # a layer, and what is in none
+    outside = sizes.embedding + sizes.head + sizes.positions
+    gathered = 4 * (outside + sizes.matrices // sizes.layers)  # a layer, and what is in none
     return replace(
         whole,
         weights=whole.weights - leaf + leaf // world + gathered,

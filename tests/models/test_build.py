@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.config import Llama, Model, Refused
+from train.config import Model, Refused
 from train.models.build import build, initial
+from train.shapes import Llama
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = {"context": 32, "layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "ffn": 48}
@@ -73,12 +74,30 @@ def test_the_rotary_table_is_filled_and_not_saved() -> None:
     assert cos[1, 0].item() == pytest.approx(0.5403023)  # cos 1
 
 
-def test_vocabulary_is_padded_to_64() -> None:
-    model = build(small(), 100, seed=0, device=CPU)
-    assert model(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 128)
-    assert model.step(torch.zeros(1, 3, dtype=torch.int64), model.cache(1)).shape == (1, 100)
+def test_rows_that_round_the_vocabulary_up_are_zero_and_unseen() -> None:
+    """100 ids, 128 rows: without the last 28 the loss is the same, and they stay what they are."""
+    model = build(small(tied=False), 100, seed=0, device=CPU)
+    tokens = torch.arange(16).view(1, 16)
+    assert model(tokens).shape == (1, 16, 100)
+    assert model.step(tokens[:, :3], model.cache(1)).shape == (1, 100)
+    loss = model(tokens, tokens)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(model(tokens)[0], tokens[0], reduction="sum"))
+    loss.backward()
+    for matrix in (model.get_parameter("embedding.weight"), model.get_parameter("head.weight")):
+        assert matrix.grad is not None
+        assert matrix.shape == matrix.grad.shape == (128, 32)
+        assert not matrix[100:].any()
+        assert not matrix.grad[100:].any()
+        assert matrix.grad[:16].any(1).all()
+
+
+def test_a_shape_may_know_more_ids_than_the_tokenizer_has() -> None:
+    model = build(small(vocab=200), 100, seed=0, device=META)
+    assert model(torch.zeros(1, 2, dtype=torch.int64, device=META)).shape == (1, 2, 200)
+    with pytest.raises(Refused, match=r"model\.vocab: 50 are fewer than the tokenizer's 100 ids"):
+        build(small(vocab=50), 100, seed=0, device=META)
 
 
 def test_unknown_family_is_refused_by_name() -> None:
-    with pytest.raises(Refused, match=r"model\.family: 'mamba' is unknown: choose from llama"):
+    with pytest.raises(Refused, match=r"model\.family: 'mamba' is unknown: choose from gpt2, llama"):
         build(Model(family="mamba"), 100, seed=0, device=CPU)

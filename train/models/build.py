@@ -4,7 +4,8 @@ Allocated on its device (or on the meta device: shapes, no storage), then filled
 from its own CPU generator, keyed by (seed, name). So neither the order of construction, nor the device, nor how many
 ranks there are, changes one bit; and a parameter keeps its values when another one is added beside it.
 
-A family says how wide each matrix is drawn (`LanguageModel.std`); gains of norms start at 1.
+A family says how wide each matrix is drawn (`LanguageModel.std`); gains of norms start at 1, biases at 0. The rows that
+round the vocabulary up are 0 for ever: no loss sees their logits.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.config import Model, choice
-from train.models import llama
+from train.config import Model, choice, require
+from train.models import gpt2, llama
 from train.models.language import LanguageModel
 
-FAMILIES: dict[str, Callable[[Any, int], LanguageModel]] = {"llama": llama.Llama}  # each takes its own config
+VOCABULARY = ("embedding.weight", "head.weight")  # matrices with a row for each token id
+FAMILIES: dict[str, Callable[[Any, int], LanguageModel]] = {"gpt2": gpt2.GPT2, "llama": llama.Llama}
 
 
 def build(config: Model, vocab: int, *, seed: int, device: torch.device) -> LanguageModel:
-    """The model of `config` for `vocab` token ids, initialised from `seed`, on `device`.
+    """The model of `config` for `vocab` token ids (or `model.vocab`), initialised from `seed`, on `device`.
 
-    On the meta device it has shapes and no values. Raises Refused for a family that is not in FAMILIES.
+    On the meta device it has shapes and no values. Raises Refused for a family that is not in FAMILIES, or too few ids.
     """
     choice(config.family, "model.family", tuple(FAMILIES))
+    known = config.vocab or vocab
+    require(vocab <= known, "model.vocab", f"{known} are fewer than the tokenizer's {vocab} ids: leave it out")
     with device:
-        model = FAMILIES[config.family](config, vocab)
+        model = FAMILIES[config.family](config, known)
     if device.type != "meta":
         initialise(model, seed)
     return model
@@ -42,9 +46,11 @@ def initialise(model: LanguageModel, seed: int) -> None:
     model.fill_tables()
     for name, parameter in model.named_parameters():  # a tied matrix comes once, as embedding.weight
         if parameter.dim() < 2:
-            parameter.fill_(1.0)
-        else:
-            parameter.copy_(initial(name, parameter.shape, seed, model.std(name, parameter.shape)))
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        parameter.copy_(initial(name, parameter.shape, seed, model.std(name, parameter.shape)))
+        if name in VOCABULARY:
+            parameter[model.vocab :] = 0
 
 
 def initial(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:

@@ -1,102 +1,184 @@
-"""Our Llama's weights and configuration as transformers' LlamaForCausalLM has them, and back.
+"""Weights as transformers names them, and back: LlamaForCausalLM's, GPT2LMHeadModel's; Grok's as xAI published them.
 
-Pure functions of dictionaries: transformers is not imported (its tests do that). The mapping cuts and joins rows and
-copies nothing else, so a round trip is bitwise. The padding rows of the vocabulary are exported with the rest.
+transformers is not imported (its tests do that). The mapping cuts, joins and turns matrices and computes nothing, so a
+round trip is bitwise. The rows that round our vocabulary up are zero, and stay here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
-from train.config import Llama, Refused
+from train.config import Model, Refused, require
 from train.flops import padded_vocab
-
-BLOCK = {  # our name -> transformers', or the three whose rows are those of one matrix of ours
-    "attention_norm": ["input_layernorm"],
-    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attention.out": ["self_attn.o_proj"],
-    "ffn_norm": ["post_attention_layernorm"],
-    "ffn.gate": ["mlp.gate_proj"],
-    "ffn.up": ["mlp.up_proj"],
-    "ffn.down": ["mlp.down_proj"],
-}
-SHAPE = {
-    "context": "max_position_embeddings",
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "ffn": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-}
-FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+from train.models.build import VOCABULARY
+from train.models.hf_config import to_hf_config
+from train.models.language import LanguageModel
+from train.shapes import GPT2, Grok, Llama
 
 
-def _names(shape: Llama) -> dict[str, list[str]]:
-    names = {"embedding.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One parameter of ours, and what it is in the other layout."""
+
+    ours: str
+    theirs: tuple[str, ...]  # the tensors that its rows are those of, in this order
+    rows: tuple[int, ...] = ()  # of each, where there are several
+    turned: bool = False  # they have inputs before outputs
+
+
+def entries(shape: Model) -> Iterator[Entry]:
+    """How the parameters of this shape are laid out elsewhere."""
+    match shape:
+        case GPT2():
+            yield from _gpt2(shape)
+        case Llama():
+            yield from _llama(shape)
+        case Grok():
+            yield from _grok(shape)
+
+
+def _llama(shape: Llama) -> Iterator[Entry]:
+    yield Entry("embedding.weight", ("model.embed_tokens.weight",))
+    yield Entry("norm.weight", ("model.norm.weight",))
     if not shape.tied:
-        names["head.weight"] = ["lm_head.weight"]
+        yield Entry("head.weight", ("lm_head.weight",))
+    keys = shape.kv_heads * (shape.width // shape.heads)
     for i in range(shape.layers):
-        for ours, theirs in BLOCK.items():
-            names[f"blocks.{i}.{ours}.weight"] = [f"model.layers.{i}.{name}.weight" for name in theirs]
-    return names
+        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+        names = tuple(f"{theirs}self_attn.{one}_proj.weight" for one in "qkv")
+        yield Entry(ours + "attention.qkv.weight", names, (shape.width, keys, keys))
+        yield Entry(ours + "attention.out.weight", (theirs + "self_attn.o_proj.weight",))
+        yield Entry(ours + "attention_norm.weight", (theirs + "input_layernorm.weight",))
+        yield Entry(ours + "ffn_norm.weight", (theirs + "post_attention_layernorm.weight",))
+        for one in ("gate", "up", "down"):
+            yield Entry(f"{ours}ffn.{one}.weight", (f"{theirs}mlp.{one}_proj.weight",))
 
 
-def to_hf(shape: Llama, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict as transformers'. A tied matrix is there once, as the embedding; tensors are views."""
-    rows = shape.kv_heads * (shape.width // shape.heads)
+def _gpt2(shape: GPT2) -> Iterator[Entry]:
+    yield Entry("embedding.weight", ("transformer.wte.weight",))
+    yield Entry("positions.weight", ("transformer.wpe.weight",))
+    linear = {"attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "ffn.up": "mlp.c_fc"}
+    linear |= {"ffn.down": "mlp.c_proj"}
+    for i in range(shape.layers):
+        for ours, theirs in linear.items():
+            yield Entry(f"blocks.{i}.{ours}.weight", (f"transformer.h.{i}.{theirs}.weight",), turned=True)
+            yield Entry(f"blocks.{i}.{ours}.bias", (f"transformer.h.{i}.{theirs}.bias",))
+        for ours, theirs in (("attention_norm", "ln_1"), ("ffn_norm", "ln_2")):
+            for part in ("weight", "bias"):
+                yield Entry(f"blocks.{i}.{ours}.{part}", (f"transformer.h.{i}.{theirs}.{part}",))
+    for part in ("weight", "bias"):
+        yield Entry(f"norm.{part}", (f"transformer.ln_f.{part}",))
+
+
+def _grok(shape: Grok) -> Iterator[Entry]:
+    """The names of github xai-org/grok-1; inputs come before outputs, the experts of a layer are stacked first."""
+    yield Entry("embedding.weight", ("language_model/in_out_embed/embeddings",))
+    yield Entry("norm.weight", ("language_model/rms_norm/scale",))
+    rows = shape.heads * shape.head_size, *2 * (shape.kv_heads * shape.head_size,)
+    norms = ("attention_norm", "attention_end", "experts_norm", "experts_end")
+    for i in range(shape.layers):
+        ours, theirs = f"blocks.{i}.", f"transformer/decoder_layer_{i}/"
+        names = tuple(f"{theirs}multi_head_attention/{one}/w" for one in ("query", "key", "value"))
+        yield Entry(ours + "attention.qkv.weight", names, rows, turned=True)
+        yield Entry(ours + "attention.out.weight", (theirs + "multi_head_attention/linear/w",), turned=True)
+        for number, norm in enumerate(norms):
+            yield Entry(f"{ours}{norm}.weight", (f"{theirs}rms_norm{f'_{number}' if number else ''}/scale",))
+        yield Entry(ours + "experts.router.weight", (theirs + "router/w",), turned=True)
+        for one, name in (("gate", "linear"), ("up", "linear_v"), ("down", "linear_1")):
+            yield Entry(f"{ours}experts.{one}", (f"{theirs}moe/{name}/w",), turned=True)
+
+
+def to_hf(shape: Model, vocab: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict, or our gradients, in the other layout. A tied matrix is there once; most tensors are views.
+
+    `vocab`: the number of token ids, rows of the embedding that count.
+    """
     result: dict[str, Tensor] = {}
-    for ours, theirs in _names(shape).items():
-        parts = torch.split(weights[ours], [shape.width, rows, rows]) if len(theirs) == 3 else [weights[ours]]
-        result |= dict(zip(theirs, parts, strict=True))
+    for entry in entries(shape):
+        whole = weights[entry.ours]
+        whole = whole[:vocab] if entry.ours in VOCABULARY else whole
+        parts = torch.split(whole, list(entry.rows)) if entry.rows else [whole]
+        result |= zip(entry.theirs, (part.mT if entry.turned else part for part in parts), strict=True)
     return result
 
 
-def from_hf(shape: Llama, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' state dict as ours. Raises Refused where a weight is missing or there is one too many."""
-    names = _names(shape)
-    given = set(weights) - ({"lm_head.weight"} if shape.tied else set())
-    for odd in sorted(given ^ {name for theirs in names.values() for name in theirs}):
+def from_hf(shape: Model, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in the other layout as ours. Raises Refused where a weight is missing or there is one too many."""
+    known = list(entries(shape))
+    expected = {name for entry in known for name in entry.theirs}
+    given = dict(_plain(shape, weights))
+    for odd in sorted(given.keys() ^ expected):
         fault = "unexpected" if odd in given else "missing"
         raise Refused("model", f"weights do not match the configuration: {odd} is {fault}")
-    parts = {ours: [weights[name] for name in theirs] for ours, theirs in names.items()}
-    return {ours: torch.cat(found) if len(found) > 1 else found[0] for ours, found in parts.items()}
+    result: dict[str, Tensor] = {}
+    for entry in known:
+        parts = [given[name].mT if entry.turned else given[name] for name in entry.theirs]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if entry.ours in VOCABULARY:
+            whole = F.pad(whole, (0, 0, 0, padded_vocab(whole.size(0)) - whole.size(0)))
+        result[entry.ours] = whole
+    return result
 
 
-def to_hf_config(shape: Llama, vocab: int) -> dict[str, Any]:
-    """What transformers reads from `config.json`; the base of the rotation in the words of versions 4 and 5."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        **FIXED,
-        **{theirs: getattr(shape, ours) for ours, theirs in SHAPE.items()},
-        "vocab_size": padded_vocab(vocab),
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.width // shape.heads,
-        "rope_theta": shape.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_base},
-        "tie_word_embeddings": shape.tied,
-        "torch_dtype": "float32",
-    }
+def _plain(shape: Model, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Without what is there twice, or is no weight: a tied matrix under its second name, masks that were once saved."""
+    tied = not isinstance(shape, Llama) or shape.tied
+    for name, tensor in weights.items():
+        if isinstance(shape, GPT2) and not name.startswith(("transformer.", "lm_head.")):
+            name = f"transformer.{name}"  # how GPT-2's own weights were published
+        if not (tied and name == "lm_head.weight") and not name.endswith((".attn.bias", ".attn.masked_bias")):
+            yield name, tensor
 
 
-def from_hf_config(config: Mapping[str, Any]) -> tuple[Llama, int]:
-    """The shape and the vocabulary of a `config.json`. Raises Refused for what our Llama has not."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    shape = {ours: config[theirs] for ours, theirs in SHAPE.items()}
-    size, vocab = shape["width"] // shape["heads"], int(config["vocab_size"])
-    asked = {key: (config.get(key, supported), supported) for key, supported in FIXED.items()}
-    asked["head_dim"] = (config.get("head_dim") or size, size)
-    asked["rope_type"] = (rope.get("rope_type", rope.get("type", "default")), "default")
-    asked["vocab_size"] = (vocab, padded_vocab(vocab))
-    for key, (found, supported) in asked.items():
-        if found != supported:
-            raise Refused(key, f"{found} in this config.json is not supported: only {supported} is")
-    return Llama(
-        **shape,
-        kv_heads=config.get("num_key_value_heads") or shape["heads"],
-        rope_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        tied=bool(config.get("tie_word_embeddings", False)),
-    ), vocab
+def read(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's safetensors files, one or several with an index. Raises Refused naming the file."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else None
+        found: dict[str, Tensor] = {}
+        for path in [folder / name for name in names or ["model.safetensors"]]:
+            require(path.exists(), str(path), "is missing: only safetensors are read")
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise Refused(str(folder), f"its weights cannot be read ({error})") from None
+    return found
+
+
+@torch.no_grad()
+def begin(model: LanguageModel) -> None:
+    """Give `model` the weights of the folder that its shape names (`model.path`); where it names none, nothing."""
+    if not model.shape.path:
+        return
+    weights = from_hf(model.shape, read(Path(model.shape.path)))
+    fill(model, weights, model.shape.path)
+
+
+@torch.no_grad()
+def fill(model: LanguageModel, weights: Mapping[str, Tensor], where: str) -> None:
+    """Copy our state dict into `model`, in fp32. Raises Refused, naming `where`, for a weight of another shape."""
+    for name, parameter in model.named_parameters():
+        found = tuple(weights[name].shape)
+        require(found == parameter.shape, where, f"{name} has {found}, the configuration {tuple(parameter.shape)}")
+        parameter.copy_(weights[name])
+
+
+def write(folder: Path, model: LanguageModel) -> None:
+    """`config.json` and `model.safetensors` (fp32) of a model, into a folder that is there."""
+    weights = to_hf(model.shape, model.vocab, {name: p.detach() for name, p in model.named_parameters()})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = to_hf_config(model.shape, model.vocab)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

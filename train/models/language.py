@@ -21,6 +21,19 @@ class Cache:
     kv: Tensor
     length: int = 0
 
+    @classmethod
+    def empty(cls, like: Tensor, layers: int, sequences: int, heads: int, context: int, size: int) -> Cache:
+        """Room for `sequences` whole contexts, on the device and in the precision of `like`."""
+        return cls(like.new_empty(layers, 2, sequences, heads, context, size))
+
+    def extend(self, positions: int) -> int:
+        """Make so many more positions count; returns how many there were. Raises ValueError where they do not fit."""
+        start, context = self.length, self.kv.size(-2)
+        if start + positions > context:
+            raise ValueError(f"{start + positions} positions do not fit a context of {context}")
+        self.length += positions
+        return start
+
 
 class LanguageModel(nn.Module, ABC):
     """A decoder-only language model on one device, for token ids 0 … vocab - 1."""
@@ -30,7 +43,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Logits (B, T, padded vocabulary); with targets (-100: none) their summed cross-entropy in nats, fp32."""
+        """Logits (B, T, vocabulary); with targets (-100: none) their summed cross-entropy in nats, fp32."""
 
     @abstractmethod
     def cache(self, sequences: int) -> Cache:

@@ -1,4 +1,4 @@
-"""The parts of a transformer, as functions of tensors: norm, rotation, attention, loss.
+"""The parts of a transformer: norms, rotation, attention, loss.
 
 Each is written twice in one's head: for a GPU, where the fused kernel of the library is the fastest, and for a
 CPU core, where memory traffic decides and the obvious form is often two times slower. Where the two differ the
@@ -10,6 +10,7 @@ Shapes: B sequences, T positions, D width, H query heads, K key/value heads, E h
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,14 +23,20 @@ ROWS = 256  # of a chunk of the loss on CPU: 256 x 4,096 logits in fp32 are 4 MB
 
 
 class Linear(nn.Module):
-    """x Wᵀ. torch's own draws a first weight that is thrown away, and on the meta device imports sympy for it (2 s)."""
+    """x Wᵀ + b. torch's draws a first weight that is thrown away, and imports sympy for it on the meta device (2 s)."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or in float64 where it is that: what norms, routers and the loss are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -64,21 +71,45 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x, weight = x_BTD.float(), self.weight.float()
+        x, weight = wide(x_BTD), wide(self.weight)
         if x.device.type != "cpu":
             return F.rms_norm(x, weight.shape, weight, self.eps).to(x_BTD.dtype)
         y: Tensor = _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
         return y.to(x_BTD.dtype)
 
 
-def rotary_table(context: int, size: int, base: float) -> Tensor:
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation · weight + bias over the last dimension (arXiv 1607.06450), computed in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y = F.layer_norm(wide(x_BTD), self.weight.shape, wide(self.weight), wide(self.bias), self.eps)
+        return y.to(x_BTD.dtype)
+
+
+def rotary_table(
+    context: int, size: int, base: float, *, factor: float = 1, low: float = 1, high: float = 4, original: float = 1
+) -> Tensor:
     """cos and sin of position · base^(-2i/size), as (2, context, size/2) in fp32 (arXiv 2104.09864).
+
+    With a `factor` above 1 as in Llama 3.1 (arXiv 2407.21783): a pair that turns fewer than `low` times in `original`
+    tokens turns `factor` times slower, one that turns more than `high` times as before, and the share of the two is
+    linear in between.
 
     Always made on the CPU, by the same operations as in transformers, so that the table's bits depend neither
     on the device nor on where a checkpoint came from.
     """
     with torch.device("cpu"):
         frequency = 1.0 / base ** (torch.arange(0, size, 2).float() / size)
+        if factor != 1:
+            turns = original / (2 * math.pi / frequency)
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+            frequency = (1 - kept) * frequency / factor + kept * frequency
         angle = torch.outer(torch.arange(context).float(), frequency)
         return torch.stack((angle.cos(), angle.sin()))
 
@@ -93,30 +124,106 @@ def rotate(x_BHTE: Tensor, table: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """softmax(q kᵀ / √E) v over the past and present, (B, H, T, E); H / K queries share a key (arXiv 2305.13245).
+def capped(scores: Tensor, cap: float) -> Tensor:
+    """cap · tanh(scores / cap), which leaves small scores alone and lets none be larger; 0: no cap."""
+    return cap * (scores / cap).tanh() if cap else scores
+
+
+def causal_attention(
+    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, *, scale: float | None = None, cap: float = 0.0
+) -> Tensor:
+    """softmax(q kᵀ · scale) v over the past and present, (B, H, T, E); H / K queries share a key (arXiv 2305.13245).
+
+    `scale` is 1/√E unless said; with a `cap` the scores are capped before the softmax.
 
     On a GPU the library's fused kernel. On a CPU that kernel is the slowest choice in bf16 (8 x 256 tokens, 4 heads
     of 64: 32–43 ms; converted to fp32 and back 38; plain softmax over all scores 22–31), and half of what the plain
     form computes is masked away. So: blocks of 128 queries that see only the keys up to their own end, 16–20 ms;
     blocks of 64 are equal, of 256 slower. The queries that share a key are rows of one matrix, which is what
     saves `repeat_interleave` (16 against 20 ms).
+
+    The fused kernel has no cap, so a GPU takes the blocks too where there is one: the same bits each time, and scores
+    that stand in memory for the backward pass (unmeasured there).
     """
     heads, groups, T, E = q_BHTE.size(1), k_BKTE.size(1), q_BHTE.size(2), q_BHTE.size(3)
-    if q_BHTE.device.type != "cpu":
-        return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=heads != groups)
+    scale = E**-0.5 if scale is None else scale
+    if q_BHTE.device.type != "cpu" and not cap:
+        shared = heads != groups
+        return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, scale=scale, enable_gqa=shared)
     # Batch and key head become one dimension first: a slice of a copy is a view, a slice of a view would be a copy.
-    q = (q_BHTE * E**-0.5).reshape(-1, heads // groups, T, E)
+    q = (q_BHTE * scale).reshape(-1, heads // groups, T, E)
     k, v = k_BKTE.flatten(0, 1).transpose(1, 2), v_BKTE.flatten(0, 1)
     future = q.new_full((QUERIES, QUERIES), float("-inf")).triu(1)
     blocks = []
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
         mask = F.pad(future[: end - start, : end - start], (start, 0))
-        scores = q[:, :, start:end].flatten(1, 2) @ k[:, :, :end]
+        scores = capped(q[:, :, start:end].flatten(1, 2) @ k[:, :, :end], cap)
         weights = (scores.view(-1, heads // groups, end - start, end) + mask).softmax(-1).to(v.dtype)
         blocks.append((weights.flatten(1, 2) @ v[:, :end]).view(-1, heads // groups, end - start, E))
     return torch.cat(blocks, 2).view(-1, heads, T, E)
+
+
+def cached_attention(
+    q_BHTE: Tensor,
+    k_BKTE: Tensor,
+    v_BKTE: Tensor,
+    kv: Tensor,
+    start: int,
+    *,
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> Tensor:
+    """The same for T new positions after `start` known ones, whose keys and values are in `kv` (2, B, K, context, E).
+
+    Those of the new positions are added to it. Returns (B, H, T, E).
+    """
+    heads, groups, T, E = q_BHTE.size(1), k_BKTE.size(1), q_BHTE.size(2), q_BHTE.size(3)
+    end = start + T
+    kv[0, :, :, start:end], kv[1, :, :, start:end] = k_BKTE, v_BKTE
+    seen = torch.ones(T, end, dtype=torch.bool, device=q_BHTE.device).tril(start)
+    k, v = kv[..., :end, :].to(q_BHTE.dtype)
+    if not cap:
+        y: Tensor = F.scaled_dot_product_attention(q_BHTE, k, v, seen, scale=scale, enable_gqa=heads != groups)
+        return y
+    k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
+    scores = capped(q_BHTE @ k.transpose(2, 3) * (E**-0.5 if scale is None else scale), cap)
+    y = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
+    return y
+
+
+class RotaryAttention(nn.Module):
+    """Causal attention with rotary positions and shared keys, its three projections to heads in one matrix.
+
+    `cap` and `scale` as in `causal_attention`. The rows of `qkv` are those of queries, keys and values, in that order.
+    """
+
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, size: int, *, scale: float | None = None, cap: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size, self.scale, self.cap = heads, kv_heads, size, scale, cap
+        self.qkv = Linear(width, (heads + 2 * kv_heads) * size)
+        self.out = Linear(heads * size, width)
+
+    def project(self, x_BTD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, H, T, E), rotated keys and values (B, K, T, E)."""
+        heads_BHTE = self.qkv(x_BTD).unflatten(-1, (-1, self.size)).transpose(1, 2)
+        qk, v = torch.split(heads_BHTE, [self.heads + self.kv_heads, self.kv_heads], 1)
+        q, k = torch.split(rotate(qk, table), [self.heads, self.kv_heads], 1)
+        return q, k, v
+
+    def merge(self, y_BHTE: Tensor) -> Tensor:
+        y_BTD: Tensor = self.out(y_BHTE.transpose(1, 2).flatten(2))
+        return y_BTD
+
+    def forward(self, x_BTD: Tensor, table: Tensor) -> Tensor:
+        return self.merge(causal_attention(*self.project(x_BTD, table), scale=self.scale, cap=self.cap))
+
+    def step(self, x_BTD: Tensor, table: Tensor, kv: Tensor, start: int) -> Tensor:
+        """T new positions after `start` known ones, whose keys and values are in `kv` (2, B, K, context, E)."""
+        q, k, v = self.project(x_BTD, table)
+        return self.merge(cached_attention(q, k, v, kv, start, scale=self.scale, cap=self.cap))
 
 
 def summed_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -127,4 +234,4 @@ def summed_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """
     rows = ROWS if logits_NV.device.type == "cpu" else max(1, logits_NV.size(0))
     parts = zip(torch.split(logits_NV, rows), torch.split(targets_N, rows), strict=True)
-    return torch.stack([F.cross_entropy(x.float(), y, reduction="sum", ignore_index=IGNORED) for x, y in parts]).sum()
+    return torch.stack([F.cross_entropy(wide(x), y, reduction="sum", ignore_index=IGNORED) for x, y in parts]).sum()

@@ -24,44 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.config import Llama as Shape
 from train.flops import padded_vocab
 from train.models.language import Cache, LanguageModel
-from train.models.layers import Linear, RMSNorm, causal_attention, rotary_table, rotate, summed_loss
+from train.models.layers import Linear, RMSNorm, RotaryAttention, rotary_table, summed_loss
+from train.shapes import Llama as Shape
 
 RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream
-
-
-class Attention(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = shape.heads, shape.kv_heads
-        self.size = shape.width // shape.heads
-        self.qkv = Linear(shape.width, (shape.heads + 2 * shape.kv_heads) * self.size)
-        self.out = Linear(shape.width, shape.width)
-
-    def project(self, x_BTD: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (B, H, T, E), rotated keys and values (B, K, T, E)."""
-        heads_BHTE = self.qkv(x_BTD).unflatten(-1, (-1, self.size)).transpose(1, 2)
-        qk, v = torch.split(heads_BHTE, [self.heads + self.kv_heads, self.kv_heads], 1)
-        q, k = torch.split(rotate(qk, table), [self.heads, self.kv_heads], 1)
-        return q, k, v
-
-    def merge(self, y_BHTE: Tensor) -> Tensor:
-        y_BTD: Tensor = self.out(y_BHTE.transpose(1, 2).flatten(2))
-        return y_BTD
-
-    def forward(self, x_BTD: Tensor, table: Tensor) -> Tensor:
-        return self.merge(causal_attention(*self.project(x_BTD, table)))
-
-    def step(self, x_BTD: Tensor, table: Tensor, kv: Tensor, start: int) -> Tensor:
-        """T new positions after `start` known ones, whose keys and values are in `kv` (2, B, K, context, E)."""
-        q, k, v = self.project(x_BTD, table)
-        end = start + x_BTD.size(1)
-        kv[0, :, :, start:end], kv[1, :, :, start:end] = k, v
-        seen = torch.ones(x_BTD.size(1), end, dtype=torch.bool, device=q.device).tril(start)
-        k, v = kv[..., :end, :].to(q.dtype)
-        return self.merge(F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=self.heads != self.kv_heads))
 
 
 class FeedForward(nn.Module):
@@ -82,7 +50,7 @@ class Block(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(shape.width, shape.norm_eps)
-        self.attention = Attention(shape)
+        self.attention = RotaryAttention(shape.width, shape.heads, shape.kv_heads, shape.width // shape.heads)
         self.ffn_norm = RMSNorm(shape.width, shape.norm_eps)
         self.ffn = FeedForward(shape)
         self.dropout = nn.Dropout(shape.dropout)
@@ -116,13 +84,14 @@ class Llama(LanguageModel):
         self.register_buffer("rotary", torch.empty(2, shape.context, shape.width // shape.heads // 2), persistent=False)
 
     def fill_tables(self) -> None:
-        size = self.shape.width // self.shape.heads
-        self.rotary.copy_(rotary_table(self.shape.context, size, self.shape.rope_base))
+        s = self.shape
+        slowed = {"factor": s.rope_factor, "low": s.rope_low, "high": s.rope_high, "original": s.rope_context}
+        self.rotary.copy_(rotary_table(s.context, s.width // s.heads, s.rope_base, **slowed))
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         # A tied matrix is used twice rather than owned twice: two names for it would part when the model is moved.
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x_BTD), weight)
+        return F.linear(self.norm(x_BTD), weight)[..., : self.vocab]
 
     def std(self, name: str, shape: torch.Size) -> float:
         if name == "embedding.weight":
@@ -141,18 +110,15 @@ class Llama(LanguageModel):
         return summed_loss(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
     def cache(self, sequences: int) -> Cache:
-        s, weight = self.shape, self.embedding.weight
-        size = (s.layers, 2, sequences, s.kv_heads, s.context, s.width // s.heads)
-        return Cache(weight.new_empty(size))
+        s = self.shape
+        return Cache.empty(self.embedding.weight, s.layers, sequences, s.kv_heads, s.context, s.width // s.heads)
 
     @torch.no_grad()
     def step(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
-        start, end = cache.length, cache.length + tokens_BT.size(1)
-        if end > self.shape.context:
-            raise ValueError(f"{end} positions do not fit a context of {self.shape.context}")
+        start = cache.extend(tokens_BT.size(1))
+        table = self.rotary[:, start : cache.length]
         x_BTD = self.embedding(tokens_BT)
         for block, kv in zip(self.blocks, cache.kv, strict=True):
             assert isinstance(block, Block)
-            x_BTD = block.step(x_BTD, self.rotary[:, start:end], kv, start)
-        cache.length = end
-        return self.logits(x_BTD[:, -1])[:, : self.vocab]
+            x_BTD = block.step(x_BTD, table, kv, start)
+        return self.logits(x_BTD[:, -1])
