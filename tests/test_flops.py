@@ -15,7 +15,7 @@ from train import compose
 from train.config import CONFIGS, Model, Refused
 from train.flops import active_parameters, auto_micro_batch, flops_per_token, memory, mfu, padded_vocab, parameters
 from train.models.build import build
-from train.shapes import GPT2, MODELS, Llama
+from train.shapes import GPT2, MODELS, Grok, Llama
 
 META = torch.device("meta")
 SHAPES = [
@@ -25,6 +25,8 @@ SHAPES = [
     Llama(context=8192, layers=32, width=4096, heads=32, kv_heads=8, ffn=14336, tied=False),
     GPT2(layers=2, width=32, heads=2, ffn=40, positions=300),
     GPT2(),
+    Grok(),
+    Grok(layers=2, width=40, heads=2, kv_heads=1, head_size=32, experts=5, chosen=3, widening=3.3),
 ]
 EIGHT_B = SHAPES[3]
 
@@ -36,7 +38,9 @@ def test_parameters_are_those_of_the_built_model(shape: Model, vocab: int) -> No
     assert parameters(shape, vocab) == sum(p.numel() for p in model.parameters())
     tables = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)]
     looked_up = sum(tables) if isinstance(shape, Llama) and not shape.tied else sum(tables[1:])
-    assert active_parameters(shape, vocab) == parameters(shape, vocab) - looked_up
+    experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    idle = experts // shape.experts * (shape.experts - shape.chosen) if isinstance(shape, Grok) else 0
+    assert active_parameters(shape, vocab) == parameters(shape, vocab) - looked_up - idle
 
 
 def test_llama_8b() -> None:
@@ -76,8 +80,9 @@ def test_unknown_family_is_refused() -> None:
         Llama(context=256, layers=3, width=128, heads=4, kv_heads=4, ffn=352),
         Llama(context=512, layers=3, width=128, heads=4, kv_heads=2, ffn=352),
         GPT2(context=256, layers=3, width=128, heads=4, ffn=512),
+        Grok(context=256, layers=3, width=128, heads=4, kv_heads=2, head_size=32, widening=2.0),
     ],
-    ids=["llama-256", "llama-512", "gpt2"],
+    ids=["llama-256", "llama-512", "gpt2", "grok"],
 )
 def test_activations_are_what_autograd_keeps(precision: str, shape: Model) -> None:
     context = shape.context

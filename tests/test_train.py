@@ -79,6 +79,7 @@ def test_the_result_does_not_depend_on_ranks_or_sharding(
 
 
 FAMILIES = {
+    "grok": ["model=grok_micro", "model.width=24", "model.heads=2", "model.kv_heads=1", "model.experts=5"],
     "gpt2": ["model=gpt2_micro", "model.layers=2", "model.width=42", "model.heads=3", "model.ffn=57"],
 }
 
@@ -93,10 +94,14 @@ def test_every_family_keeps_the_law(family: str, precision: str, tiny: list[str]
     for world, sharding in ((1, "none"), (2, "optimizer"), (3, "full")):
         code, folder = train(small, *more, f"name=w{world}", f"devices={world}", f"sharding={sharding}")
         assert code == 0
-        scores = [r["loss"] for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"]
+        evaluated = [r for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"]
+        scores = [(r["loss"], r["experts"], r["balance"], r["router_z"]) for r in evaluated]
         runs.append((summary(folder)["state_sha256"], [step["loss_hex"] for step in steps(folder)], scores))
     assert len(runs[0][1]) == 6
     assert all(run == runs[0] for run in runs)
+    for evaluation in evaluated:  # each of two layers has sent each token to two of five
+        assert [len(layer) for layer in evaluation["experts"]] == ([5, 5] if family == "grok" else [])
+        assert all(sum(layer) == 2 * evaluation["tokens"] for layer in evaluation["experts"])
 
 
 def test_shares_may_be_uneven_and_are_recorded(tiny: list[str]) -> None:

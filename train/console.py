@@ -116,6 +116,9 @@ class Console:
         score = f"{record['loss']:.4f} nats per token"
         if record["bpb"] is not None:
             score = f"{record['bpb']:.4f} bits per byte, {score}"
+        if record["experts"]:
+            shares = [count * len(layer) / sum(layer) for layer in record["experts"] for count in layer]
+            score += f", experts with {min(shares):.2f} to {max(shares):.2f} of an even share"
         self.say(f"step {record['step']}: {part} {score}")
 
     def _on_asked(self, record: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Evaluation: nats over a fixed validation set, shared by all ranks, equal to the bit for any number of them.
 
 Micro-batch i is computed by rank i mod W and its sum put in place i of a vector that is zero elsewhere; adding zeros is
-exact, and the vector's sum is rounded once (`math.fsum`), so it does not matter who computed what.
+exact, and the vector's sum is rounded once (`math.fsum`), so it does not matter who computed what. How often each
+expert was chosen is counted in integers.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import nn
 
 from train import trained
 from train.commands import Evaluate, Format
-from train.data.stream import Validation
+from train.data.stream import IGNORED, Validation
 from train.folder import locate
+from train.models.experts import Router, watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,9 @@ class Score:
     nats: float  # over all tokens
     tokens: int
     bytes: int | None  # None where the corpus has no bytes to count
+    experts: list[list[int]]  # by layer: how often each was chosen
+    balance: float | None  # the load-balancing loss, mean of layers and micro-batches; None without experts
+    router_z: float | None  # the router's z-loss, likewise
 
     @property
     def loss(self) -> float:
@@ -46,20 +51,28 @@ def evaluate(
     """The score on all ranks together; `beat` is called with every micro-batch."""
     was_training = model.training
     model.eval()
-    sums = torch.zeros(validation.micro_batches, dtype=torch.float64, device=fabric.device)
+    layers = [module.weight.size(0) for module in model.modules() if isinstance(module, Router)]
+    counts = torch.zeros(len(layers), max(layers, default=0), dtype=torch.int64, device=fabric.device)
+    sums = torch.zeros(validation.micro_batches, 3, dtype=torch.float64, device=fabric.device)
     last = validation.micro_batches - 1
     for first in range(0, last + 1, fabric.world_size):
         # As many on every rank, since they may need each other to gather parameters: what is too much is not counted.
         beat()
         i = first + fabric.global_rank
         inputs, targets = (torch.from_numpy(array).to(fabric.device) for array in validation.micro_batch(min(i, last)))
-        with fabric.autocast():
+        with fabric.autocast(), watched(model) as routings:
             nats = model(inputs, targets)
         if i <= last:
-            sums[i] = nats
-    sums = fabric.strategy.all_reduce(sums)
+            sums[i, 0] = nats
+            for layer, routing in enumerate(routings):
+                scored = routing.chosen_NK[targets.flatten() != IGNORED]
+                counts[layer] += torch.bincount(scored.flatten(), minlength=counts.size(1))
+                sums[i, 1:] += torch.stack((routing.balance, routing.z)) / len(layers)
+    sums, counts = fabric.strategy.all_reduce(sums), fabric.strategy.all_reduce(counts) if layers else counts
     model.train(was_training)
-    return Score(math.fsum(sums.tolist()), validation.tokens, validation.bytes)
+    nats, balance, z = (math.fsum(column) for column in zip(*sums.tolist(), strict=True))
+    means = (balance / validation.micro_batches, z / validation.micro_batches) if layers else (None, None)
+    return Score(nats, validation.tokens, validation.bytes, counts.tolist(), *means)
 
 
 def main(config: Evaluate) -> int:
@@ -71,11 +84,14 @@ def main(config: Evaluate) -> int:
     score = evaluate(run.model, validation, trained.fabric(run, on))
     facts: dict[str, Any] = {"run": config.run, "step": run.step, "loss": score.loss, "bpb": score.bpb}
     facts |= {"tokens": score.tokens, "bytes": score.bytes, **validation.yardsticks()}
+    if score.experts:
+        facts |= {"balance": score.balance, "router_z": score.router_z, "experts": score.experts}
     if config.format is Format.json:
         print(json.dumps(facts))
         return 0
     meaning = {"loss": "nats per token", "bpb": "bits per byte", "gzip_windows": "gzip -9, windows of the context"}
-    meaning["gzip_documents"] = "gzip -9, whole documents"
+    meaning |= {"gzip_documents": "gzip -9, whole documents", "balance": "load-balancing loss (1: even)"}
+    meaning |= {"router_z": "router z-loss", "experts": "experts chosen, by layer"}
     for key, value in facts.items():
         shown = f"{value:.4f}" if isinstance(value, float) else "n/a" if value is None else str(value)
         print(f"{meaning.get(key, key):32} {shown}")

@@ -129,6 +129,9 @@ class Evaluated(Event):
     tokens: int
     whole: bool  # the whole validation set, not a part of it
     seconds: float
+    experts: list[list[int]] = field(default_factory=list)  # by layer: how often each was chosen
+    balance: float | None = None  # the load-balancing loss, 1 where even; mean of layers and micro-batches
+    router_z: float | None = None  # the router's z-loss, likewise
 
 
 @dataclass(slots=True, kw_only=True)

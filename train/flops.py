@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.config import Model, choice
-from train.shapes import GPT2, Llama
+from train.shapes import GPT2, Grok, Llama
 
 ROWS = 64  # vocabularies are padded to a multiple: 50,257 rows are slower than 50,304 on every tensor core
 CPU_TOKENS = 2048  # of a micro-batch, see auto_micro_batch
@@ -40,8 +40,9 @@ class Sizes:
     attention: int  # L·d: layers times width of attention
     halves: int  # numbers that all layers keep a token for the backward pass in the compute precision
     singles: int  # the same, in fp32 in any precision
-    scores: int  # the same, per key that a query sees, where attention keeps its scores (CPU)
+    scores: int  # the same, per key that a query sees, where attention keeps its scores (CPU, or not `fused`)
     positions: int = 0  # parameters of a table that is only looked up
+    fused: bool = True  # a GPU has a kernel for such attention, which keeps no scores
 
 
 def _llama(model: Llama, vocab: int) -> Sizes:
@@ -84,7 +85,28 @@ def _gpt2(model: GPT2, vocab: int) -> Sizes:
     )
 
 
-FAMILIES: dict[str, Callable[[Any, int], Sizes]] = {"gpt2": _gpt2, "llama": _llama}
+def _grok(model: Grok, vocab: int) -> Sizes:
+    d, f, chosen = model.width, model.ffn, model.chosen
+    q, kv = model.heads * model.head_size, model.kv_heads * model.head_size
+    attention, router, expert = d * (q + 2 * kv) + q * d, d * model.experts, 3 * d * f
+    return Sizes(
+        layers=model.layers,
+        embedding=padded_vocab(vocab) * d,
+        head=0,
+        vectors=(4 * model.layers + 1) * d,
+        matrices=model.layers * (attention + router + model.experts * expert),
+        active=model.layers * (attention + router + chosen * expert),
+        attention=model.layers * q,
+        # the inputs of qkv and out, the scaled queries, rotated keys, values; and a chosen expert's input, gate,
+        # gelu(gate), up and their product, and its output
+        halves=model.layers * (d + 2 * q + 2 * kv + chosen * (2 * d + 4 * f)) + d,
+        singles=(4 * model.layers + 1) * d + model.layers * 4 * model.experts,
+        scores=2 * model.layers * model.heads,  # before the softmax too, where they are capped
+        fused=not model.attention_cap,
+    )
+
+
+FAMILIES: dict[str, Callable[[Any, int], Sizes]] = {"gpt2": _gpt2, "grok": _grok, "llama": _llama}
 
 
 def sizes(model: Model, vocab: int) -> Sizes:
@@ -152,7 +174,7 @@ def memory(
     s, n = sizes(model, vocab), parameters(model, vocab)
     tokens, half = micro_batch * model.context, 2 if precision == "bf16" else 4
     # Blocks of 128 queries see keys up to their own end: T/2 + 64 on average. Fused kernels keep no scores.
-    keys = min(model.context, model.context // 2 + 64) if accelerator == "cpu" else 0
+    keys = min(model.context, model.context // 2 + 64) if accelerator == "cpu" or not s.fused else 0
     a_token = s.halves * half + s.singles * 4 + s.scores * keys * half
     return Memory(
         weights=n * 4 + (s.matrices + (s.head or s.embedding)) * (2 if precision == "bf16" else 0),  # autocast's copies

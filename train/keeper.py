@@ -56,10 +56,16 @@ class Keeper:
                 tokens=score.tokens,
                 whole=whole,
                 seconds=time.perf_counter() - started,
+                experts=score.experts,
+                balance=score.balance,
+                router_z=score.router_z,
             )
             self.channel.send(event)
-            bpb = {"val/bpb": score.bpb} if score.bpb is not None else {}
-            self.fabric.log_dict({"val/loss": score.loss} | bpb, step=step)
+            numbers = {"val/loss": score.loss, "val/bpb": score.bpb}
+            numbers |= {"val/balance": score.balance, "val/router_z": score.router_z}
+            for layer, chosen in enumerate(score.experts):
+                numbers[f"experts/busiest_of_layer_{layer}"] = max(chosen) / sum(chosen)
+            self.fabric.log_dict({name: number for name, number in numbers.items() if number is not None}, step=step)
         self.recorder.resume_clock()
 
     def save(self, step: int) -> None:

@@ -17,7 +17,8 @@ from rich.table import Table
 from train import flops, hardware
 from train.batch import Node, fold, maximal, root, shares
 from train.commands import Format, Plan
-from train.config import ReduceMode, Refused, Sharding, TokenizerKind, Train
+from train.config import ReduceMode, Refused, Sharding, TokenizerKind, Train, require
+from train.shapes import Grok
 
 MAX_RANKS = 8  # that `devices=auto` starts on one node
 
@@ -44,8 +45,11 @@ def resolve(config: Train) -> Train:
     precision, compiled, batch = config.precision, config.compile, config.batch
     if precision == "auto":
         precision = "bf16" if accelerator == "cuda" or hardware.processor()[1] else "fp32"
+    untraced = isinstance(config.model, Grok) and precision != "bf16"
     if compiled == "auto":
-        compiled = accelerator == "cuda" and config.sharding is not Sharding.full
+        compiled = accelerator == "cuda" and config.sharding is not Sharding.full and not untraced
+    why = "true needs precision=bf16 with experts, whose grouped products torch traces in bf16 only: use false"
+    require(not (compiled and untraced), "compile", why)
     if batch.micro_batch == "auto":
         # `devices` has no say in it: a run on 1 rank and on 4 must cut the same micro-batches. Hence the memory of
         # the usual number of ranks, and the gradient buffers of a rank that hosts everything.

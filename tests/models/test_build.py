@@ -99,5 +99,5 @@ def test_a_shape_may_know_more_ids_than_the_tokenizer_has() -> None:
 
 
 def test_unknown_family_is_refused_by_name() -> None:
-    with pytest.raises(Refused, match=r"model\.family: 'mamba' is unknown: choose from gpt2, llama"):
+    with pytest.raises(Refused, match=r"model\.family: 'mamba' is unknown: choose from gpt2, grok, llama"):
         build(Model(family="mamba"), 100, seed=0, device=CPU)

@@ -10,7 +10,7 @@ import torch
 
 from train.config import Model
 from train.models.build import build
-from train.shapes import GPT2, Llama
+from train.shapes import GPT2, Grok, Llama
 
 CPU = torch.device("cpu")
 VOCAB = 256
@@ -18,6 +18,7 @@ VOCAB = 256
 
 SHAPES: dict[str, Callable[..., Model]] = {
     "gpt2": partial(GPT2, context=160, layers=2, width=64, heads=4, ffn=96),
+    "grok": partial(Grok, context=160, layers=2, width=64, heads=4, kv_heads=2, head_size=16, widening=2.0),
     "llama": partial(Llama, context=160, layers=2, width=64, heads=4, kv_heads=2, ffn=96),
 }
 families = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -78,16 +79,22 @@ def test_dropout_follows_the_seed_and_sleeps_in_eval(shape: Callable[..., Model]
 def test_compiled_as_one_graph_equals_eager(shape: Callable[..., Model]) -> None:
     config = shape(layers=1)
     model, (tokens, targets) = build(config, VOCAB, seed=1, device=CPU), batch(config)
-    eager = model(tokens, targets)
+    experts = isinstance(config, Grok)  # torch traces grouped products in bf16 only, and they are not the loop's
+    with torch.autocast("cpu", torch.bfloat16, enabled=experts):
+        eager = model(tokens, targets)
     eager.backward()
     expected = gradients(model)
     model.zero_grad(set_to_none=True)
     # aot_eager traces forward and backward whole, as inductor would, and leaves out only the minute of g++
-    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, targets)
+    with torch.autocast("cpu", torch.bfloat16, enabled=experts):
+        loss = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, targets)
     loss.backward()
-    torch.testing.assert_close(loss, eager, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, eager, rtol=1e-4 if experts else 1e-6, atol=0)
     for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+        if experts:  # rounding may send a token that is undecided to another expert
+            assert (gradient - expected[name]).norm() < 0.05 * expected[name].norm(), name
+        else:
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from train.config import Model, choice, require
-from train.models import gpt2, llama
+from train.models import gpt2, grok, llama
 from train.models.language import LanguageModel
 
 VOCABULARY = ("embedding.weight", "head.weight")  # matrices with a row for each token id
-FAMILIES: dict[str, Callable[[Any, int], LanguageModel]] = {"gpt2": gpt2.GPT2, "llama": llama.Llama}
+FAMILIES: dict[str, Callable[[Any, int], LanguageModel]] = {  # each takes its own config
+    "gpt2": gpt2.GPT2,
+    "grok": grok.Grok,
+    "llama": llama.Llama,
+}
 
 
 def build(config: Model, vocab: int, *, seed: int, device: torch.device) -> LanguageModel:
