@@ -17,7 +17,7 @@ LAYERS = [
     ("data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets",),
-    ("reduce", "shard", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify"),
+    ("reduce", "shard", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify", "export"),
     ("loop",),
     ("keeper", "balance", "engine", "audit"),
     ("recovery", "run", "rerun"),

@@ -72,6 +72,20 @@ class Evaluate:
         choice(self.accelerator, "accelerator", ACCELERATORS)
 
 
+class Layout(Enum):
+    hf = "hf"  # config.json, model.safetensors and a tokenizer; grok's weights under the names of xAI's code
+
+
+@dataclass(slots=True, kw_only=True)
+class Export:
+    """`colossus export`: a run's model and tokenizer as a folder that transformers loads, and `model=hf`."""
+
+    run: str = MISSING  # a folder, or a name under runs/
+    step: int = -1  # of the checkpoint; -1: the newest
+    format: Layout = Layout.hf
+    out: str = ""  # a new folder; empty: hf, in the run's
+
+
 @dataclass(slots=True, kw_only=True)
 class Runs:
     """`colossus runs`: the runs under a folder, a line each."""
@@ -131,7 +145,7 @@ class Resize:
 
 
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
-SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize}
+SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize, "export": Export}
 
 
 def register() -> None:

@@ -94,7 +94,7 @@ def test_rows_that_round_the_vocabulary_up_are_zero_and_unseen() -> None:
 def test_a_shape_may_know_more_ids_than_the_tokenizer_has() -> None:
     model = build(small(vocab=200), 100, seed=0, device=META)
     assert model(torch.zeros(1, 2, dtype=torch.int64, device=META)).shape == (1, 2, 200)
-    with pytest.raises(Refused, match=r"model\.vocab: 50 are fewer than the tokenizer's 100 ids"):
+    with pytest.raises(Refused, match=r"model\.vocab: 50 are fewer than the tokenizer's 100 ids: choose another"):
         build(small(vocab=50), 100, seed=0, device=META)
 
 

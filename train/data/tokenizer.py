@@ -98,6 +98,16 @@ class Tokenizer:
             return str(self.library.to_str())
         return json.dumps({"pocket_colossus": self.kind.value, "vocab": self.vocab, "eot": self.eot})
 
+    def published(self) -> tokenizers.Tokenizer | None:
+        """The same ids in a tokenizer.json of the library, for other programs; None where ids stand for no text."""
+        if self.kind is not TokenizerKind.bytes:
+            return self.library
+        library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=_alphabet(), merges=[]))
+        library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        library.decoder = tokenizers.decoders.ByteLevel()
+        library.add_special_tokens([END])
+        return library
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without an end-of-document token."""
         return self.encode_batch([text])[0]
@@ -119,9 +129,12 @@ class Tokenizer:
         return " ".join(str(i) for i in ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes of a run of tokens (lossless tokenizers only); an end of document is no bytes."""
+        """The UTF-8 bytes of a run of tokens (lossless tokenizers only); an end of document is no bytes.
+
+        Nor is an id above the vocabulary, which a model may know (`model.vocab`).
+        """
         assert self.pieces is not None, "only a lossless tokenizer has bytes"
-        return b"".join([self.pieces[i] for i in ids])
+        return b"".join([self.pieces[i] for i in ids if i < self.vocab])
 
 
 def _pieces(spec: dict[str, Any], vocab: int, eot: int) -> list[bytes] | None:

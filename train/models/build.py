@@ -36,7 +36,11 @@ def build(config: Model, vocab: int, *, seed: int, device: torch.device) -> Lang
     """
     choice(config.family, "model.family", tuple(FAMILIES))
     known = config.vocab or vocab
-    require(vocab <= known, "model.vocab", f"{known} are fewer than the tokenizer's {vocab} ids: leave it out")
+    require(
+        vocab <= known,
+        "model.vocab",
+        f"{known} are fewer than the tokenizer's {vocab} ids: choose another data.tokenizer",
+    )
     with device:
         model = FAMILIES[config.family](config, known)
     if device.type != "meta":

@@ -172,13 +172,14 @@ def fill(model: LanguageModel, weights: Mapping[str, Tensor], where: str) -> Non
         parameter.copy_(weights[name])
 
 
-def write(folder: Path, model: LanguageModel) -> None:
-    """`config.json` and `model.safetensors` (fp32) of a model, into a folder that is there."""
+def write(folder: Path, model: LanguageModel, eot: int) -> None:
+    """`config.json` and `model.safetensors` (fp32) of a model, into a folder that is there. `eot` ends a document."""
     weights = to_hf(model.shape, model.vocab, {name: p.detach() for name, p in model.named_parameters()})
     save_file(
         {name: tensor.contiguous() for name, tensor in weights.items()},
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    config = to_hf_config(model.shape, model.vocab)
+    (folder / "model.safetensors").chmod(0o644)  # the library makes it its owner's alone
+    config = to_hf_config(model.shape, model.vocab) | {"bos_token_id": eot, "eos_token_id": eot}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

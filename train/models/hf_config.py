@@ -170,6 +170,8 @@ def adopt(config: Train) -> None:
     shape = from_hf_config(found)
     context = asked.context or shape.context
     require(context <= shape.context, "model.context", f"{context} is more than that model's {shape.context}")
+    some = any(folder.glob("*.safetensors"))
+    require(some, "model.path", f"{folder} holds no *.safetensors, and nothing else is read")
     if isinstance(shape, GPT2):
         shape.positions = shape.context  # all of them are kept, and go out again
     config.model = replace(shape, context=context, dropout=asked.dropout, path=str(folder))
