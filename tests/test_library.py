@@ -117,6 +117,25 @@ def test_the_same_loop_does_not_without_the_tree() -> None:
     assert len(seen) == 3
 
 
+def held(group: Group) -> list[int]:
+    """Threads of this process while it has a default group and a reducer that has used it, and once that is gone."""
+    threads = lambda: len(list(Path("/proc/self/task").iterdir()))  # noqa: E731
+    reducer = ExactReducer.of(nn.Linear(3, 3), virtual_ranks=2)
+    for _, buffer in reducer.leaves():
+        buffer.tensor.fill_(1.0)
+    reducer.finish()
+    during = threads()
+    torch.distributed.destroy_process_group()
+    return [during, threads(), reducer.virtual_ranks]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_reducer_does_not_hold_the_group() -> None:
+    """A group that is held outlives its destruction, and its threads may then abort the process at its end."""
+    for during, after, _ in dist.run("tests.test_library:held", 2):
+        assert after < during
+
+
 def test_what_the_sum_cannot_serve_is_refused() -> None:
     """A frozen parameter would be given zeros for a gradient, and weight decay would move it."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5).bfloat16(), nn.Linear(5, 6))

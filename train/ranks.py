@@ -26,7 +26,7 @@ class Ranks:
         if not dist.is_initialized():
             return cls(0, 1, torch.device("cpu"))
         wire = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-        return cls(dist.get_rank(), dist.get_world_size(), torch.device(wire), dist.group.WORLD)
+        return cls(dist.get_rank(), dist.get_world_size(), torch.device(wire), _World())
 
     def wait(self, work: Any) -> None:
         """For the end of a collective. Every one is waited for here."""
@@ -58,6 +58,17 @@ class Ranks:
     def exchange(self, received: Tensor, sent: Tensor, from_each: Sequence[int], to_each: Sequence[int]) -> Any:
         """Start an all-to-all of 1-D tensors on the wire, cut into so many elements from and to each rank."""
         return self.processes.alltoall_base(received, sent, from_each, to_each)
+
+
+class _World:
+    """torch.distributed's default group, looked up whenever it is needed: nobody but torch holds it.
+
+    A group that is held outlives `destroy_process_group` with its threads, and when the interpreter ends under one of
+    gloo's that still has a tensor in hand, the process aborts ("terminate called without an active exception").
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist.group.WORLD, name)
 
 
 def gather(ranks: Ranks, target: Tensor, chunk: Tensor) -> Wait:
