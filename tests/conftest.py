@@ -33,7 +33,7 @@ def tiny(corpus: Path, cache: Path, tmp_path: Path) -> list[str]:
         "model=llama_micro",
         *("model.layers=2", "model.width=48", "model.heads=3", "model.kv_heads=1", "model.ffn=80", "model.context=32"),
         *("data=text", f"data.path={corpus}", f"data.cache={cache}", "data.tokenizer.vocab=300", "data.validation=0.1"),
-        *("batch.sequences=16", "batch.virtual_ranks=8", "batch.micro_batch=1"),
+        *("batch.sequences=16", "batch.virtual_ranks=8", "batch.micro_batch=2"),
         *("steps=6", "precision=fp32", "accelerator=cpu", "schedule.warmup_steps=2", "optimizer.lr=0.01"),
         *("eval.every=3", "eval.tokens=500", "checkpoint.every=3", "log.every=2", "logger=[]"),
         f"runs={tmp_path}/runs",

@@ -119,13 +119,16 @@ def test_the_same_loop_does_not_without_the_tree() -> None:
 
 def held(group: Group) -> list[int]:
     """Threads of this process while it has a default group and a reducer that has used it, and once that is gone."""
-    threads = lambda: len(list(Path("/proc/self/task").iterdir()))  # noqa: E731
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
     reducer = ExactReducer.of(nn.Linear(3, 3), virtual_ranks=2)
     for _, buffer in reducer.leaves():
         buffer.tensor.fill_(1.0)
     reducer.finish()
     during = threads()
-    torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()  # type: ignore[no-untyped-call]
     return [during, threads(), reducer.virtual_ranks]
 
 

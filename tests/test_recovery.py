@@ -343,7 +343,7 @@ def test_one_cause_that_takes_several_ranks_at_once_is_survived(tiny: list[str],
 
 def test_resize_under_way(tiny: list[str], twins: Twins, capsys: pytest.CaptureFixture[str]) -> None:
     """2 -> 4 -> 1 -> 3 ranks while it trains; what cannot be is refused, and asking again is harmless."""
-    longer = ("steps=250", "eval.every=0", "checkpoint.every=100")
+    longer = ("steps=160", "eval.every=0", "checkpoint.every=100")
     running = Running([*tiny, *longer], "name=a", "devices=2")
     running.wait_for(at_step(1))
     codes = [cli.main(["resize", f"run={running.folder}", f"devices={n}"]) for n in (4, 4, 1, 3, 9)]

@@ -247,7 +247,7 @@ def test_what_has_no_say_in_the_bits_may_change(begun: RunFolder, tiny: list[str
     assert admitted(begun, tiny, *free)
     for bits in (
         "reduce=fast",
-        "batch.micro_batch=2",
+        "batch.micro_batch=1",
         "model.dropout=0.1",
         "data.tokenizer.vocab=290",
         "precision=bf16",

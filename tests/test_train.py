@@ -44,7 +44,7 @@ def sha256(overrides: list[str], *more: str) -> str:
     ("more", "cells"),
     [
         (
-            ["model.width=42", "model.ffn=57"],
+            ["model.width=42", "model.ffn=57", "batch.micro_batch=1"],  # k = 2
             [(1, "none"), (2, "optimizer"), (3, "full"), (5, "none")],
         ),
         (
@@ -175,7 +175,7 @@ def test_the_run_folder_holds_what_is_promised(tiny: list[str], capsys: pytest.C
     assert (folder / "csv/start-1/metrics.csv").read_text().count("\n") > 2
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     said = capsys.readouterr().out
-    for words in ("2 ranks", "8 virtual ranks x 2 x 1", "bits per byte", "gzip -9", "colossus sample run="):
+    for words in ("2 ranks", "8 virtual ranks x 1 x 2", "bits per byte", "gzip -9", "colossus sample run="):
         assert words in said
 
     assert cli.main(["runs", f"runs={folder.parent}", "format=json"]) == 0
