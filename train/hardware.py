@@ -23,6 +23,7 @@ from train.config import CONFIGS, Refused
 
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is Arm's; without any bf16 is slower than fp32
 PEAKS = ("bf16", "tf32", "fp32")
+SCALE = ("fp8_tflops", "matmul_tflops", "fp8_matmul_tflops", "memory_tbs", "bus_gbs", "nic_gbs", "tdp_w")  # train/scale
 MIB = 2**20
 
 
@@ -149,13 +150,13 @@ def devices(folder: Path = CONFIGS / "hardware") -> dict[str, Device]:
 
 
 def _device(path: Path, entry: dict[str, Any]) -> Device:
-    figures = {"memory_gb", *(f"{precision}_tflops" for precision in PEAKS)}
-    unknown = set(entry) - figures - {"name", "aliases"}
+    figures = {"memory_gb", *(f"{precision}_tflops" for precision in PEAKS), *SCALE}
+    unknown = set(entry) - figures - {"name", "aliases", "published_as", "architecture", "domain"}
     if unknown:
         raise Refused(str(path), f"unknown key {min(unknown)}: use name, aliases, {', '.join(sorted(figures))}")
     for key in figures & set(entry):
         figure = entry[key]
-        if not isinstance(figure, dict) or set(figure) != {"value", "source"} or not figure["source"]:
+        if not isinstance(figure, dict) or set(figure) - {"tag"} != {"value", "source"} or not figure["source"]:
             raise Refused(str(path), f"{key} needs a value and a source")
     return Device(
         name=entry["name"],
