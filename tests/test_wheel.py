@@ -21,6 +21,7 @@ def test_an_installed_wheel_works_from_any_folder(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(site)
     assert "train/configs/model/llama_nano.yaml" in names
+    assert {"train/configs/cluster/colossus_200k.yaml", "train/scale/tables/calibration.csv"} <= set(names)
     assert not any(name.startswith(("tests/", "configs/")) for name in names)
     assert "colossus = train.cli:main" in next(site.glob("*.dist-info/entry_points.txt")).read_text()
     elsewhere = tmp_path / "elsewhere"

@@ -13,6 +13,8 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, NamedTuple, get_type_hints
 
+from omegaconf import DictConfig
+
 from train import compose
 from train.channel import REQUESTS
 from train.commands import SCHEMAS
@@ -39,10 +41,11 @@ COMMANDS = {
     "replay": Command("compute a step again: do the bits agree?", "train.replay:replay", "run=llama_nano step=100"),
     "diff": Command("where two runs part, and why", "train.diff:diff", "run=[w1,w2]"),
     "resize": Command("more or fewer ranks for a run under way", "train.resize:resize", "run=llama_nano devices=4"),
+    "scale": Command("what a job would be on a large cluster", "train.scale.command:scale", "cluster=llama3_16k"),
     "runs": Command("list the runs", "train.runs:runs", "format=json"),
 }
 
-GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "faults", "experiment")
+GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "faults", "cluster", "experiment")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,7 +109,8 @@ def help_text(name: str) -> str:
     lines = [f"colossus {name} [key=value …]    {command.summary}", "", f"  {doc}", ""]
     lines += [f"  e.g.  colossus {name} {command.example}", ""]
     with compose.hydra():
-        groups = {group: compose.options(group) for group in GROUPS if issubclass(schema, Train)}
+        keys = {item.name for item in fields(schema)} | ({"experiment"} if issubclass(schema, Train) else set())
+        groups = {group: compose.options(group) for group in GROUPS if group in keys}
         values = compose.values(name)
     if groups:
         lines += ["Groups (group=variant):"]
@@ -136,5 +140,6 @@ def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _line(key: str, values: dict[str, Any], meaning: str) -> str:
     value = values.get(key)
-    shown = "" if value is None else value.name if isinstance(value, Enum) else str(value).replace(" ", "")
+    plain = "" if value is None or isinstance(value, DictConfig) else str(value).replace(" ", "")
+    shown = value.name if isinstance(value, Enum) else plain
     return f"  {key + '=' + shown:32} {meaning}".rstrip()

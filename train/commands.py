@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from train.config import ACCELERATORS, GROUPS, Train, at_least, choice, require
+from train.config import ACCELERATORS, GROUPS, Model, Train, at_least, choice, require
 from train.shapes import MODELS
 
 
@@ -144,8 +144,48 @@ class Resize:
         at_least(self, "", devices=1)
 
 
+@dataclass(slots=True, kw_only=True)
+class Scale:
+    """`colossus scale`: what a job would be on a cluster that is not here, with the projector's error beside it.
+
+    `table=IN.csv out=OUT.csv` predicts the rows of published runs, `show=validation` says what the projector is worth,
+    `show=claims` what figures say of public statements. Of the plan, what is left out (0) is searched for.
+    """
+
+    model: Model = MISSING
+    cluster: dict[str, Any] = MISSING  # a variant of configs/cluster; cluster.gpus.h100_sxm.value=1000 changes it
+    workload: str = ""  # a published model instead of model=: gpt3_175b, llama3_405b, grok1_314b, …
+    vocab: int = 128_256  # of model=
+    context: int = 0  # tokens a sequence; 0: the model's own
+    batch: int = 2048  # sequences a step, all of them
+    tokens: float = 0.0  # of the whole training; 0: 20 an active parameter (arXiv 2203.15556)
+    gpus: int = 0  # of the cluster's, at most; 0: all
+    tp: int = 0  # tensor parallel
+    pp: int = 0  # pipeline parallel
+    cp: int = 0  # context parallel
+    ep: int = 0  # expert parallel
+    micro_batch: int = 0  # sequences a forward pass
+    recompute: str = "auto"  # auto | none | selective | full
+    precision: str = "bf16"  # bf16 | fp8
+    utilization: float = 0.40  # MFU of the constant-MFU estimate beside it
+    show: str = "plan"  # plan | validation | claims
+    table: str = ""  # a CSV of runs in the published format
+    out: str = ""  # where it goes with predictions
+    format: Format = Format.table
+
+    def __post_init__(self) -> None:
+        at_least(self, "", vocab=2, context=0, batch=1, gpus=0, tp=0, pp=0, cp=0, ep=0, micro_batch=0)
+        require(0 <= self.tokens < 1e18, "tokens", f"{self.tokens:g} is no number of tokens")
+        require(0 < self.utilization < 1, "utilization", f"{self.utilization} is not in (0, 1)")
+        choice(self.recompute, "recompute", ("auto", "none", "selective", "full"))
+        choice(self.precision, "precision", ("bf16", "fp8"))
+        choice(self.show, "show", ("plan", "validation", "claims"))
+        require(bool(self.table) or not self.out, "out", "is for table=IN.csv: name that too")
+
+
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
 SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize, "export": Export}
+SCHEMAS |= {"scale": Scale}
 
 
 def register() -> None:

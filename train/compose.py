@@ -31,7 +31,7 @@ from train.faults.plan import plan
 from train.models.hf_config import adopt
 
 # The last part of keys whose values are text, quoted whole; and of those where a list [a,b] may stand as well.
-TEXT, PATHS = {"prompt", "sample", "store", "resume_from"}, {"path", "run", "runs", "cache", "out"}
+TEXT, PATHS = {"prompt", "sample", "store", "resume_from"}, {"path", "run", "runs", "cache", "table", "out"}
 
 
 @contextmanager

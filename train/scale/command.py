@@ -1,0 +1,96 @@
+"""`colossus scale`: which of its questions is asked, and the answer as tables or JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from train.commands import Format, Scale
+from train.config import Refused
+from train.scale import claims, project, tables, validation
+from train.scale.calibrate import jobs_of
+from train.scale.step_time import calibration, step_time
+
+PLAIN = ("", "model", "published", "spearman", "seconds")  # numbers that are no proportions
+ADDED = ("predicted_step_time_s", "not_predicted", "assumed")
+
+
+def scale(config: Scale) -> int:
+    """Exit code 0; raises Refused for a plan that cannot be, or a table that cannot be read."""
+    if config.table:
+        answer = predict(Path(config.table).expanduser(), Path(config.out).expanduser() if config.out else None)
+    elif config.show == "validation":
+        answer = validation.validate()
+    elif config.show == "claims":
+        answer = {"claims": claims.claims()}
+    else:
+        answer = project.project(config)
+    if config.format is Format.json:
+        print(json.dumps(answer))
+        return 0
+    console = Console(width=max(Console().width, 180), highlight=False)
+    for name, part in answer.items():
+        console.print(_table(name, part))
+    return 0
+
+
+def predict(path: Path, out: Path | None) -> dict[str, Any]:
+    """Predict each row of a table; written to `out` with three more columns, errors returned by source."""
+    header, rows = tables.rows(path)
+    runs = [tables.parse(row) for row in rows]
+    possible = [run for run in runs if run.job is not None]
+    seconds = step_time(jobs_of(possible), calibration()) if possible else np.zeros(0)
+    for run, value in zip(possible, seconds, strict=True):
+        if not np.isfinite(value) or value <= 0:
+            run.job, run.why_not = None, "the model gives no finite time for it"
+    found = {id(run): f"{value:.6g}" for run, value in zip(possible, seconds, strict=True) if run.job is not None}
+    if out is not None:
+        try:
+            with out.open("w", newline="", encoding="utf-8") as file:
+                table = csv.writer(file, lineterminator="\n")
+                table.writerow([*(key for key in header if key not in ADDED), *ADDED])
+                for run in runs:
+                    cells = [run.row[key] for key in header if key not in ADDED]
+                    table.writerow([*cells, found.get(id(run), ""), run.why_not, "; ".join(run.assumed)])
+        except OSError as error:
+            raise Refused("out", f"'{out}' cannot be written: {error}") from error
+    return {"sources": validation.errors_per_source(runs, calibration())}
+
+
+def _table(name: str, part: Any) -> Table:
+    """A part of an answer: a list of records as columns, a record as lines, figures in their unit with their tag."""
+    records = isinstance(part, list) and bool(part)
+    table = Table(title=name.replace("_", " "), title_justify="left", title_style="bold", box=None, show_header=records)
+    if records:
+        keys = list(part[0])
+        for key in keys:
+            numeric = all(isinstance(record[key], int | float | None) for record in part)
+            table.add_column(key.replace("_", " "), justify="right" if numeric else "left", max_width=48)
+        for record in part:
+            table.add_row(*(shown(record[key], key) for key in keys))
+        return table
+    for key, value in part.items() if isinstance(part, dict) else [("", part)]:
+        table.add_row(key.replace("_", " "), shown(value, key))
+    return table
+
+
+def shown(value: Any, key: str = "") -> str:
+    """A number as people read it: proportions of errors in per cent, figures with unit and tag."""
+    if isinstance(value, dict) and set(value) >= {"value", "unit", "tag"}:
+        about = f", {value['about']}" if value.get("about") else ""
+        return f"{shown(value['value'])} {value['unit']}".rstrip() + f"  ({value['tag']}{about})"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {shown(v, key)}" for k, v in value.items())
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, float) and key not in PLAIN:
+        return f"{100 * value:.1f} %"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"

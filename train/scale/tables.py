@@ -1,0 +1,192 @@
+"""Published runs, a CSV row each: from text to a job, or to the reason why not. What is missing is not guessed.
+
+A row may leave open, because one answer is the rule: the micro-batch (1), the pieces of an interleaved stage (one layer
+each where Transformer Engine's schedule is used, else one piece), the data-parallel replicas (what is left). The first
+two are named in the row's `assumed`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train.config import Refused
+from train.scale.hardware import gpus
+from train.scale.workload import FIELDS, TABLES, Recompute, Shape, Sharding, Stack, job
+
+NEEDED = ("layers", "hidden", "heads", "seq", "vocab", "ffn", "global_batch_seqs", "gpus")
+PRECISIONS = {"bf16": 0, "fp16": 0, "fp8": 1}
+
+
+@dataclass(slots=True)
+class Run:
+    """A row: the job that it describes, or why it is none; what was measured, if it says."""
+
+    row: Mapping[str, str]
+    source: str
+    job: dict[str, float] | None = None
+    why_not: str = ""
+    assumed: list[str] = field(default_factory=list)
+    measured: float = math.nan  # seconds a step
+
+    @property
+    def usable(self) -> bool:
+        """Compared with: it is measured, and somebody has found it (not quoted from memory)."""
+        return self.job is not None and self.measured > 0 and self.row.get("evidence", "").strip() != "memory"
+
+
+def source(text: str) -> str:
+    """Who measured: without the paper's number and the release of the software."""
+    return re.sub(r"\s*\(.*?\)|(?<=summary) \d.*", "", text).strip() or "unnamed"
+
+
+def published() -> list[Run]:
+    """All runs of the tables that travel with the projector."""
+    tables = [rows(path) for path in sorted(TABLES.glob("*.csv"))]
+    return [parse(row) for header, found in tables if {"gpu_type", "step_time_s"} <= set(header) for row in found]
+
+
+def rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The header and the rows of a CSV file; cells that a row lacks are empty. Raises Refused."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise Refused("table", f"'{path}' cannot be read as CSV: {error}") from error
+    if not lines or not any(cell.strip() for cell in lines[0]):
+        raise Refused("table", f"'{path}' has no header: the first line names the columns")
+    header = lines[0]
+    return header, [dict(zip(header, [*line, *[""] * len(header)], strict=False)) for line in lines[1:] if line]
+
+
+def parse(row: Mapping[str, str]) -> Run:
+    run = Run(row, source(row.get("source") or ""))
+    try:
+        _describe(run)
+    except _NotThis as reason:
+        run.job, run.why_not = None, str(reason)
+    return run
+
+
+class _NotThis(Exception):
+    pass
+
+
+def number(row: Mapping[str, str], key: str) -> float | None:
+    """A figure above 0, or None where the cell is empty. Anything else is not predicted."""
+    text = (row.get(key) or "").strip()
+    if not text:
+        return None
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:
+        raise _NotThis(f"{key}: '{text[:40]}' is no number") from None
+    if not 0 <= value < 1e18:
+        raise _NotThis(f"{key}: {text[:40]} is out of range")
+    return value
+
+
+def whole(row: Mapping[str, str], key: str, default: int) -> int:
+    value = number(row, key)
+    if value is not None and (value != int(value) or value < 1):
+        raise _NotThis(f"{key}: {value:g} is no count")
+    return default if value is None else int(value)
+
+
+def _describe(run: Run) -> None:
+    row = run.row
+    missing = [key for key in NEEDED if not number(row, key)]
+    if missing:
+        raise _NotThis(f"the row does not say {', '.join(missing)}")
+    gpu = gpus().get((row.get("gpu_type") or "").strip())
+    if gpu is None:
+        raise _NotThis(f"gpu_type: '{row.get('gpu_type', '')}' is not in configs/hardware")
+    columns = {"width": "hidden", "context": "seq", "chosen": "topk"}  # by our names, where they are not the table's
+    sizes = {key: whole(row, columns.get(key, key), 1) for key in FIELDS if key not in ("kv_heads", "gated")}
+    shape = Shape(**sizes, kv_heads=whole(row, "kv_heads", sizes["heads"]), gated=bool(number(row, "gated")))
+    if shape.width % shape.heads or shape.chosen > shape.experts:
+        raise _NotThis("hidden and heads, or topk and experts, do not fit each other")
+    precision = re.sub(r"^amp_", "", (row.get("precision") or "").strip().lower())
+    name = re.match(r"[a-z0-9]*", precision)
+    if name is None or name[0] not in PRECISIONS:
+        raise _NotThis(f"precision: '{precision}' is none of {', '.join(PRECISIONS)}")
+    plan: dict[str, float] = {"fp8": PRECISIONS[name[0]], "rowwise": "rowwise" in precision, "bf16": name[0] == "bf16"}
+    if plan["fp8"] and not gpu.fp8:
+        raise _NotThis(f"precision: {gpu.name} has no fp8")
+    plan |= _software(row)
+    plan |= {key.lower(): whole(row, key, 1) for key in ("TP", "PP", "CP", "EP")}
+    count, batch = whole(row, "gpus", 1), whole(row, "global_batch_seqs", 1)
+    split = plan["tp"] * plan["pp"] * plan["cp"]
+    if count % split:
+        raise _NotThis(f"{count} GPUs are no multiple of TP x PP x CP = {split:g}")
+    replicas = count / split
+    if plan["ep"] > max(1, replicas * plan["cp"] * plan["tp"]) or shape.experts % plan["ep"]:
+        raise _NotThis(f"EP = {plan['ep']:g} does not fit {shape.experts} experts on {count} GPUs")
+    if plan["pp"] > shape.layers + 2:
+        raise _NotThis(f"PP = {plan['pp']:g} is more than {shape.layers} layers")
+    if not number(row, "microbatch"):
+        run.assumed.append("microbatch 1")
+    share = batch / replicas
+    plan["micro_batch"] = min(whole(row, "microbatch", 1), share)  # below 1: a sequence over several replicas
+    if plan["pp"] > 1:
+        plan["chunks"] = whole(row, "VP", _chunks(run, shape.layers, int(plan["pp"]), int(plan["stack"])))
+    run.job = job(shape, gpu, gpus=count, batch=batch, **plan)  # type: ignore[arg-type]
+    run.measured = _measured(run, shape, batch, count)
+
+
+def _software(row: Mapping[str, str]) -> dict[str, float]:
+    """Whose kernels, what is sharded, what is computed again: from `framework`, `recompute` and `notes`."""
+    framework, notes = (row.get("framework") or "").lower(), (row.get("notes") or "").lower()
+    recompute, evidence = (row.get("recompute") or "").lower(), (row.get("evidence") or "").lower()
+    pytorch = "fsdp" in framework or "torchtitan" in framework
+    if "nemo" in framework or "bridge" in framework or "megatron-core" in framework:
+        stack = Stack.ENGINE
+    elif "megatron" in framework:
+        stack = Stack.MEGATRON
+    elif "llama3" in framework or "maxtext" in framework or "trainy" in evidence or "compile" in notes:
+        stack = Stack.COMPILED
+    else:
+        stack = Stack.EAGER
+    if "eager" in notes:
+        stack = Stack.EAGER
+    sharding = Sharding.NOTHING if stack == Stack.MEGATRON else Sharding.OPTIMIZER
+    if pytorch or re.search(r"fsdp=[1-9]", notes):
+        sharding = Sharding.GRADIENTS if "grad_op" in framework else Sharding.WEIGHTS
+    return {
+        "stack": stack,
+        "sharding": sharding,
+        "recompute": {"f": Recompute.FULL, "s": Recompute.SELECTIVE}.get(recompute[:1], Recompute.NOTHING),
+        "deepspeed": "deepspeed" in framework,
+        "async_tp": "async" in notes,
+        "parallel_norms": stack != Stack.MEGATRON or "sp" in recompute.split("+"),
+    }
+
+
+def _chunks(run: Run, layers: int, stages: int, stack: int) -> int:
+    interleaved = "interleaved" in (run.row.get("notes") or "").lower()
+    engine = stack == Stack.ENGINE or "llama3" in (run.row.get("framework") or "").lower()
+    chunks = round((layers + (2 if layers % stages else 0)) / stages) if engine else 2 if interleaved else 1
+    if not number(run.row, "VP"):
+        run.assumed.append(f"VP {chunks}")
+    return max(1, chunks)
+
+
+def _measured(run: Run, shape: Shape, batch: int, count: int) -> float:
+    """Seconds a step as published, or from tokens/s, or from TFLOP/s by the convention of who published them."""
+    row, tokens = run.row, batch * shape.context
+    try:
+        seconds, rate, tflops = (number(row, k) for k in ("step_time_s", "tokens_per_s", "achieved_tflops_per_gpu"))
+    except _NotThis:
+        return math.nan
+    if seconds or rate or not tflops:
+        return seconds or (tokens / rate if rate else math.nan)
+    d, layers, vocab = shape.width, shape.layers, shape.vocab
+    if "recompute" in (row.get("notes") or ""):  # hardware FLOPs, arXiv 2104.04473, equation 3
+        work = 96 * tokens * layers * d**2 * (1 + shape.context / 6 / d + vocab / 16 / layers / d)
+    else:
+        work = (6 * (shape.parameters - vocab * d) + 12 * layers * d * shape.context) * tokens
+    return work / (tflops * 1e12 * count)

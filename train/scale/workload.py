@@ -1,0 +1,169 @@
+"""Models and the plans that they are trained by, as arrays: one entry a job, so that a table is predicted at once.
+
+A job is a model's shape, a batch, a number of GPUs of one kind and how the work is cut: tensor parallel (tp), pipeline
+(pp, in `chunks` interleaved pieces a stage), context parallel (cp), experts (ep, within data parallelism), and data
+parallel over the rest. All figures of a job are numbers; `Jobs` holds a table of them by column.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train import flops
+from train.config import Model, Refused
+from train.scale.hardware import Gpu
+
+Array = NDArray[np.float64]
+TABLES = Path(__file__).parent / "tables"
+
+ARCHITECTURES = ("ampere", "ada", "hopper", "blackwell")
+
+
+class Stack(IntEnum):
+    """Whose kernels. Megatron's of 2021 to 2023 write attention scores to memory, the others use flash attention."""
+
+    EAGER, COMPILED, MEGATRON, ENGINE = range(4)  # PyTorch op by op, or compiled; Transformer Engine
+
+
+class Sharding(IntEnum):
+    """What data parallelism cuts (ZeRO 0 … 3)."""
+
+    NOTHING, OPTIMIZER, GRADIENTS, WEIGHTS = range(4)
+
+
+class Recompute(IntEnum):
+    """In the backward pass: nothing, attention's core (by PyTorch half the layer), the whole layer."""
+
+    NOTHING, SELECTIVE, FULL = range(3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A decoder-only transformer; with `experts` > 1 of its feed-forward layers a token takes `chosen`."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    gated: bool
+    vocab: int
+    context: int
+    experts: int = 1
+    chosen: int = 1
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a layer's matrices."""
+        kv = self.width // self.heads * self.kv_heads
+        return self.width * (2 * self.width + 2 * kv) + (2 + self.gated) * self.width * self.ffn * self.experts
+
+    @property
+    def parameters(self) -> int:
+        """Matrices and both embeddings; norms (less than 1 in 10,000) are left out."""
+        return self.layers * self.layer + 2 * self.vocab * self.width
+
+    @property
+    def active(self) -> int:
+        """Those that one token is multiplied with: the chosen experts, the output matrix."""
+        idle = (2 + self.gated) * self.width * self.ffn * (self.experts - self.chosen)
+        return self.layers * (self.layer - idle) + self.vocab * self.width
+
+
+def of_model(model: Model, vocab: int, context: int | None = None) -> Shape:
+    """The shape of one of our own models; raises Refused for a family that has other matrices than a Llama's."""
+    if model.family != "llama":
+        raise Refused("model", f"the projector has no shape for the family {model.family} yet")
+    m: Any = model
+    return Shape(
+        layers=m.layers,
+        width=m.width,
+        heads=m.heads,
+        kv_heads=m.kv_heads,
+        ffn=m.ffn,
+        gated=True,
+        vocab=flops.padded_vocab(vocab),
+        context=context or m.context,
+    )
+
+
+@cache
+def published() -> dict[str, tuple[Shape, dict[str, str]]]:
+    """Published models by name: shape, and the row of tables/workloads.csv (source, tag, what is assumed)."""
+    found = {}
+    for row in read(TABLES / "workloads.csv"):
+        numbers = {k: int(row[k]) for k in Shape.__dataclass_fields__ if k != "gated"}
+        found[row["name"]] = (Shape(**numbers, gated=row["gated"] == "1"), row)
+    return found
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+FIELDS = ("layers", "width", "heads", "kv_heads", "ffn", "gated", "vocab", "context", "experts", "chosen")
+PLAN = ("batch", "gpus", "tp", "pp", "cp", "ep", "chunks", "micro_batch", "recompute", "sharding", "stack", "fp8")
+KIND = ("rowwise", "async_tp", "deepspeed", "bf16", "parallel_norms")
+DEVICE = ("peak", "matmul", "fp8_matmul", "bandwidth", "bus", "nic", "domain", "architecture")
+
+
+class Jobs:
+    """A table of jobs: `jobs.width` is an array with one entry a job. See job() for how one is made."""
+
+    def __init__(self, jobs: Iterable[Mapping[str, float]]) -> None:
+        rows = list(jobs)
+        self.columns = {k: np.array([row[k] for row in rows], float) for k in (*FIELDS, *PLAN, *KIND, *DEVICE)}
+
+    def __getattr__(self, name: str) -> Array:
+        return self.__dict__["columns"][name]  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return len(self.columns["layers"])
+
+    def take(self, which: Any) -> Jobs:
+        """Those at the given indices, or where a mask is true."""
+        some = Jobs([])
+        some.columns = {k: v[which] for k, v in self.columns.items()}
+        return some
+
+    @property
+    def dp(self) -> Array:
+        """Replicas: GPUs over tp · pp · cp. Experts are spread over replicas."""
+        return self.gpus / (self.tp * self.pp * self.cp)
+
+    @property
+    def flops(self) -> Array:
+        """Of a step, PaLM's convention."""
+        idle = (2 + self.gated) * self.width * self.ffn * (self.experts - self.chosen)
+        token = (
+            6 * (self.layers * (self.layer_parameters - idle) + self.vocab * self.width)
+            + 12 * self.layers * self.width * self.context
+        )
+        return token * self.context * self.batch
+
+    @property
+    def layer_parameters(self) -> Array:
+        kv = self.width / self.heads * self.kv_heads
+        return self.width * (2 * self.width + 2 * kv) + (2 + self.gated) * self.width * self.ffn * self.experts
+
+
+def job(shape: Shape, gpu: Gpu, *, gpus: int, batch: int, stack: int, **plan: float) -> dict[str, float]:
+    """One job; what `plan` leaves out is 1, or off. `nic` overrides the GPU's own."""
+    filled: dict[str, float] = {k: float(getattr(shape, k)) for k in FIELDS}
+    filled |= dict.fromkeys(("tp", "pp", "cp", "ep", "chunks", "micro_batch"), 1.0) | dict.fromkeys(KIND, 0.0)
+    filled |= {"recompute": 0.0, "sharding": 0.0, "fp8": 0.0, "bf16": 1.0}
+    filled |= {"gpus": gpus, "batch": batch, "stack": stack}
+    filled |= {k: getattr(gpu, k) for k in ("peak", "matmul", "bandwidth", "bus", "nic", "domain")}
+    filled |= {"fp8_matmul": gpu.fp8, "architecture": ARCHITECTURES.index(gpu.architecture)}
+    filled["parallel_norms"] = float(stack != Stack.MEGATRON)
+    return filled | plan
