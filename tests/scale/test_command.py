@@ -76,6 +76,7 @@ GOOD = "x,32,4096,32,8,8192,128256,14336,1,128,64,H100-80GB-SXM,2,4,1,1,1,,bf16,
         ((",64,H100", ",60,H100"), "60 GPUs are no multiple of TP x PP x CP = 8"),
         (("x,32,4096,32", "x,32,4096,33"), "hidden and heads"),
         (("1,1,1,,bf16", "1,3,1,,bf16"), "EP = 3 does not fit"),
+        ((",128,64,", ",129,64,"), "129 is no multiple of 8 replicas"),
         (("H100-80GB-SXM,2,4,1,1,1,,bf16", "A100-80GB-SXM,2,4,1,1,1,,fp8"), "has no fp8"),
     ],
 )
@@ -99,7 +100,7 @@ def test_rows_of_other_kinds_are_predicted_and_what_is_assumed_is_said(tmp_path:
     times = [float(row["predicted_step_time_s"]) for row in found]
     assert times[2] > times[0]
     assert times[4] == times[0]
-    assert found[0]["assumed"] == "VP 8"
+    assert found[0]["assumed"] == "recompute none; VP 8"
     assert "microbatch 1" in found[1]["assumed"]
 
 

@@ -52,7 +52,9 @@ def project(config: Scale) -> dict[str, Any]:
     tokens = config.tokens or 20.0 * shape.active
     steps = tokens / (config.batch * shape.context)
     nic = float(jobs[0].nic[0])
-    gradient = exact_sum(shape.parameters / float(jobs[0].tp[0] * jobs[0].pp[0]), int(jobs[0].dp[0]), 4, nic)
+    gradient = exact_sum(
+        shape.parameters / float(jobs[0].tp[0] * jobs[0].pp[0] * jobs[0].ep[0]), int(jobs[0].dp[0]), 4, nic
+    )
     answer: dict[str, Any] = {
         "job": {
             "parameters": said(shape.parameters, "", "published" if config.workload else "configured"),
@@ -154,6 +156,7 @@ def _toll(there: Cluster, shape: Shape, used: int, step: float, steps: float, ni
     share = failures.goodput(tau, save, back["restart"], between)
     stays = failures.in_place(step, back["in_place"], between)
     simulated = failures.simulate(tau, save, back["restart"], between, days=54, runs=200)
+    ettr = failures.ettr(1 / between, back["restart"], tau, save)
     days = steps * step / share / 86400
     watts = used * power.value / node.value
     return {
@@ -162,11 +165,18 @@ def _toll(there: Cluster, shape: Shape, used: int, step: float, steps: float, ni
             "save": said(save, "s", "assumed"),
             "interval_young": said(failures.young(save, between), "s", "predicted"),
             "interval_daly": said(tau, "s", "predicted"),
+            "interval_simulated": said(
+                failures.best_by_simulation(save, back["restart"], between), "s", "predicted", "a grid of tenths"
+            ),
             "restart": said(back["restart"], "s", "assumed"),
             "goodput_restart": said(100 * share, "%", "predicted"),
+            "goodput_meta": said(100 * ettr, "%", "predicted", "first order, arXiv 2410.21680"),
             "goodput_simulated": said(100 * float(simulated.mean()), "%", "predicted", "200 runs of 54 days"),
             "in_place": said(back["in_place"], "s", "assumed"),
             "goodput_in_place": said(100 * stays, "%", "predicted"),
+        },
+        "interruptions_a_day": {
+            c["cause"]: said(c["rate"] * used * 24, "", "published", "Llama 3's rate") for c in failures.causes()
         },
         "whole": {
             "steps": said(steps, "", "predicted"),

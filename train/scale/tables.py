@@ -1,8 +1,8 @@
 """Published runs, a CSV row each: from text to a job, or to the reason why not. What is missing is not guessed.
 
 A row may leave open, because one answer is the rule: the micro-batch (1), the pieces of an interleaved stage (one layer
-each where Transformer Engine's schedule is used, else one piece), the data-parallel replicas (what is left). The first
-two are named in the row's `assumed`.
+each where Transformer Engine's schedule is used, else one piece), recomputation (none), whose kernels (PyTorch's), a
+degree of parallelism (1). Each is named in the row's `assumed`. Data parallelism is what is left of the GPUs.
 """
 
 from __future__ import annotations
@@ -128,10 +128,11 @@ def _describe(run: Run) -> None:
         raise _NotThis(f"EP = {plan['ep']:g} does not fit {shape.experts} experts on {count} GPUs")
     if plan["pp"] > shape.layers + 2:
         raise _NotThis(f"PP = {plan['pp']:g} is more than {shape.layers} layers")
-    if not number(row, "microbatch"):
-        run.assumed.append("microbatch 1")
-    share = batch / replicas
-    plan["micro_batch"] = min(whole(row, "microbatch", 1), share)  # below 1: a sequence over several replicas
+    if batch % replicas:
+        raise _NotThis(f"global_batch_seqs: {batch} is no multiple of {replicas:g} replicas")
+    plan["micro_batch"] = min(whole(row, "microbatch", 1), batch / replicas)
+    usual = {"TP": "1", "PP": "1", "microbatch": "1", "recompute": "none", "framework": "PyTorch"}
+    run.assumed += [f"{key} {value}" for key, value in usual.items() if not (row.get(key) or "").strip()]
     if plan["pp"] > 1:
         plan["chunks"] = whole(row, "VP", _chunks(run, shape.layers, int(plan["pp"]), int(plan["stack"])))
     run.job = job(shape, gpu, gpus=count, batch=batch, **plan)  # type: ignore[arg-type]
