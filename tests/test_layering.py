@@ -22,7 +22,7 @@ LAYERS = [
     ("keeper", "balance", "engine", "audit"),
     ("recovery", "run", "rerun"),
     ("supervisor",),
-    ("job", "runs", "replay", "diff", "resize"),
+    ("job", "runs", "replay", "diff", "resize", "probe"),
     ("drill",),
     ("compose", "cli", "__main__"),
 ]
@@ -41,7 +41,7 @@ WITHOUT_TORCH += [
     "manifest",
     "mirror",
 ]
-WITHOUT_TORCH += ["shapes", "verify", "resize", "drill", "faults.plan", "data.prepare", "data.stream"]
+WITHOUT_TORCH += ["shapes", "verify", "resize", "probe", "drill", "faults.plan", "data.prepare", "data.stream"]
 WITHOUT_TORCH += ["scale.command", "scale.calibrate"]
 
 
@@ -81,7 +81,7 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 13_400
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 13_700
 
 
 def test_the_projector_keeps_its_budget() -> None:

@@ -21,7 +21,7 @@ from train.buckets import Reducer
 from train.channel import Channel
 from train.config import Train
 from train.evidence import word
-from train.faults.detect import slow
+from train.faults.slow import slow
 from train.group import Group
 from train.loop import Parts, TrainState, micro_batch
 

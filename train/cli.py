@@ -41,6 +41,7 @@ COMMANDS = {
     "replay": Command("compute a step again: do the bits agree?", "train.replay:replay", "run=llama_nano step=100"),
     "diff": Command("where two runs part, and why", "train.diff:diff", "run=[w1,w2]"),
     "resize": Command("more or fewer ranks for a run under way", "train.resize:resize", "run=llama_nano devices=4"),
+    "probe": Command("what this node's devices can do; is one sick or slow?", "train.probe:probe", "check=true"),
     "scale": Command("what a job would be on a large cluster", "train.scale.command:scale", "cluster=llama3_16k"),
     "runs": Command("list the runs", "train.runs:runs", "format=json"),
 }

@@ -183,9 +183,31 @@ class Scale:
         require(bool(self.table) or not self.out, "out", "is for table=IN.csv: name that too")
 
 
+@dataclass(slots=True, kw_only=True)
+class Probe:
+    """`colossus probe`: what this node's devices can do, measured on all of them at once.
+
+    `check=true` is for before a run: exit code 1, and a line for each device that is slow, or computes other bits than
+    the others or than it did a moment ago.
+    """
+
+    devices: int | str = "auto"  # as many as `colossus train` would use
+    accelerator: str = "auto"
+    seconds: float = 3.0  # of each measurement
+    check: bool = False
+    format: Format = Format.table
+
+    def __post_init__(self) -> None:
+        choice(self.accelerator, "accelerator", ACCELERATORS)
+        require(self.devices == "auto" or isinstance(self.devices, int), "devices", "is neither auto nor a number")
+        if isinstance(self.devices, int):
+            at_least(self, "", devices=1)
+        require(self.seconds > 0, "seconds", f"{self.seconds} is no time: use a number above 0")
+
+
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
 SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize, "export": Export}
-SCHEMAS |= {"scale": Scale}
+SCHEMAS |= {"scale": Scale, "probe": Probe}
 
 
 def register() -> None:

@@ -13,8 +13,9 @@ from torch import nn
 from train import optim
 from train.balance import WINDOW
 from train.config import Optimizer, OptimizerKind
-from train.faults.detect import CHECKED, Corrupted, Guard, slow
+from train.faults.detect import CHECKED, Corrupted, Guard
 from train.faults.inject import flip
+from train.faults.slow import slow
 from train.flat import Flat
 
 STEP = ("forward", "backward", "reduce", "optimizer", "commit")

@@ -1,4 +1,4 @@
-"""What a rank can see of its own bits, and of the others' speed.
+"""What a rank can see of its own bits.
 
 A bit that flips in a stored weight or moment makes no noise: the loss goes on, a little wrong, on all ranks, since
 they all add what the sick one computed. So each rank takes a checksum of its state when a step is committed, and again
@@ -9,8 +9,7 @@ and the others go on as after any other loss. That needs no second copy, no majo
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from train.channel import Channel
@@ -21,19 +20,6 @@ from train.faults.plan import plan
 from train.optim import Stored
 
 CHECKED = ("reduce", "optimizer", "evaluation", "checkpoint", "regroup")
-
-
-SLOW = 1.3  # times what the others take
-
-
-def slow(seconds: Sequence[float]) -> dict[int, float]:
-    """The ranks that are slow, with how many times as long as the median rank each takes for the same work.
-
-    `seconds`: of each rank, for a leaf, without its waiting for others: under synchronous training the wall time of a
-    step is the same for all and names nobody. Medians over some steps, for a single one says little.
-    """
-    typical = statistics.median_low(seconds)
-    return {rank: mine / typical for rank, mine in enumerate(seconds) if mine > SLOW * typical}
 
 
 class Corrupted(Exception):

@@ -1,0 +1,162 @@
+"""`colossus probe`: what this node's devices can do, and before a run, whether one of them is sick or slow.
+
+All devices work at once, as they will in a run: cores and GPUs share memory, power and cooling. A device is compared
+with the others and with itself: the same computation must give the same bits each time and everywhere. What a slow one
+costs a run is the difference, for all wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from rich.console import Console as Rich
+from rich.table import Column, Table
+
+from train import hardware
+from train.commands import Format
+from train.commands import Probe as Config
+from train.config import DONE, FAILED, Refused
+from train.console import Console
+from train.faults.slow import slow
+from train.plan import MAX_RANKS
+from train.processes import forkserver
+
+SIDE = 1024  # of the matrices that are multiplied
+BYTES = 64 << 20  # copied at a time
+PATIENCE = 120.0  # seconds, besides those of the measurements, after which a device is given up
+
+Row = dict[str, Any]
+
+
+def probe(config: Config) -> int:
+    """Exit code 0; with `check=true` 1 where a device is slow or computes other bits, which is named."""
+    gpus = len(hardware.gpus()) if config.accelerator != "cpu" else 0
+    if config.accelerator == "cuda" and not gpus:
+        raise Refused("accelerator", "cuda: this process sees no GPU; use cpu")
+    count = config.devices if isinstance(config.devices, int) else gpus or min(hardware.cores(), MAX_RANKS)
+    if gpus and count > gpus:
+        raise Refused("devices", f"{count} are more than the {gpus} GPUs here")
+    console = Console()
+    progress = console.progress if config.format is Format.table else lambda *_: None
+    rows = _measured([f"cuda:{i}" if gpus else "cpu" for i in range(count)], config.seconds, progress)
+    console.close()
+    faults = findings(rows)
+    if config.format is Format.json:
+        print(json.dumps({"devices": rows, "findings": faults}))
+    else:
+        _show(rows)
+    for fault in faults:
+        console.error(fault)
+    if config.format is Format.table and not faults:
+        print(f"{count} device{'s' * (count > 1)}: equal bits, none of them slow")
+    return FAILED if faults and config.check else DONE
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """A line for each device that gave no answer, does not agree with itself or with most others, or is slow."""
+    found = [f"device {i} gave no answer: {row['error']}" for i, row in enumerate(rows) if "error" in row]
+    well = [(i, row) for i, row in enumerate(rows) if "error" not in row]
+    found += [f"device {i} does not compute the same bits twice" for i, row in well if len(row["digests"]) > 1]
+    steady = [(i, row["digests"][0]) for i, row in well if len(row["digests"]) == 1]
+    counts = Counter(digest for _, digest in steady).most_common()
+    if len(counts) > 1:
+        tied = counts[0][1] == counts[1][1]
+        odd = [i for i, digest in steady if tied or digest != counts[0][0]]
+        found.append(f"device{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}: other bits than the others")
+    for what, unit in (("matmul_flops", "multiplies"), ("copy_bytes_per_s", "copies")):
+        times = slow([1 / row[what] for _, row in well]) if well else {}
+        found += [f"device {well[i][0]} {unit} {x:.1f} times as slowly as the median" for i, x in times.items()]
+    return found
+
+
+def _measured(devices: Sequence[str], seconds: float, progress: Callable[[str, int, int], None]) -> list[Row]:
+    context = forkserver()
+    pipes: list[Connection] = []
+    processes = []
+    gate = context.Barrier(len(devices))
+    for device in devices:
+        ours, theirs = context.Pipe(duplex=False)
+        processes.append(context.Process(target=_device, args=(device, seconds, gate.wait, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    started = time.monotonic()
+    rows: list[Row] = [{"device": device, "error": "it is silent"} for device in devices]
+    waiting = dict(zip(pipes, range(len(devices)), strict=True))
+    try:
+        while waiting and (passed := time.monotonic() - started) < PATIENCE + 3 * seconds:
+            progress("measuring", min(int(10 * passed), int(30 * seconds)), int(30 * seconds))
+            for pipe in (one for one in wait(list(waiting), timeout=0.2) if isinstance(one, Connection)):
+                index = waiting.pop(pipe)
+                try:
+                    rows[index] = json.loads(pipe.recv_bytes())
+                except EOFError:
+                    rows[index]["error"] = "its process died"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return rows
+
+
+def _device(device: str, seconds: float, together: Callable[[float], object], connection: Connection) -> None:
+    """In a process of its own, forked with torch imported: measure a device while the others are measured too."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    place = torch.device(device)
+    dtype = torch.bfloat16 if device != "cpu" or hardware.processor()[1] else torch.float32
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(SIDE, SIDE, generator=draw).to(place, dtype) for _ in range(2))
+    source = torch.empty(BYTES, dtype=torch.uint8, device=place)
+    target = torch.empty_like(source)
+
+    def rate(action: Callable[[], object], amount: float) -> float:
+        """Median of `amount` by the seconds of one action, over `seconds`."""
+        together(PATIENCE)
+        rates, until = [], time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            began = time.perf_counter()
+            action()
+            if place.type == "cuda":
+                torch.cuda.synchronize(place)
+            rates.append(amount / (time.perf_counter() - began))
+        return statistics.median(rates)
+
+    def digest() -> str:
+        x = torch.softmax((a @ b).float() / SIDE**0.5, -1) @ b.float()
+        return hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest()[:16]
+
+    seen: list[str] = []
+    rate(lambda: seen.append(digest()), 1.0)
+    row = {
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else f"{hardware.processor()[0]} core",
+        "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "matmul_flops": rate(lambda: torch.mm(a, b), 2 * SIDE**3),
+        "copy_bytes_per_s": rate(lambda: target.copy_(source), 2 * BYTES),
+        "digests": sorted(set(seen)),
+        "digests_taken": len(seen),
+    }
+    connection.send_bytes(json.dumps(row).encode())
+
+
+def _show(rows: Sequence[Row]) -> None:
+    right = [Column(name, justify="right") for name in ("matmul TFLOP/s", "copy GB/s", "bits taken")]
+    table = Table("", Column("device", no_wrap=True), "precision", *right, Column("bits", no_wrap=True), box=None)
+    for i, row in enumerate(rows):
+        if "error" in row:
+            table.add_row(str(i), row["device"], "", "", "", "", row["error"])
+        else:
+            speeds = f"{row['matmul_flops'] / 1e12:.3g}", f"{row['copy_bytes_per_s'] / 1e9:.3g}"
+            table.add_row(
+                str(i), row["device"], row["precision"], *speeds, str(row["digests_taken"]), " ".join(row["digests"])
+            )
+    Rich(soft_wrap=True, highlight=False).print(table)
