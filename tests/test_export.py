@@ -81,7 +81,7 @@ def test_a_round_trip_is_bitwise_and_training_goes_on_from_it(family: str, tiny:
         assert (tmp_path / "once more" / name).read_bytes() == (out / name).read_bytes()
 
     states = set()
-    for world in (1, 2):
+    for world in (1, 2) if family == "grok" else (2,):
         assert cli.main(["train", *more, f"name=b{world}", f"devices={world}"]) == 0
         folder = tmp_path / f"runs/b{world}"
         states.add(json.loads((folder / "summary.json").read_text())["state_sha256"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from train.models.layers import QUERIES, RMSNorm, causal_attention, rotary_table, rotate, summed_loss
+from train.models.layers import QUERIES, RMSNorm, cached_attention, causal_attention, rotary_table, rotate, summed_loss
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
@@ -24,6 +24,21 @@ def test_blocked_attention_is_causal_attention(heads: int, kv_heads: int, length
     torch.autograd.backward([y, z], [weights, weights])
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_scores_are_scaled_and_capped_alike_whole_and_step_by_step(cap: float) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    scores = 3 * q @ k.repeat_interleave(2, 1).mT
+    scores = cap * torch.tanh(scores / cap) if cap else scores
+    past = torch.ones(9, 9).tril().bool()
+    right = torch.where(past, scores, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(causal_attention(q, k, v, scale=3, cap=cap), right)
+    kv = torch.full((2, 2, 2, 12, 8), torch.nan)
+    for start, end in ((0, 5), (5, 6), (6, 9)):
+        parts = (x[:, :, start:end] for x in (q, k, v))
+        torch.testing.assert_close(cached_attention(*parts, kv, start, scale=3, cap=cap), right[:, :, start:end])
 
 
 def test_norm_and_its_gradients_are_the_librarys() -> None:
