@@ -95,7 +95,7 @@ def test_every_family_keeps_the_law(family: str, precision: str, cells: list[tup
     more = [*FAMILIES[family], "model.context=32", "model.dropout=0.1", f"precision={precision}"]
     runs = []
     for world, sharding in cells:
-        code, folder = train(small, *more, f"name=w{world}", f"devices={world}", f"sharding={sharding}")
+        code, folder = train(small, *more, f"name=w{world}", f"devices={world}", f"sharding={sharding}", "logger=[csv]")
         assert code == 0
         evaluated = [r for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"]
         scores = [(r["loss"], r["experts"], r["balance"], r["router_z"]) for r in evaluated]
@@ -105,6 +105,9 @@ def test_every_family_keeps_the_law(family: str, precision: str, cells: list[tup
     for evaluation in evaluated:  # each of two layers has sent each token to two of five
         assert [len(layer) for layer in evaluation["experts"]] == ([5, 5] if family == "grok" else [])
         assert all(sum(layer) == 2 * evaluation["tokens"] for layer in evaluation["experts"])
+    logged = (folder / "csv/start-1/metrics.csv").read_text().splitlines()[0].split(",")
+    assert "val/loss" in logged
+    assert ({"val/balance", "val/router_z", "experts/busiest_of_layer_1"} <= set(logged)) == (family == "grok")
 
 
 def test_shares_may_be_uneven_and_are_recorded(tiny: list[str]) -> None:

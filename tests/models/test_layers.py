@@ -37,8 +37,9 @@ def test_scores_are_scaled_and_capped_alike_whole_and_step_by_step(cap: float) -
     torch.testing.assert_close(causal_attention(q, k, v, scale=3, cap=cap), right)
     kv = torch.full((2, 2, 2, 12, 8), torch.nan)
     for start, end in ((0, 5), (5, 6), (6, 9)):
-        parts = (x[:, :, start:end] for x in (q, k, v))
-        torch.testing.assert_close(cached_attention(*parts, kv, start, scale=3, cap=cap), right[:, :, start:end])
+        new_q, new_k, new_v = (x[:, :, start:end] for x in (q, k, v))
+        found = cached_attention(new_q, new_k, new_v, kv, start, scale=3, cap=cap)
+        torch.testing.assert_close(found, right[:, :, start:end])
 
 
 def test_norm_and_its_gradients_are_the_librarys() -> None:
