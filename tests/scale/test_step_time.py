@@ -13,7 +13,7 @@ from train.scale.hardware import gpus
 from train.scale.network import bus
 from train.scale.step_time import CALIBRATION, breakdown, calibration, step_time
 from train.scale.tables import Run, published, rows
-from train.scale.workload import TABLES, Array, Jobs, Shape, Sharding, Stack, job, read
+from train.scale.workload import TABLES, Array, Jobs, Recompute, Shape, Sharding, Stack, job, read
 
 SMALL = Shape(layers=8, width=4096, heads=32, kv_heads=8, ffn=14336, gated=True, vocab=128256, context=8192)
 
@@ -124,3 +124,31 @@ def test_an_expert_model_multiplies_with_the_chosen_experts_only() -> None:
     experts = dataclasses.replace(SMALL, experts=8, chosen=2)
     assert experts.active == SMALL.active + SMALL.layers * 3 * SMALL.width * SMALL.ffn
     assert experts.parameters == SMALL.parameters + 7 * SMALL.layers * 3 * SMALL.width * SMALL.ffn
+
+
+def test_memory_by_hand() -> None:
+    """Recomputing a model of one layer keeps its input and, while it is computed again, all of that layer."""
+
+    def one(layers: int, **plan: float) -> Jobs:
+        shape = dataclasses.replace(SMALL, layers=layers)
+        asked: dict[str, float] = {
+            "gpus": 64,
+            "batch": 256,
+            "stack": Stack.COMPILED,
+            "sharding": Sharding.WEIGHTS,
+        } | plan
+        return Jobs([job(shape, gpus()["h100_sxm"], **asked)])  # type: ignore[arg-type]
+
+    whole, again = memory.activations(one(1))[0], memory.activations(one(1, recompute=Recompute.FULL))[0]
+    assert again - whole == SMALL.context * 2 * SMALL.width
+    # cut over 64 replicas; or under a pipeline of 2, where bf16 weights and fp32 gradients are whole on 32
+    flat, staged = memory.state(one(8))[0], memory.state(one(8, pp=2.0))[0]
+    assert flat == SMALL.parameters * 16 / 64 + 2 * SMALL.layer
+    half = 4 * SMALL.layer + SMALL.vocab * SMALL.width
+    assert staged == half * (16 / 32 + 6)
+
+
+def test_what_is_quoted_from_memory_is_predicted_and_not_compared_with() -> None:
+    quoted = [run for run in runs() if run.row["evidence"] == "memory"]
+    assert len(quoted) == 3
+    assert all(run.job is not None and run.measured > 0 and not run.usable for run in quoted)
