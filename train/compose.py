@@ -31,7 +31,8 @@ from train.faults.plan import plan
 from train.models.hf_config import adopt
 
 # The last part of keys whose values are text, quoted whole; and of those where a list [a,b] may stand as well.
-TEXT, PATHS = {"prompt", "sample", "store", "resume_from"}, {"path", "run", "runs", "cache", "table", "out"}
+TEXT, PATHS = {"prompt", "sample", "store", "resume_from"}, {"path", "run", "runs", "cache"}
+FILES = {"table", "out"}  # the same, as whole keys only: faults.table is no path
 
 
 @contextmanager
@@ -167,7 +168,13 @@ def _quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     last = key.rsplit(".", 1)[-1].lstrip("+")
     is_list = last in PATHS and value.startswith("[")
-    if not equals or not value or is_list or last not in TEXT | PATHS or re.fullmatch(r"'.*'|\".*\"", value, re.S):
+    if (
+        not equals
+        or not value
+        or is_list
+        or not (last in TEXT | PATHS or key in FILES)
+        or re.fullmatch(r"'.*'|\".*\"", value, re.S)
+    ):
         return argument
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
     if escaped.endswith("\\"):

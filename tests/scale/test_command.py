@@ -235,6 +235,11 @@ def test_here_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "nvidia-smi" in refused("cluster=here")
 
 
+def test_paths_are_quoted_and_a_table_of_faults_is_none() -> None:
+    assert compose.config("scale", ["table=~/a b,c.csv"]).table == "~/a b,c.csv"
+    assert compose.config("train", ["faults.table={}"]).faults.table == {}
+
+
 def test_claims_and_help_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["scale", "show=claims", "format=json"]) == 0
     claims = json.loads(capsys.readouterr().out)["claims"]
