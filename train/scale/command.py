@@ -35,7 +35,7 @@ def scale(config: Scale) -> int:
         print(json.dumps(answer))
         return 0
     console = Console(width=max(Console().width, 180), highlight=False)
-    for name, part in answer.items():
+    for name, part in ((name, part) for name, part in answer.items() if part):
         console.print(_table(name, part))
     return 0
 
