@@ -1,4 +1,4 @@
-"""The shapes that models can have: a dataclass a family, whose fields are the keys `model.*` (stdlib only, no torch).
+"""The shapes that models can have: a dataclass a family, whose fields are the keys `model.*` (no torch).
 
 Not a part of `config.py`, because what a model looks like says nothing about how a run goes: families may come without
 the core growing. Each is named in MODELS, in `flops.py` by its arithmetic and in `models/build.py` by its module.

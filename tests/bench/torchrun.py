@@ -94,18 +94,10 @@ def main() -> int:
         for ranks in (2, 4):
             with tempfile.TemporaryDirectory() as folder:
                 seconds = stalls(ranks, parameters, arguments.compute, arguments.count, Path(folder))
-            rows.append(
-                {
-                    "parameters": parameters,
-                    "ranks": ranks,
-                    "kills": len(seconds),
-                    "stall_s": {"p50": quantile(seconds, 0.5), "worst": max(seconds)},
-                }
-            )
-            print(
-                f"{parameters:>10,} parameters, {ranks} ranks: p50 {rows[-1]['stall_s']['p50']:.2f} s, "
-                f"worst {max(seconds):.2f} s of {len(seconds)}"
-            )
+            half, worst = quantile(seconds, 0.5), max(seconds)
+            stall = {"p50": half, "worst": worst}
+            rows.append({"parameters": parameters, "ranks": ranks, "kills": len(seconds), "stall_s": stall})
+            print(f"{parameters:,} parameters, {ranks} ranks: p50 {half:.2f} s, worst {worst:.2f} s of {len(seconds)}")
     report.write("torchrun", "make bench-torchrun", compute_s=arguments.compute, rows=rows)
     return 0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.models import grok_reference as reference
-from train import compose
+from train import cli, compose
 from train.config import Refused
 from train.flops import active_parameters, parameters
 from train.models.build import build
@@ -241,10 +241,13 @@ def test_even_routing_has_a_balance_of_one_and_training_restores_it() -> None:
     assert 0.9 < experts(x)[1].balance < 1.1
 
 
-def test_grok_1_has_its_published_size() -> None:
+def test_grok_1_has_its_published_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "model=grok_1", "format=json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == 315_684_820_992
     config = compose.config("plan", ["model=grok_1"])
     assert parameters(config.model, 2048) == 315_684_820_992
     model = build(config.model, 2048, seed=0, device=torch.device("meta"))
     assert sum(p.numel() for p in model.parameters()) == 315_684_820_992
     idle = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3) * 6 // 8
-    assert active_parameters(config.model, 2048) == 315_684_820_992 - idle
+    assert facts["active_parameters"] == active_parameters(config.model, 2048) == 315_684_820_992 - idle

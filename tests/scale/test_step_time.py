@@ -8,7 +8,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from train.scale import calibrate, memory, validation
+from train import compose, flops
+from train.config import Refused
+from train.scale import calibrate, memory, validation, workload
 from train.scale.hardware import gpus
 from train.scale.network import bus
 from train.scale.step_time import CALIBRATION, breakdown, calibration, step_time
@@ -152,3 +154,19 @@ def test_what_is_quoted_from_memory_is_predicted_and_not_compared_with() -> None
     quoted = [run for run in runs() if run.row["evidence"] == "memory"]
     assert len(quoted) == 3
     assert all(run.job is not None and run.measured > 0 and not run.usable for run in quoted)
+
+
+@pytest.mark.parametrize("name", ["llama_8b", "gpt2_124m", "grok_1"])
+def test_our_own_models_have_the_shapes_that_the_projector_counts(name: str) -> None:
+    """Within 1 % of what flops.py counts exactly: norms, biases and positions are left out."""
+    model = compose.config("plan", [f"model={name}"]).model
+    vocab = model.vocab or 128_256
+    shape = workload.of_model(model, vocab)
+    exact = flops.active_parameters(model, vocab)  # each without the input embedding
+    assert shape.active == pytest.approx(exact, rel=0.01)
+
+
+def test_attention_that_is_not_as_wide_as_the_model_is_refused() -> None:
+    model = compose.config("plan", ["model=grok_1", "model.heads=40"]).model
+    with pytest.raises(Refused, match="not as wide"):
+        workload.of_model(model, 131_072)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train import flops
-from train.config import Model, Refused
+from train.config import Model, require
 from train.scale.hardware import Gpu
 
 Array = NDArray[np.float64]
@@ -80,20 +80,14 @@ class Shape:
 
 
 def of_model(model: Model, vocab: int, context: int | None = None) -> Shape:
-    """The shape of one of our own models; raises Refused for a family that has other matrices than a Llama's."""
-    if model.family != "llama":
-        raise Refused("model", f"the projector has no shape for the family {model.family} yet")
+    """The shape of one of our own models; raises Refused where attention is not as wide as the model."""
     m: Any = model
-    return Shape(
-        layers=m.layers,
-        width=m.width,
-        heads=m.heads,
-        kv_heads=m.kv_heads,
-        ffn=m.ffn,
-        gated=True,
-        vocab=flops.padded_vocab(vocab),
-        context=context or m.context,
-    )
+    even = getattr(m, "head_size", m.width // m.heads) * m.heads == m.width
+    require(even, "model", f"the projector has no {m.family} whose attention is not as wide as the model")
+    sizes = {name: getattr(m, name) for name in ("layers", "width", "heads", "ffn")}
+    sizes |= {name: getattr(m, name, usual) for name, usual in (("kv_heads", m.heads), ("experts", 1), ("chosen", 1))}
+    rows = flops.padded_vocab(m.vocab or vocab)
+    return Shape(**sizes, gated=m.family != "gpt2", vocab=rows, context=context or m.context)
 
 
 @cache
