@@ -190,3 +190,16 @@ def test_refusals_from_the_outside(arguments: list[str], word: str, tmp_path: Pa
 def _children_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def test_a_sweep_is_for_what_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["runs", "--multirun", "format=json,table"]) == 2
+    assert "--multirun: sweeps are for train, plan and drill" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure_to_explain() -> None:
+    command = f"set -o pipefail; {sys.executable} -m train --help | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert result.stdout.startswith("colossus train")
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from train import compose
 from train.channel import REQUESTS
 from train.commands import SCHEMAS
-from train.config import DONE, REFUSED, Refused, Train
+from train.config import DONE, FAILED, REFUSED, Refused, Train
 from train.shapes import MODELS
 
 INTERRUPTED = 130  # Ctrl-C, or another request to stop, in a command that saves nothing or has not begun
@@ -80,6 +80,8 @@ def _dispatch(arguments: list[str]) -> int:
     module, function = COMMANDS[name].entry.split(":")
     run = getattr(importlib.import_module(module), function)
     if flags & {"-m", "--multirun"}:
+        if not issubclass(SCHEMAS[name], Train):
+            raise Refused("--multirun", f"sweeps are for train, plan and drill: call {name} for each value")
         return compose.sweep(name, overrides, lambda config: _guarded(lambda: run(config)))
     return int(run(compose.config(name, overrides)))
 
@@ -93,6 +95,9 @@ def _guarded(run: Callable[[], int]) -> int:
         return REFUSED
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # who reads our output, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes
+        return FAILED
 
 
 def overview() -> str:
