@@ -30,6 +30,7 @@ from train.processes import forkserver
 
 SIDE = 1024  # of the matrices that are multiplied
 BYTES = 64 << 20  # copied at a time
+FEWEST = 3  # times that each thing is done, however long it takes
 PATIENCE = 120.0  # seconds, besides those of the measurements, after which a device is given up
 
 Row = dict[str, Any]
@@ -120,10 +121,10 @@ def _device(device: str, seconds: float, together: Callable[[float], object], co
     target = torch.empty_like(source)
 
     def rate(action: Callable[[], object], amount: float) -> float:
-        """Median of `amount` by the seconds of one action, over `seconds`."""
+        """Median of `amount` by the seconds of one action, over `seconds` or a little longer."""
         together(PATIENCE)
         rates, until = [], time.perf_counter() + seconds
-        while time.perf_counter() < until:
+        while len(rates) < FEWEST or time.perf_counter() < until:
             began = time.perf_counter()
             action()
             if place.type == "cuda":
