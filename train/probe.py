@@ -123,7 +123,8 @@ def _device(device: str, seconds: float, together: Callable[[float], object], co
     def rate(action: Callable[[], object], amount: float) -> float:
         """Median of `amount` by the seconds of one action, over `seconds` or a little longer."""
         together(PATIENCE)
-        rates, until = [], time.perf_counter() + seconds
+        rates: list[float] = []
+        until = time.perf_counter() + seconds
         while len(rates) < FEWEST or time.perf_counter() < until:
             began = time.perf_counter()
             action()
