@@ -86,6 +86,11 @@ class Supervisor:
         self._wrong: int | None = None  # the step, counted from 1, whose loss cannot be right
         self._rolled: Counter[int] = Counter()  # how often each such step has been gone back from
         self._heals = config.heals
+        for record in run.events() if config.recovery.spike else ():  # an interruption has no say in what is a spike
+            if record["kind"] == "step":
+                self._losses.spikes(record)
+            elif record["kind"] == "rollback":
+                self._rolled[record["step"]] += 1
 
     def run(self, resume: bool) -> int:
         """Start the ranks, watch them to their end, write the summary."""
@@ -306,8 +311,9 @@ class Supervisor:
 
     def _suspect(self, members: list[int]) -> None:
         """One of these computes wrongly. Who is there each time, whoever checks, has its place left empty for good."""
-        for number in [rank.slot for rank in self._ranks if rank.member in members]:
-            self._slots[number].doubts += 1
+        for rank in self._ranks:
+            if rank.member in members and rank.slot in self._slots:  # which it is not on its way out, after a resize
+                self._slots[rank.slot].doubts += 1
         worst, second = [*sorted((slot.doubts for slot in self._slots.values()), reverse=True), 0][:2]
         for number, slot in self._slots.items():
             if slot.doubts == worst >= DOUBTS and worst > second and self._heals and not slot.left_out:

@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,23 @@ def test_it_goes_back_further_each_time_and_then_gives_up(tiny: list[str], tmp_p
             shutil.rmtree(root)
         assert out == [0, 1, 3, 7, 15, 31, 31]
         assert kept[:5] == [15, 15, 15, 15, 10], "no checkpoint of a state that has seen what is left out"
+
+
+def test_an_interruption_has_no_say_in_what_is_a_spike(tiny: list[str], tmp_path: Path) -> None:
+    """The run's next start knows the losses of the one before it, and how often it went back."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=2", "recovery.spike=8"]))
+    step = {"loss_hex": "", "lr": 0.1, "grad_norm": 1.0, "tokens": 1, "seconds": 0.1, "world": 2}
+    deaf: Any = SimpleNamespace(event=lambda record: None)
+    with RunFolder(tmp_path / "run") as run:
+        run.write(config, {"digest": "d"})
+        first = supervisor.Supervisor(config, run, deaf, None, None, Requests())  # type: ignore[arg-type]
+        for i in range(1, 31):
+            first.record(events.Step(step=i, loss=2.0 + 0.01 * (i % 3), **step))  # type: ignore[arg-type]
+        first.record(events.RolledBack(step=30, left_out=[]))
+        again = supervisor.Supervisor(config, run, deaf, None, None, Requests())  # type: ignore[arg-type]
+        again.record(events.Step(step=31, loss=2.9, **step))  # type: ignore[arg-type]
+        assert again._wrong == 31
+        assert again._rolled[30] == 1
 
 
 def test_a_transient_nan_changes_no_bit(tiny: list[str]) -> None:
