@@ -286,7 +286,9 @@ class Supervisor:
             if fault["fault"] == "refused" or again:  # not bad luck
                 return self._fail(fault)
         self._fresh |= set(causes)
-        for rank in lost:
+        for rank, fault in zip(lost, faults, strict=True):
+            if fault["fault"] == "miscomputed":
+                continue  # who says so may well be healthy
             slot = self._slots.get(rank.slot, Slot())  # none, after a resize
             slot.deaths.append(self._recorded)
             recent = slot.lately(self._recorded)
