@@ -42,7 +42,7 @@ check: setup ## Lint, format and types
 test-system: setup ## Run the tests that need root or system packages; they say why where they skip
 	@$(BIN)/python -m pytest -m system -rs $(ARGS)
 
-drill: setup ## A run under 24 faults of 8 kinds and its twin without any: equal bits (about 3 minutes; ARGS: any key=value)
+drill: setup ## A run under 30 faults of 10 kinds and its twin without any: equal bits (about 3 minutes; ARGS: any key=value)
 	@rm -rf runs/drill runs/drill-twin
 	@$(BIN)/colossus drill $(ARGS)
 
