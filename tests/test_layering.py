@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
     ("config", "shapes", "events", "batch", "flops", "hardware"),
-    ("commands", "ledger", "pulse"),
+    ("commands", "ledger", "pulse", "locks"),
     ("scale", "data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets",),

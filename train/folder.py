@@ -7,7 +7,6 @@ checkpoints/   logs/   tensorboard/   csv/
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
@@ -22,7 +21,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train import events, manifest
+from train import events, locks, manifest
 from train.config import GROUPS, Refused, ResumeMode, Train, require
 from train.shapes import MODELS
 
@@ -91,7 +90,7 @@ class RunFolder:
         self.path, self.node = path, node
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = _lock(path / (".lock" if node == 0 else f".lock-{node}"))
+            lock = locks.take(path / (".lock" if node == 0 else f".lock-{node}"))
         except OSError as error:
             raise Refused(str(path), f"cannot be written ({error.strerror})") from error
         require(lock is not None, str(path), "another process is training this run: choose another name=…")
@@ -162,33 +161,25 @@ class RunFolder:
         stored = read_json(self.path / "data.json")
         if stored is not None and self.checkpointed() and stored["digest"] != data["digest"]:
             raise Refused("data", f"the corpus is not the one that {self.path} began with: choose another name=…")
-        replace(self.path / "data.json", json.dumps({**data, "left_out": (stored or {}).get("left_out", [])}, indent=1))
+        replace(self.path / "data.json", json.dumps({**data, "left_out": self.left_out()}, indent=1))
         replace(self.path / "config.yaml", to_yaml(config))
         (self.path / "summary.json").unlink(missing_ok=True)
 
-    def leave_out(self, batches: Callable[[list[int]], Iterable[int]]) -> list[int]:
-        """Let the ranks that are started from now on pass over more batches, which may depend on those so far: all."""
+    def left_out(self) -> list[int]:
+        """The batches that this run passes over, in order."""
+        return list((read_json(self.path / "data.json") or {}).get("left_out", []))
+
+    def leave_out(self, batches: Iterable[int]) -> None:
+        """Let the ranks that are started from now on pass over these too."""
         data = read_json(self.path / "data.json")
         assert data is not None, "it was written before any rank was started"
-        data["left_out"] = sorted({*data["left_out"], *batches(data["left_out"])})
+        data["left_out"] = sorted({*self.left_out(), *batches})
         replace(self.path / "data.json", json.dumps(data, indent=1))
-        return list(data["left_out"])
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds this lock for as long as it is open; None where another process does. Raises OSError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def under_way(path: Path) -> bool:
     """Whether a supervisor holds this run's folder."""
-    lock = _lock(path / ".lock")
+    lock = locks.take(path / ".lock")
     if lock is not None:
         os.close(lock)
     return lock is None

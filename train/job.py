@@ -81,7 +81,7 @@ def _fetch(
         supervisor.record(events.Warned(rank=0, text=f"passed over: {refused}"))
     here = run.checkpointed()
     if path is not None:
-        run.leave_out(lambda _: manifest.read(path).get("left_out", []))
+        run.leave_out(manifest.read(path).get("left_out", []))
         console.say(f"fetched {path.name} from {url}")
     elif not here:
         if config.resume.mode is ResumeMode.required:

@@ -23,6 +23,12 @@ from train.shapes import Grok
 MAX_RANKS = 8  # that `devices=auto` starts on one node
 
 
+def there(accelerator: str) -> tuple[str, int]:
+    """What `accelerator` means on this machine, and how many there are: GPUs, perhaps none, or CPU cores."""
+    gpus = len(hardware.gpus()) if accelerator != "cpu" else 0
+    return ("cuda", gpus) if gpus or accelerator == "cuda" else ("cpu", hardware.cores())
+
+
 def resolve(config: Train) -> Train:
     """Replace every `auto` by what it means on this machine; raises Refused where the run is impossible here."""
     if "wandb" in config.logger and importlib.util.find_spec("wandb") is None:
@@ -30,10 +36,8 @@ def resolve(config: Train) -> Train:
     ids, known = vocabulary(config), config.model.vocab
     fits = not known or ids <= known or config.data.tokenizer.kind is TokenizerKind.file  # read later, and compared
     require(fits, "model.vocab", f"{known} are fewer than the tokenizer's {ids} ids: choose another data.tokenizer")
-    gpus = hardware.gpus()
-    accelerator = config.accelerator if config.accelerator != "auto" else "cuda" if gpus else "cpu"
-    available = len(gpus) if accelerator == "cuda" else hardware.cores()
-    if accelerator == "cuda" and not gpus:
+    accelerator, available = there(config.accelerator)
+    if not available:
         raise Refused("accelerator", "cuda, but nvidia-smi shows no GPU here: use accelerator=cpu")
     ranks = config.batch.virtual_ranks // config.nodes
     if ranks < 1:
@@ -43,8 +47,8 @@ def resolve(config: Train) -> Train:
     backend = config.backend if config.backend != "auto" else "nccl" if accelerator == "cuda" else "gloo"
     if backend == "nccl" and accelerator == "cpu":
         raise Refused("backend", "nccl needs GPUs: use backend=gloo on CPUs")
-    if backend == "nccl" and devices > len(gpus):
-        raise Refused("devices", f"{devices} GPUs asked for, {len(gpus)} here (several ranks a GPU: backend=gloo)")
+    if backend == "nccl" and devices > available:
+        raise Refused("devices", f"{devices} GPUs asked for, {available} here (several ranks a GPU: backend=gloo)")
     precision, compiled, batch = config.precision, config.compile, config.batch
     if precision == "auto":
         precision = "bf16" if accelerator == "cuda" or hardware.processor()[1] else "fp32"

@@ -22,10 +22,10 @@ from rich.table import Column, Table
 from train import hardware
 from train.commands import Format
 from train.commands import Probe as Config
-from train.config import DONE, FAILED, Refused
+from train.config import DONE, FAILED, require
 from train.console import Console
 from train.faults.slow import slow
-from train.plan import MAX_RANKS
+from train.plan import MAX_RANKS, there
 from train.processes import forkserver
 
 SIDE = 1024  # of the matrices that are multiplied
@@ -38,12 +38,12 @@ Row = dict[str, Any]
 
 def probe(config: Config) -> int:
     """Exit code 0; with `check=true` 1 where a device is slow or computes other bits, which is named."""
-    gpus = len(hardware.gpus()) if config.accelerator != "cpu" else 0
-    if config.accelerator == "cuda" and not gpus:
-        raise Refused("accelerator", "cuda: this process sees no GPU; use cpu")
-    count = config.devices if isinstance(config.devices, int) else gpus or min(hardware.cores(), MAX_RANKS)
-    if gpus and count > gpus:
-        raise Refused("devices", f"{count} are more than the {gpus} GPUs here")
+    kind, available = there(config.accelerator)
+    gpus = kind == "cuda"
+    require(available > 0, "accelerator", "cuda: this process sees no GPU; use cpu")
+    usual = available if gpus else min(available, MAX_RANKS)
+    count = config.devices if isinstance(config.devices, int) else usual
+    require(not gpus or count <= available, "devices", f"{count} are more than the {available} GPUs here")
     console = Console()
     progress = console.progress if config.format is Format.table else lambda *_: None
     rows = _measured([f"cuda:{i}" if gpus else "cpu" for i in range(count)], config.seconds, progress)

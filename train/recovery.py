@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from train import events
+from train import events, optim
 from train.balance import Balance
 from train.batch import taken_over
 from train.buckets import Reducer
@@ -114,8 +114,7 @@ class Recovery:
         group, state, recorder = self.group, self.state, self.parts.recorder
         receives = not self.whole or state.step < step
         self.whole = not receives  # until all has arrived
-        pieces = state.pieces()
-        for piece in pieces:
+        for piece in state.pieces():
             group.broadcast(piece.data, source)
         last = recorder.last
         rate = torch.tensor(last.rate if last else 0.0, dtype=torch.float64)
@@ -123,9 +122,8 @@ class Recovery:
         group.broadcast(rate, source)
         if size:
             group.broadcast(numbers, source)
-        digest = torch.stack([piece.data.view(torch.int32).sum(dtype=torch.int64) for piece in pieces])
-        digests = group.all_gather(digest)
-        if not torch.equal(digests[source], digest):
+        checksum = optim.Stored(state.optimizer, state.flat).checksum()
+        if group.all_gather(torch.tensor(checksum))[source] != checksum:
             raise OtherBits(f"the state of step {step} did not arrive as rank {source} sent it")
         if receives:
             self.reducer.forget()

@@ -336,8 +336,9 @@ class Supervisor:
         for path in manifest.candidates(root):
             if (manifest.step_of(path.name) or 0) > first:
                 shutil.rmtree(path)
-        batches = self._run.leave_out(lambda out: [passing(i, out) for i in range(first, first + width)])
-        self.record(events.RolledBack(step=step, left_out=batches))
+        before = self._run.left_out()
+        self._run.leave_out(passing(i, before) for i in range(first, first + width))
+        self.record(events.RolledBack(step=step, left_out=self._run.left_out()))
         return None
 
     def _resize(self) -> None:

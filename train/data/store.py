@@ -14,7 +14,6 @@ shard waits for it, for as long as somebody holds the lock that belongs to writi
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from train import locks
 from train.config import Refused
 from train.data.order import Ints
 
@@ -85,13 +85,7 @@ def _damaged(path: Path, what: str) -> Refused:
 def lock(folder: Path) -> int | None:
     """Take the lock of a store without waiting: a descriptor that holds it until it is closed, or None."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    return locks.take(folder.with_suffix(".lock"))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -52,25 +53,28 @@ def armed(
     return Injector(planned, seat, wanted, member, channel, record, stored) if planned else channel.phase
 
 
+@dataclass(slots=True, eq=False)
 class Injector:
-    def __init__(
-        self,
-        planned: Sequence[Injection],
-        seat: Seat,
-        wanted: int,
-        member: int,
-        channel: Channel,
-        record: Path,
-        stored: Stored | None,
-    ) -> None:
-        self._seat, self._wanted, self._member, self._stored = seat, wanted, member, stored
-        self._channel, self._record = channel, record
-        self._ahead = [(one, rank) for one in planned for rank in one.ranks]  # by step
-        self._factor, self._slow_until = 1.0, 0
-        self._computing, self._since = False, 0.0
+    """The arguments are those of `armed`."""
+
+    planned: InitVar[Sequence[Injection]]
+    seat: Seat
+    wanted: int
+    member: int
+    channel: Channel
+    record: Path
+    stored: Stored | None
+    ahead: list[tuple[Injection, int]] = field(init=False)  # with the rank that each is for, by step
+    factor: float = field(init=False, default=1.0)
+    slow_until: int = field(init=False, default=0)
+    computing: bool = field(init=False, default=False)
+    since: float = field(init=False, default=0.0)
+
+    def __post_init__(self, planned: Sequence[Injection]) -> None:
+        self.ahead = [(one, rank) for one in planned for rank in one.ranks]
 
     def __call__(self, phase: str, step: int) -> None:
-        self._channel.phase(phase, step)
+        self.channel.phase(phase, step)
         self._drag(phase, step)
         while (due := self._due(phase, step)) and self._struck(*due):
             pass  # elsewhere, and forgotten here
@@ -78,38 +82,35 @@ class Injector:
             self._strike(*due, phase, step)
 
     def _due(self, phase: str, step: int) -> tuple[Injection, int] | None:
-        for one, rank in self._ahead:
+        for one, rank in self.ahead:
             if one.step > step:
                 break
-            if one.phase == phase and rank % self._seat.world == self._seat.rank and not self._takes_all(one):
+            if one.phase == phase and rank % self.seat.world == self.seat.rank and not self._takes_all(one):
                 return one, rank
         return None
 
     def _takes_all(self, one: Injection) -> bool:
         """Whether nobody would be left, though not all ranks were meant: then it waits until more are back."""
-        places = {rank % self._seat.world for rank in one.ranks}
-        return len(places) == self._seat.world and len(one.ranks) < self._wanted
+        places = {rank % self.seat.world for rank in one.ranks}
+        return len(places) == self.seat.world and len(one.ranks) < self.wanted
 
     def _struck(self, one: Injection, rank: int) -> bool:
-        with self._record.open("rb") as lines:
+        with self.record.open("rb") as lines:
             injected = [json.loads(line) for line in lines if b'"injected"' in line and line.endswith(b"\n")]
         past = {(record["id"], record["rank"]) for record in injected}
-        self._ahead = [(one, rank) for one, rank in self._ahead if (one.id, rank) not in past]
+        self.ahead = [(one, rank) for one, rank in self.ahead if (one.id, rank) not in past]
         return (one.id, rank) in past
 
     def _strike(self, one: Injection, rank: int, phase: str, step: int) -> None:
-        self._ahead.remove((one, rank))
-        said = events.Injected(id=one.id, fault=one.kind, rank=rank, member=self._member, phase=phase, step=step)
-        self._channel.send(said)
-        self._channel.settle()
+        self.ahead.remove((one, rank))
+        said = events.Injected(id=one.id, fault=one.kind, rank=rank, member=self.member, phase=phase, step=step)
+        self.channel.send(said)
+        self.channel.settle()
         if one.kind == "slow":
-            self._factor, self._slow_until = one.amount, step + one.steps
-        elif one.kind == "flip" and self._stored is not None:
-            flip([tensor for _, tensor in self._stored.tensors()], int(one.amount), one.id)
-        elif one.kind == "nan" and self._stored is not None:
-            self._stored.gradients()[0].view(-1)[0] = float("nan")
-        elif one.kind == "sdc" and self._stored is not None:
-            self._stored.gradients()[0].view(-1)[0] += 0.01  # silent data corruption: a plausible wrong number
+            self.factor, self.slow_until = one.amount, step + one.steps
+        elif one.kind in IN_MEMORY:
+            assert self.stored is not None
+            IN_MEMORY[one.kind](self.stored, one)
         elif one.kind == "exception":
             raise RuntimeError(f"a fault on order, {one.id.partition('#')[0]}")  # of two alike the cause is the same
         else:
@@ -117,9 +118,9 @@ class Injector:
 
     def _drag(self, phase: str, step: int) -> None:
         """A slow rank: what it computed since the last phase takes so much longer; waiting for others does not."""
-        if self._computing and step < self._slow_until and phase != "regroup":
-            time.sleep((time.perf_counter() - self._since) * (self._factor - 1))
-        self._computing, self._since = phase in ("forward", "backward"), time.perf_counter()
+        if self.computing and step < self.slow_until and phase != "regroup":
+            time.sleep((time.perf_counter() - self.since) * (self.factor - 1))
+        self.computing, self.since = phase in ("forward", "backward"), time.perf_counter()
 
 
 def flip(tensors: Sequence[Tensor], bits: int, seed: str) -> None:
@@ -128,6 +129,13 @@ def flip(tensors: Sequence[Tensor], bits: int, seed: str) -> None:
     for _ in range(bits):
         (tensor,) = rng.choices(tensors, sizes)
         tensor.view(torch.uint8)[rng.randrange(4 * tensor.numel())] ^= 1 << rng.randrange(8)
+
+
+IN_MEMORY: dict[str, Callable[[Stored, Injection], object]] = {
+    "flip": lambda stored, one: flip([tensor for _, tensor in stored.tensors()], int(one.amount), one.id),
+    "nan": lambda stored, one: stored.gradients()[0].view(-1)[:1].fill_(float("nan")),
+    "sdc": lambda stored, one: stored.gradients()[0].view(-1)[:1].add_(0.01),  # a plausible wrong number
+}
 
 
 def _crash(_: float) -> None:

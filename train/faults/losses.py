@@ -6,6 +6,7 @@ record: the same for any number of ranks, and after any interruption. No torch.
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -26,8 +27,8 @@ class Losses:
     def spikes(self, record: dict[str, Any]) -> bool:
         """Take a `step` event's loss; whether it stands too far above those of the steps before it."""
         step, loss = record["step"], record["loss"]
-        if loss is None:
-            return False  # not finite: the ranks have seen it themselves
+        if loss is None or math.isinf(self._spike):
+            return False  # the ranks have seen what is not finite themselves; or nobody shall look
         self._at[step] = loss
         self._at.pop(step - WINDOW - 1, None)
         before = [self._at[i] for i in range(step - WINDOW, step) if i in self._at]
