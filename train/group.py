@@ -40,6 +40,7 @@ from train.ranks import Ranks
 TIMEOUT = timedelta(minutes=30)  # of a collective; whom it waits for is the supervisor's business, which acts sooner
 SLICE = timedelta(milliseconds=50)  # of waiting, between two looks for a newer epoch
 PATIENCE = 60.0  # seconds in which the supervisor must say how it goes on after a collective has failed
+DROPPED = 1.0  # seconds in which a group that is left comes to its end; one in some hundreds never does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +204,8 @@ class Group(Ranks, Strategy):
 
         gloo has no way to end a collective but its time-out, and would write into our tensors when what it waits for
         arrives after all. Shutting its connections down ends every collective at once, here and for whoever waits for
-        this rank; who waits for another one goes by the supervisor's word.
+        this rank; who waits for another one goes by the supervisor's word. Very nearly every: now and then one that was
+        cut off in the middle waits on, and the group's end with it. That is left to a thread; nothing can reach it.
         """
         for number, inode in self._sockets:
             with contextlib.suppress(OSError):  # closed already; its number may be another's by now
@@ -212,7 +214,10 @@ class Group(Ranks, Strategy):
                         if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                             connection.shutdown(socket.SHUT_RDWR)
         self._sockets = set()
-        self.processes = None
+        held, self.processes = [self.processes], None
+        drop = threading.Thread(target=held.clear, daemon=True, name="drop")
+        drop.start()
+        drop.join(DROPPED)
         self.world = 1
 
     def leave(self) -> None:
