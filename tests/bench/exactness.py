@@ -22,7 +22,14 @@ from train.folder import read_json
 
 ODD = ["model=llama_micro", "model.layers=2", "model.width=42", "model.heads=3", "model.kv_heads=1", "model.ffn=57"]
 DEEP = ["model=llama_micro", "model.layers=3", "model.width=40", "model.heads=2", "model.kv_heads=2", "model.ffn=99"]
-SHAPES = {"odd": [*ODD, "model.tied=true"], "deep": [*DEEP, "model.tied=false", "model.dropout=0.1"]}
+GPT2 = ["model=gpt2_micro", "model.layers=2", "model.width=42", "model.heads=3", "model.dropout=0.1"]
+GROK = ["model=grok_micro", "model.width=40", "model.heads=2", "model.kv_heads=1", "model.dropout=0.1"]
+SHAPES = {
+    "odd": [*ODD, "model.tied=true"],
+    "deep": [*DEEP, "model.tied=false", "model.dropout=0.1"],
+    "gpt2": GPT2,
+    "grok": GROK,
+}
 BATCHES = {"V8": ["batch.sequences=16", "batch.virtual_ranks=8"], "V6": ["batch.sequences=12", "batch.virtual_ranks=6"]}
 RANKS = {"V8": (1, 2, 3, 4, 5, 8), "V6": (1, 2, 4, 5, 6)}
 
