@@ -13,8 +13,21 @@ PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
     ("config", "shapes", "events", "batch", "flops", "hardware"),
-    ("commands", "ledger", "pulse", "locks"),
-    ("scale", "data", "models", "optim", "flat", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
+    ("commands", "ledger", "pulse", "locks", "slots"),
+    (
+        "scale",
+        "data",
+        "models",
+        "optim",
+        "flat",
+        "nodes",
+        "summary",
+        "fingerprint",
+        "channel",
+        "manifest",
+        "ranks",
+        "slots",
+    ),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets",),
     ("reduce", "shard", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify", "export"),

@@ -35,7 +35,8 @@ def fault(time: float, member: int = 1) -> Record:
 
 
 def regroup(time: float, at: int, world: int, why: str = "lost", **more: Any) -> Record:
-    return {"kind": "regroup", "time": time, "step": at, "world": world, "why": why, "seconds": 0.5, **LEAVES, **more}
+    words = {"members": list(range(world)), "seconds": 0.5, **LEAVES, **more}
+    return {"kind": "regroup", "time": time, "step": at, "world": world, "why": why, **words}
 
 
 LEAVES = {"kept": 6, "redone": 2}
@@ -91,6 +92,11 @@ def test_a_loss_costs_its_leaves_its_detection_and_its_regrouping() -> None:
         "regrouping": 0.25 * 3 + 0.25 * 3,
         "missing": 2.25,
     }
+
+
+def test_the_death_of_one_that_stood_by_is_nobodys_time() -> None:
+    records = [start(0.0, 2), step(1.0, 1), fault(1.5, member=2), step(2.0, 2)]
+    assert spent(records) == {"steps": 4.0}
 
 
 def test_a_restart_costs_the_steps_behind_it_and_a_stop_is_nobodys_time() -> None:

@@ -9,7 +9,9 @@ how soon a replacement comes is the machine's affair.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,9 +21,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_resume import numbers, ranks
+from tests.test_resume import ENDLESS, numbers, ranks
 from tests.test_train import Running, at_step, summary, train
-from train import cli, compose, events, plan, pulse, supervisor
+from train import cli, compose, events, plan, pulse, slots, supervisor
 from train.channel import Requests
 from train.console import Console
 from train.folder import RunFolder
@@ -29,6 +31,7 @@ from train.telemetry import Recorder
 
 Record = dict[str, Any]
 LONG = ("steps=30", "eval.every=10", "checkpoint.every=10")
+MEMBER = {"named": True, "stands_by": False}
 
 
 class Twins:
@@ -231,37 +234,37 @@ def test_a_place_where_ranks_keep_dying_stays_empty_for_a_while(
         watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
         forked: list[int] = []
         monkeypatch.setattr(watch, "_fork", lambda slot, resume, joins: forked.append(slot))
-        stays = SimpleNamespace(member=0, slot=0, ready=True, fault=None, port=1, tell=lambda message: None)
+        stays = SimpleNamespace(member=0, slot=0, fault=None, port=1, tell=lambda message: None, **MEMBER)
         watch._ranks, watch._members, watch._present = [stays], [0], [0]  # type: ignore[list-item]
-        for death in range(supervisor.LIVES):
+        for death in range(slots.LIVES):
             dies = SimpleNamespace(member=1 + death, slot=1, fault=None, died_of=lambda: "killed by SIGKILL")
             assert watch._bury([dies]) == supervisor.GOES_ON  # type: ignore[list-item]
             waits = watch._slots[1].due - time.monotonic()
-            assert waits <= 0 if death == 0 else waits == pytest.approx(supervisor.BACK_OFF * 2 ** (death - 1), abs=0.5)
+            assert waits <= 0 if death == 0 else waits == pytest.approx(slots.BACK_OFF * 2 ** (death - 1), abs=0.5)
             watch._slots[1].due = 0.0
             watch._replace()
         assert forked == [1, 1]
         (warning,) = of_kind(list(run.events()), "warning")
         assert "left empty" in warning["text"]
-        watch._recorded += supervisor.QUICK
+        watch._recorded += slots.QUICK
         watch._replace()
         assert forked == [1, 1, 1]
 
 
 def test_what_the_others_are_told_of_losses_and_newcomers(tiny: list[str], tmp_path: Path) -> None:
     """A newcomer comes at the end of a step, unless that step will have no end; and alone it has no state."""
-    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=3"]))
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=4"]))
     with RunFolder(tmp_path / "run") as run:
         watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
         told: list[Record] = []
 
-        def process(member: int, ready: bool = True) -> Any:
+        def process(member: int, named: bool = True) -> Any:
             words: dict[str, Any] = {"fault": None, "left": False, "port": 1, "died_of": lambda: "killed by SIGKILL"}
             tell = lambda message: told.append(json.loads(message))  # noqa: E731
-            return SimpleNamespace(member=member, slot=member % 3, ready=ready, tell=tell, **words)
+            return SimpleNamespace(member=member, slot=member % 3, tell=tell, **words, **MEMBER | {"named": named})
 
         def joins(member: int) -> tuple[list[int], bool, str]:
-            watch._ranks.append(newcomer := process(member, ready=False))
+            watch._ranks.append(newcomer := process(member, named=False))
             watch._record(events.Ready(rank=member).record(), newcomer)
             return told[-1]["members"], told[-1]["boundary"], told[-1]["why"]
 
@@ -274,7 +277,43 @@ def test_what_the_others_are_told_of_losses_and_newcomers(tiny: list[str], tmp_p
         watch._record(events.Regroup(step=1, epoch=1, members=[0, 1], world=2, **words).record())
         assert joins(6) == ([0, 1, 5, 6], True, "joined")
         watch._ranks = watch._ranks[2:]
+        told.clear()
+        watch._ranks.append(spare := process(7, named=False))
+        watch._record(events.Ready(rank=7).record(), spare)
+        assert not told, "it stands by: there are four already"
+        watch._ranks = watch._ranks[2:]
         assert watch._bury(ranks[:2]) is None, "those that are left have no state: all start again"
+
+
+def test_a_spare_takes_the_place_of_a_lost_rank_at_once(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Rank 1, then rank 0: from the loss on there are as many ranks as before, and the bits are the same.
+
+    Ranks that find no virtual rank to host stand by as well.
+    """
+    longer = (*ENDLESS, "batch.virtual_ranks=2", "batch.sequences=4")
+    running = Running([*tiny, *longer], "name=a", "devices=2", "recovery.spares=1")
+    running.wait_for(at_step(3))
+    pids: list[int] = []
+    for lost, spares in ((1, 1), (0, 2)):
+        running.wait_for(lambda found, n=spares: len(of_kind(found, "ready")) >= n)  # type: ignore[misc]
+        pids = pids or sorted(running.children())[-3:]
+        os.kill(pids[lost], signal.SIGKILL)
+        running.wait_for(lambda found, n=spares: len(of_kind(found, "regroup")) >= n)  # type: ignore[misc]
+    assert cli.main(["resize", f"run={running.folder}", "devices=3"]) == 0
+    assert "has 2 ranks, and 1 that stand" in capsys.readouterr().out
+    running.process.send_signal(signal.SIGINT)
+    code, _, err = running.end()
+    assert code == 75, err
+    found = records(running.folder)
+    once(found)
+    assert [(r["world"], r["members"], r["why"]) for r in of_kind(found, "regroup")] == [
+        (2, [0, 2], "lost"),
+        (2, [2, 3], "lost"),
+    ]
+    steps = summary(running.folder)["steps"]
+    code, twin = train(tiny, *longer, "name=twin", "devices=1", f"steps={steps}")
+    assert numbers(running.folder) == numbers(twin)
+    assert summary(running.folder)["state_sha256"] == summary(twin)["state_sha256"]
 
 
 def test_a_loss_after_the_others_have_left_is_not_theirs_to_heal(tiny: list[str], tmp_path: Path) -> None:
@@ -330,7 +369,7 @@ def test_one_cause_that_takes_several_ranks_at_once_is_survived(tiny: list[str],
         watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
         fault = events.Fault(fault="exception", phase="reduce", rank=0, step=7, cause="OSError: no route").record()
         stays, *lost = [
-            SimpleNamespace(member=m, slot=m, ready=True, fault=fault if m else None, port=1, tell=lambda _: None)
+            SimpleNamespace(member=m, slot=m, fault=fault if m else None, port=1, tell=lambda _: None, **MEMBER)
             for m in range(4)
         ]
         watch._ranks, watch._members, watch._present = [stays], [0, 1, 2, 3], [0, 1, 2, 3]  # type: ignore[list-item]
@@ -342,19 +381,19 @@ def test_one_cause_that_takes_several_ranks_at_once_is_survived(tiny: list[str],
 
 
 def test_resize_under_way(tiny: list[str], twins: Twins, capsys: pytest.CaptureFixture[str]) -> None:
-    """2 -> 4 -> 1 -> 3 ranks while it trains; what cannot be is refused, and asking again is harmless."""
+    """2 -> 4 -> 1 -> 9 -> 3 ranks while it trains, of nine one stands by; asking again is harmless."""
     longer = ("steps=160", "eval.every=0", "checkpoint.every=100")
     running = Running([*tiny, *longer], "name=a", "devices=2")
     running.wait_for(at_step(1))
-    codes = [cli.main(["resize", f"run={running.folder}", f"devices={n}"]) for n in (4, 4, 1, 3, 9)]
-    assert codes == [0, 0, 0, 0, 2]
-    assert "share batch.virtual_ranks=8" in capsys.readouterr().err
+    codes = [cli.main(["resize", f"run={running.folder}", f"devices={n}"]) for n in (4, 4, 1, 9, 3)]
+    assert codes == [0, 0, 0, 0, 0]
+    assert "8 ranks, and 1 that stand by" in capsys.readouterr().out
     code, _, _ = running.end()
     assert code == 0
     found = survived(running.folder, tiny, twins, *longer)
     once(found)
     worlds = [record["world"] for record in of_kind(found, "regroup")]
     assert worlds[-1] == 3
-    assert {1, 4} <= set(worlds)
+    assert {1, 4, 8} <= set(worlds) <= set(range(1, 9))
     assert cli.main(["resize", f"run={running.folder}", "devices=2"]) == 2
     assert "not under way" in capsys.readouterr().err

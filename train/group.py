@@ -150,6 +150,8 @@ class Group(Ranks, Strategy):
         self._abandon()
         until = time.monotonic() + PATIENCE
         while (new := self.newer()) is None:
+            if self.membership.epoch == 0:  # a spare, which stands by
+                until = time.monotonic() + PATIENCE
             if time.monotonic() > until:
                 raise TimeoutError("the group has failed, and the supervisor does not say how to go on")
             time.sleep(0.001)

@@ -55,7 +55,7 @@ class _Sweep:
         self._part = "start_up"  # what is going on; or "running"
         self._now: float = records[0]["time"]
         self._wanted = self._present = next((r["world"] for r in records if r["kind"] in ("launch", "start")), 1)
-        self._launched, self._lost = False, set[int]()
+        self._launched, self._lost, self._members = False, set[int](), set(range(self._wanted))
         self._step, self._fresh = 0, True  # the last one; there was none since the start
         self._useful: dict[int, float] = {}  # step -> rank-seconds
         self._flight = 0.0  # rank-seconds in the step that a fault struck
@@ -105,7 +105,7 @@ class _Sweep:
             self._part = "idle"  # whatever the last one was about when it ended
         self.go_on(time, flight=True)
         self._seat(record["world"], record["world"])
-        self._part, self._launched = "start_up", True
+        self._part, self._launched, self._members = "start_up", True, set(range(record["world"]))
 
     def on_restore(self, record: Record, time: float) -> None:
         self.go_on(time, flight=True)
@@ -141,6 +141,8 @@ class _Sweep:
             self._part = "detection"
 
     def on_fault(self, record: Record, time: float) -> None:
+        if record["rank"] not in self._members:
+            return  # nobody waits for one that stood by, or was not ready yet
         self.go_on(time, flight=True)
         if self._part != "idle":
             self._part = "regrouping"
@@ -152,6 +154,7 @@ class _Sweep:
             self.go_on(max(self._now, time - record["seconds"]), flight=True)
             self._part = "regrouping"
         self.go_on(time)
+        self._members = set(record["members"])
         leaves = record["kept"] + record["redone"]
         self.lose(record["redone"] / leaves if leaves else 0.0)
         self._back_to(min(self._step, record["step"]))

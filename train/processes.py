@@ -67,7 +67,8 @@ class Rank:
     process: ForkServerProcess
     connection: Connection
     pulse: mmap.mmap
-    ready: bool  # it may be made a member
+    named: bool  # a membership has named it: it hears of all that follow
+    stands_by: bool = False  # it may be made a member
     left: bool = False  # it has said its last word
     fault: dict[str, Any] | None = None  # what it says has ended it
 
@@ -83,7 +84,7 @@ class Rank:
         theirs.close()
         if listener is not None:
             listener.close()  # the process has its own copy
-        return cls(member, slot, port, process, ours, heart, ready=not order["joins"])
+        return cls(member, slot, port, process, ours, heart, named=not order["joins"])
 
     def tell(self, message: bytes) -> None:
         with contextlib.suppress(OSError):  # it has ended by itself

@@ -2,6 +2,7 @@
 
 The wish is a file in the run's folder, which the supervisor reads and removes: whoever may write there owns the run,
 and nothing listens anywhere. It says how many ranks there shall be, not how many more: asking twice is harmless.
+Those for whom there is no virtual rank stand by: warm, without work, each ready to take a lost rank's place at once.
 """
 
 from __future__ import annotations
@@ -22,19 +23,18 @@ def resize(config: Config) -> int:
     """Exit code 0 once so many ranks train; 1 where they do not within a minute."""
     path = locate(config.run)
     run = read_train(path / "config.yaml")
-    most = run.batch.virtual_ranks
-    if config.devices > most:
-        raise Refused("devices", f"{config.devices} ranks cannot share batch.virtual_ranks={most}: use {most} or fewer")
     if not run.heals:
         why = "only one node's CPU ranks with whole states change in place"
         raise Refused("run", f"{why}: stop {config.run} and start it again with devices={config.devices}")
     if not under_way(path):
         raise Refused("run", f"{config.run} is not under way: start it with devices={config.devices}")
+    ranks = min(config.devices, run.batch.virtual_ranks)
     replace(path / WISH, json.dumps({"devices": config.devices}))
     until = time.monotonic() + PATIENCE
     while under_way(path) and time.monotonic() < until:
-        if not (path / WISH).exists() and _world(path) == config.devices:
-            print(f"{config.run} has {config.devices} rank{'s' * (config.devices > 1)}")
+        if not (path / WISH).exists() and _world(path) == ranks:
+            more = f", and {config.devices - ranks} that stand by" if config.devices > ranks else ""
+            print(f"{config.run} has {ranks} rank{'s' * (ranks > 1)}{more}")
             return DONE
         time.sleep(0.1)
     print(f"{config.run} has {_world(path)} ranks: it {'goes on' if under_way(path) else 'has ended'}")

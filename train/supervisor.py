@@ -4,14 +4,14 @@ It never imports torch. While the data is prepared, a forkserver imports torch a
 it. This process is the only writer of `events.jsonl`. The first SIGINT, SIGTERM or SIGUSR1, here or at any rank, or
 `stop_after`, makes the ranks agree on a step, save and stop; the second one here ends them at once.
 
-It alone says which processes are the ranks of the run. When one is lost it tells the others, who go on without it, and
-forks another, which joins them when it is ready. Where no rank can go on, all start again from the last checkpoint;
-where that leads nowhere, the run ends, with the cause in one line; nothing is left behind.
+It alone says which processes are the ranks of the run. When one is lost it tells the others, who go on without it, or
+with a spare that stands by, and forks another, which joins them when it is ready. Where no rank can go on, all start
+again from the last checkpoint; where that leads nowhere, the run ends, with the cause in one line; nothing is left
+behind.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
@@ -28,30 +28,13 @@ from train.data.order import passing
 from train.data.writing import Preparer
 from train.faults.losses import Losses
 from train.processes import Rank
+from train.slots import LIVES, QUICK, Slot, doubtful
 from train.summary import summarize
 
 MOURNING = 1.0  # seconds in which the others may say what a dead rank did to them, before it is named
 GOES_ON = -1  # no exit code: the ranks that are left take over
-QUICK = 20  # steps: who dies again within so many is suspected of a reason of its own
-DOUBTS = 3  # audits without agreement after which a place is left empty, if no other place has as many
-LIVES = 3  # deaths in so few steps after which a place is left empty
 POISON = ("not finite", "miscomputed")  # faults that every rank's state has part in, when one of them is seen
 TRIES = 6  # times that a step's loss may be no good, before the run fails
-BACK_OFF = 1.0  # seconds before the second replacement; twice as many before each further one
-
-
-@dataclasses.dataclass(slots=True)
-class Slot:
-    """A place for a rank on this node."""
-
-    deaths: list[int] = dataclasses.field(default_factory=list)  # the last recorded step, at each
-    due: float = 0.0  # when a replacement may be forked, on the monotonic clock
-    doubts: int = 0  # audits that its ranks took part in and that did not agree
-    left_out: bool = False  # for good
-
-    def lately(self, step: int) -> int:
-        """How many have died here in the last few steps before `step`."""
-        return sum(step - death < QUICK for death in self.deaths)
 
 
 class Supervisor:
@@ -76,7 +59,8 @@ class Supervisor:
         self._members: list[int] = []  # who shall belong together
         self._present: list[int] = []  # who does, as far as they have said
         self._ending = False  # a rank has come to the end of the run
-        self._slots = {local: Slot() for local in range(int(config.devices))}
+        self._slots: dict[int, Slot] = {}
+        self._lay_out(int(config.devices))
         self._next_member = self._epoch = self._writer_epoch = 0
         self._recorded = 0  # the last step whose event is here
         self._causes: set[tuple[Any, ...]] = set()  # of faults that were survived
@@ -114,7 +98,7 @@ class Supervisor:
 
     def _start(self, resume: bool, again: bool = False) -> None:
         """All ranks anew, from the newest checkpoint or from the beginning."""
-        used = [number for number, slot in self._slots.items() if not slot.left_out]
+        used = [number for number, slot in self._slots.items() if not slot.left_out][: self._most]
         self.record(events.Launch(world=len(used) * self._config.nodes, again=again))
         self._writer_epoch = 1 + sum(record["kind"] == "start" for record in self._run.events())
         self._next_member = self._node.index * len(self._slots)
@@ -123,6 +107,12 @@ class Supervisor:
         self._members = self._present = list(range(len(used) * self._config.nodes))
         self._ending = False
         self._publish("start")
+
+    def _lay_out(self, devices: int) -> None:
+        """Places for so many ranks on this node, and for spares: who finds no virtual rank to host is one."""
+        self._most = min(devices, self._config.batch.virtual_ranks)
+        numbers = range(devices + self._config.recovery.spares)
+        self._slots = {number: self._slots.get(number, Slot()) for number in numbers}
 
     def _fork(self, slot: int, resume: bool, joins: bool) -> None:
         config, member = self._config, self._next_member
@@ -148,6 +138,16 @@ class Supervisor:
         port = listener.getsockname()[1] if listener else 0
         self._ranks.append(Rank.fork(self._context, slot, order, listener, port))
 
+    def _admit(self, why: str = "joined") -> None:
+        """Make members of those who stand by, as far as there is work for them; tell all, if there is any change."""
+        waiting = [rank for rank in self._ranks if rank.stands_by]
+        chosen = waiting[: max(0, self._most - len(self._members))]
+        for rank in chosen:
+            rank.stands_by, rank.named = False, True
+        self._members = [*self._members, *(rank.member for rank in chosen)]
+        if chosen or why != "joined":
+            self._publish(why)
+
     def _publish(self, why: str) -> None:
         """Tell the ranks who belongs together from now on."""
         self._epoch += 1
@@ -165,7 +165,7 @@ class Supervisor:
             "why": why,
         }
         for rank in self._ranks:
-            if rank.ready:
+            if rank.named:
                 rank.tell(json.dumps(membership).encode())
 
     def _end_all(self) -> None:
@@ -238,10 +238,9 @@ class Supervisor:
         elif rank is not None and kind == "fault":
             rank.fault = record
         elif rank is not None and kind == "ready":
-            rank.ready = True
+            rank.stands_by = True
             if not self._ending:
-                self._members = [*self._members, rank.member]
-                self._publish("joined")
+                self._admit()
         elif rank is not None and kind == "asked":
             self._pass_on_stop()  # it may be lost before the others have heard of it
         elif kind == "audit":
@@ -290,10 +289,7 @@ class Supervisor:
             if fault["fault"] == "miscomputed":
                 continue  # who says so may well be healthy
             slot = self._slots.get(rank.slot, Slot())  # none, after a resize
-            slot.deaths.append(self._recorded)
-            recent = slot.lately(self._recorded)
-            slot.due = now + (BACK_OFF * 2 ** (recent - 2) if recent > 1 else 0)
-            if recent == LIVES:
+            if slot.died(self._recorded, now):
                 text = f"its place is left empty: {LIVES} processes died there within {QUICK} steps"
                 self.record(events.Warned(rank=rank.member, text=text))
         alive = {rank.member for rank in self._ranks}
@@ -303,7 +299,7 @@ class Supervisor:
             return GOES_ON  # a newcomer, or one that was on its way out
         if self._heals and not poisoned and set(left) & set(self._present):  # somebody who stays has the state
             self._members = left
-            self._publish("lost")
+            self._admit("lost")
             return GOES_ON
         if self._futile >= self._config.recovery.restarts or self._config.nodes > 1 or self._asked:
             return self._fail(faults[0])
@@ -314,14 +310,13 @@ class Supervisor:
     def _suspect(self, members: list[int]) -> None:
         """One of these computes wrongly. Who is there each time, whoever checks, has its place left empty for good."""
         for rank in self._ranks:
-            if rank.member in members and rank.slot in self._slots:  # which it is not on its way out, after a resize
+            if rank.member in members and rank.slot in self._slots:  # not on its way out, after a resize
                 self._slots[rank.slot].doubts += 1
-        worst, second = [*sorted((slot.doubts for slot in self._slots.values()), reverse=True), 0][:2]
-        for number, slot in self._slots.items():
-            if slot.doubts == worst >= DOUBTS and worst > second and self._heals and not slot.left_out:
-                slot.left_out = True
-                text = f"its place is left empty: it took part in {worst} audits whose ranks did not agree"
-                self.record(events.Warned(rank=number, text=text))
+        number = doubtful(self._slots) if self._heals else None
+        if number is not None:
+            self._slots[number].left_out = True
+            text = f"its place is left empty: it took part in {self._slots[number].doubts} audits that did not agree"
+            self.record(events.Warned(rank=number, text=text))
 
     def _roll_back(self, step: int) -> int | None:
         """All ranks start again from before `step`; the second time without its batch, then with twice as many out."""
@@ -347,17 +342,18 @@ class Supervisor:
         if not self._heals or not wish.exists():
             return
         devices = int(folder.read_json(wish)["devices"])  # type: ignore[index]
-        stay = {rank.member for rank in self._ranks if rank.slot < devices}
-        if not stay & set(self._members):
+        places = range(devices + self._config.recovery.spares)
+        staying = {rank.member for rank in self._ranks if rank.slot in places}
+        if not staying & set(self._members):
             return  # all of those are being replaced just now
         wish.unlink()
-        self._slots = {number: self._slots.get(number, Slot()) for number in range(devices)}
+        self._lay_out(devices)
         for rank in self._ranks:
-            if rank.slot >= devices and rank.member not in self._members:
+            if rank.slot not in places and rank.member not in self._members:
                 rank.process.kill()  # it was not a rank yet
-        if not stay >= set(self._members):
-            self._members = [member for member in self._members if member in stay]
-            self._publish("resized")
+        before = self._members
+        self._members = [member for member in before if member in staying][: self._most]
+        self._admit("resized" if self._members != before else "joined")
 
     def _replace(self) -> None:
         """Fork a process for each place that has none, unless too many have died there."""
@@ -365,7 +361,7 @@ class Supervisor:
             return
         for number, slot in self._slots.items():
             taken = any(rank.slot == number for rank in self._ranks)
-            if not taken and not slot.left_out and slot.lately(self._recorded) < LIVES and time.monotonic() >= slot.due:
+            if not taken and slot.takes(self._recorded, time.monotonic()):
                 self._fork(number, resume=self._run.checkpointed(), joins=True)
 
     def _culprit(self, lost: list[Rank]) -> Rank:
