@@ -58,7 +58,7 @@ bench-save: setup ## Measure: what a checkpoint costs the step that saves, and t
 bench-price: setup ## Measure: the exact run beside the best inexact one, and the parts of the difference (10 minutes)
 	@$(BIN)/python -m tests.bench.price $(ARGS)
 
-bench-exact: setup ## The table of the law: each row one state_sha256 over ranks and sharding (20 minutes; ARGS: part of a row's name)
+bench-exact: setup ## The table of the law: each row one state_sha256 over ranks and sharding (half an hour; ARGS: part of a row's name)
 	@$(BIN)/python -m tests.bench.exactness $(ARGS)
 
 bench-evidence: setup ## Measure: what the checksums of each step cost (a minute or two)
