@@ -37,7 +37,8 @@ class Balance:
         self._config, self._group, self._reducer, self._channel = config, group, reducer, channel
         self._follows = config.batch.weights == "auto"
         self._seconds: list[list[float]] = []
-        self._slow: set[int] = set()  # members that have been named, until they are as fast as the others again
+        self._slow: set[int] = set()  # members that were in the last window
+        self._named: set[int] = set()  # those of them that have been named
 
     def regrouped(self, state: TrainState, parts: Parts, joined: bool) -> None:
         """The ranks have changed: share out anew; with newcomers among them, shake hands first."""
@@ -88,9 +89,10 @@ class Balance:
     def _name(self, step: int, slow: dict[int, float]) -> None:
         members = self._group.membership.members
         now = {members[rank]: times for rank, times in slow.items()}
-        for member in sorted(now.keys() - self._slow) if self._group.rank == 0 else ():
+        again = now.keys() & self._slow  # once is noise: with more ranks than cores, every 40th window had one
+        for member in sorted(again - self._named) if self._group.rank == 0 else ():
             self._channel.send(events.Slow(rank=member, step=step, times=now[member]))
-        self._slow = set(now)
+        self._slow, self._named = set(now), again
 
     def _follow(self, step: int, seconds: list[float], why: str) -> None:
         now, better = self._reducer.hosted, self._shares([1 / s for s in seconds])
