@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-exact bench-evidence bench-stall bench-torchrun gpu-check clean
+.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-exact bench-evidence bench-stall bench-torchrun bench-healthy gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -69,6 +69,9 @@ bench-stall: setup ## Measure: how long survivors stand still after a kill, and 
 
 bench-torchrun: setup ## Measure: the same under torchrun, which restarts all ranks (minutes)
 	@$(BIN)/python -m tests.bench.torchrun $(ARGS)
+
+bench-healthy: setup ## Measure: alarms in 100,000 healthy steps (half an hour)
+	@$(BIN)/python -m tests.bench.healthy $(ARGS)
 
 gpu-check: setup ## On a machine with a GPU: what of all this holds there, in under 8 minutes
 	@$(BIN)/python -m tests.bench.gpu_check $(ARGS)

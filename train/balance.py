@@ -26,6 +26,7 @@ from train.group import Group
 from train.loop import Parts, TrainState, micro_batch
 
 WINDOW = 10  # steps of which the median counts
+LASTING = 2.0  # seconds of computing, in two windows at least, for which who is named has been slow without a pause
 GAIN = 0.1  # what the slowest rank must win for the shares to change: less is noise
 TRIALS = 3  # of the handshake's micro-batch; the first pays for warming up
 
@@ -37,8 +38,8 @@ class Balance:
         self._config, self._group, self._reducer, self._channel = config, group, reducer, channel
         self._follows = config.batch.weights == "auto"
         self._seconds: list[list[float]] = []
-        self._slow: set[int] = set()  # members that were in the last window
-        self._named: set[int] = set()  # those of them that have been named
+        self._slow: dict[int, list[float]] = {}  # members, and the seconds of the windows in which they have been
+        self._named: set[int] = set()  # of them, until they are as fast as the others again
 
     def regrouped(self, state: TrainState, parts: Parts, joined: bool) -> None:
         """The ranks have changed: share out anew; with newcomers among them, shake hands first."""
@@ -81,18 +82,22 @@ class Balance:
         self._seconds.append(seconds)
         if len(self._seconds) == WINDOW:
             medians = [statistics.median(of_rank) for of_rank in zip(*self._seconds, strict=True)]
+            loads = list(map(len, self._reducer.hosted))
+            took = sum(max(n * s for n, s in zip(loads, row, strict=True)) for row in self._seconds)
             self._seconds = []
-            self._name(step, slow(medians))
+            self._name(step, slow(medians), took)
             if self._follows:
                 self._follow(step, medians, "measured")
 
-    def _name(self, step: int, slow: dict[int, float]) -> None:
+    def _name(self, step: int, slow: dict[int, float], took: float) -> None:
+        """A window is short where steps are; and on a busy machine somebody is slow in one of forty by chance."""
         members = self._group.membership.members
-        now = {members[rank]: times for rank, times in slow.items()}
-        again = now.keys() & self._slow  # once is noise: with more ranks than cores, every 40th window had one
-        for member in sorted(again - self._named) if self._group.rank == 0 else ():
-            self._channel.send(events.Slow(rank=member, step=step, times=now[member]))
-        self._slow, self._named = set(now), again
+        times = {members[rank]: factor for rank, factor in slow.items()}
+        self._slow = {member: [*self._slow.get(member, []), took] for member in times}
+        lasting = {member for member, spans in self._slow.items() if len(spans) > 1 and sum(spans) >= LASTING}
+        for member in sorted(lasting - self._named) if self._group.rank == 0 else ():
+            self._channel.send(events.Slow(rank=member, step=step, times=times[member]))
+        self._named = lasting
 
     def _follow(self, step: int, seconds: list[float], why: str) -> None:
         now, better = self._reducer.hosted, self._shares([1 / s for s in seconds])
