@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-exact bench-evidence bench-stall bench-torchrun bench-healthy gpu-check clean
+.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-healthy gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -57,6 +57,9 @@ bench-save: setup ## Measure: what a checkpoint costs the step that saves, and t
 
 bench-price: setup ## Measure: the exact run beside the best inexact one, and the parts of the difference (10 minutes)
 	@$(BIN)/python -m tests.bench.price $(ARGS)
+
+bench-sum: setup ## Measure: the exact sum alone beside the backend's all-reduce (ten minutes)
+	@$(BIN)/python -m tests.bench.price --sum $(ARGS)
 
 bench-exact: setup ## The table of the law: each row one state_sha256 over ranks and sharding (half an hour; ARGS: part of a row's name)
 	@$(BIN)/python -m tests.bench.exactness $(ARGS)

@@ -1,14 +1,18 @@
-"""What exactness costs: `make bench-price`, or `python -m tests.bench.price`.
+"""What exactness costs: `make bench-price`, or `python -m tests.bench.price`; of the sum alone: `make bench-sum`.
 
 Beside the best inexact run that we can write (as many virtual ranks as ranks, the largest micro-batch, the backend's
 all-reduce in buckets that overlap the backward, no checksums) runs the exact one, and between the two every step of
 the way, so that the parts of the price add up. All variants live in the same processes, one thread a rank, on the
 same model and tokens, and take turns, the best run before each of the others; a figure is the median of the ratios
 of neighbouring steps. On a GPU deterministic kernels are a part of their own; on a CPU there is nothing to force.
+
+The sum alone is a smaller part than the noise of eight turns: it gets thirty by itself, in each of which the two steps
+come in the other order than in the one before.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
@@ -27,7 +31,6 @@ from train.models.build import build
 from train.ranks import Ranks
 
 SEQUENCES, LARGEST = 64, 8  # of the global batch; of a forward pass: more were not faster here
-TURNS = 8
 BEST = "fast sum, free micro-batch"
 VARIANTS = {  # from the best inexact run to the exact one, a change at a time
     BEST: ["reduce=fast", "batch.virtual_ranks={world}", "evidence.digests=false"],
@@ -77,10 +80,10 @@ def trainer(config: Train, ranks: Ranks) -> tuple[Callable[[], None], Callable[[
     return step, held
 
 
-def measure(group: Group) -> dict[str, Any]:
-    """Seconds of a step of each variant, and of the best one's step just before, by turn."""
+def measure(group: Group, names: list[str], turns: int) -> dict[str, Any]:
+    """Seconds of a step of each variant, and of the best one's step beside it, by turn."""
     ranks = Ranks.default()
-    loops = {name: trainer(config_of(overrides, group.world), ranks) for name, overrides in VARIANTS.items()}
+    loops = {name: trainer(config_of(VARIANTS[name], group.world), ranks) for name in names}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
 
     def timed(name: str) -> float:
@@ -89,16 +92,17 @@ def measure(group: Group) -> dict[str, Any]:
         loops[name][0]()
         return time.perf_counter() - began
 
-    for turn in range(TURNS + 1):  # the first one warms up
+    for turn in range(turns + 1):  # the first one warms up
         for name in loops:
-            pair = timed(BEST), timed(name)
+            order = [BEST, name][:: 1 if turn % 2 else -1]
+            one, other = timed(order[0]), timed(order[1])
             if turn:
-                seconds[name].append(pair)
+                seconds[name].append((one, other) if turn % 2 else (other, one))
     return {"seconds": seconds, "gradients": {name: held() for name, (_, held) in loops.items()}}
 
 
-def report_of(world: int) -> dict[str, Any]:
-    measured = dist.run("tests.bench.price:measure", world)[0]
+def report_of(world: int, names: list[str], turns: int) -> dict[str, Any]:
+    measured = dist.run("tests.bench.price:measure", world, names=names, turns=turns)[0]
     config = config_of([], world)
     rows = []
     for name, seconds in measured["seconds"].items():
@@ -117,14 +121,18 @@ def report_of(world: int) -> dict[str, Any]:
         "model": "llama_nano",
         "precision": config.precision,
         "tokens_per_step": config.tokens_per_step,
-        "turns": TURNS,
+        "turns": turns,
         "variants": rows,
     }
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sum", action="store_true", help="the exact sum alone, beside the backend's all-reduce")
+    options = parser.parse_args()
     dist.TIMEOUT = 3600.0
-    results = [report_of(world) for world in (2, 4)]
+    names, turns = ([BEST, "exact sum"], 30) if options.sum else (list(VARIANTS), 8)
+    results = [report_of(world, names, turns) for world in (2, 4)]
     for result in results:
         print(f"{result['ranks']} ranks, {result['tokens_per_step']:,} tokens a step, {result['precision']}")
         for row in result["variants"]:
@@ -132,7 +140,8 @@ def main() -> int:
             print(f"  {row['variant']:28} {row['tokens_per_s']:8,.0f} tokens/s", end="")
             print(f"  {row['of_best_median']:.3f} of the best (quartiles {low:.3f} … {high:.3f})", end="")
             print(f"  {row['gradient_buffers_bytes'] / 2**20:.0f} MiB of gradients")
-    report.write("price", "make bench-price", cores=torch.get_num_threads(), results=results)
+    name, command = ("sum", "make bench-sum") if options.sum else ("price", "make bench-price")
+    report.write(name, command, cores=torch.get_num_threads(), results=results)
     return 0
 
 
