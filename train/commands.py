@@ -205,9 +205,24 @@ class Probe:
         require(self.seconds > 0, "seconds", f"{self.seconds} is no time: use a number above 0")
 
 
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """`colossus report`: a run, or several side by side, as one HTML file that needs nothing else."""
+
+    run: Any = MISSING  # a folder, or a name under runs/; [a,b,…]: several
+    out: str = ""  # the file; empty: report.html in the run's folder, of several one beside the first's
+
+    def __post_init__(self) -> None:
+        require(bool(self.names) and all(self.names), "run", "names no run: write run=NAME, or run=[a,b]")
+
+    @property
+    def names(self) -> list[str]:
+        return [str(name) for name in self.run] if isinstance(self.run, list) else [str(self.run)]
+
+
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
 SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize, "export": Export}
-SCHEMAS |= {"scale": Scale, "probe": Probe}
+SCHEMAS |= {"scale": Scale, "probe": Probe, "report": Report}
 
 
 def register() -> None:

@@ -371,6 +371,7 @@ class Train:
     resume: Resume = MISSING
     faults: Faults = field(default_factory=Faults)
     log: Log = field(default_factory=Log)
+    report: bool = True  # report.html in the run's folder at its end
     resume_from: str = ""  # a URL or folder of checkpoints; its newest is fetched where it is newer than what is here
     sample: str = ""  # a prompt to continue at the end of the run; empty: the corpus's own beginning
 

@@ -2,7 +2,7 @@
 
 config.yaml    the resolved configuration        events.jsonl   what happened, across restarts
 data.json      which tokens it was trained on    summary.json   how it ended
-checkpoints/   logs/   tensorboard/   csv/
+checkpoints/   logs/   tensorboard/   csv/      report.html    all of it to look at
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from train.shapes import MODELS
 
 # What may differ between the nodes of a run: each one's own affair. The rest steers what the ranks do together.
 LOCAL = (
-    *("name", "runs", "devices", "backend", "stop_after", "logger", "log", "sample", "resume", "resume_from"),
+    *("name", "runs", "devices", "backend", "stop_after", "logger", "log", "sample", "report", "resume", "resume_from"),
     *("data.cache", "data.path", "data.parts.*.path", "data.tokenizer.path"),  # the corpus's digest is compared
 )
 # What may change when a run is continued: nothing here has a say in the bits.

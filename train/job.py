@@ -54,7 +54,12 @@ def _train(config: Train, run: folder.RunFolder, console: Console, requests: Req
         if origin is not None and run.node == 0:
             resume = _fetch(origin, prepared.digest, config, run, supervisor, console) or resume
         requests.hold()
-        return supervisor.run(resume)
+        code = supervisor.run(resume)
+        if config.report and run.node == 0:
+            from train.report.command import leave_behind  # numpy, which no refusal shall wait for
+
+            console.say(leave_behind(run.path))
+        return code
     finally:
         if preparer is not None:
             preparer.stop()

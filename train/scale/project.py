@@ -6,6 +6,7 @@ pieces of one layer. Each number has its tag; predicted ones the mean error on p
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -128,6 +129,7 @@ def _jobs(config: Scale, shape: Shape, there: Cluster, gpu: Gpu, plans: list[dic
     return Jobs([job(shape, gpu, batch=config.batch, **fixed, **plan) for plan in plans])  # type: ignore[arg-type]
 
 
+@cache
 def held_out() -> tuple[float, float]:
     """Mean absolute error and mean bias of step time, over the sources that were never fitted."""
     runs = [run for run in runs_published() if run.usable and run.source not in SOURCES]

@@ -1,0 +1,1 @@
+"""The report: a page about one run or several, from their folders alone."""
