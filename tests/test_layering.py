@@ -35,7 +35,7 @@ LAYERS = [
     ("keeper", "balance", "engine", "audit"),
     ("recovery", "run", "rerun"),
     ("supervisor", "report"),
-    ("job", "runs", "replay", "diff", "resize", "probe"),
+    ("job", "runs", "replay", "diff", "resize", "probe", "watch"),
     ("drill",),
     ("cli", "__main__"),
 ]
@@ -55,7 +55,7 @@ WITHOUT_TORCH += [
     "mirror",
 ]
 WITHOUT_TORCH += ["shapes", "verify", "resize", "probe", "drill", "faults.plan", "data.prepare", "data.stream"]
-WITHOUT_TORCH += ["scale.command", "scale.calibrate", "report.command"]
+WITHOUT_TORCH += ["scale.command", "scale.calibrate", "report.command", "watch"]
 
 
 def imports(path: Path) -> set[str]:

@@ -220,9 +220,23 @@ class Report:
         return [str(name) for name in self.run] if isinstance(self.run, list) else [str(self.run)]
 
 
+@dataclass(slots=True, kw_only=True)
+class Watch:
+    """`colossus watch`: a run while it goes on, in the terminal; ends with it. It only reads the run's folder."""
+
+    run: str = MISSING  # a folder, or a name under runs/
+    every: float = 1.0  # seconds between looks
+    web: bool = False  # its report instead, for a browser on this machine, made anew every few seconds
+    port: int = 0  # of web=true, on 127.0.0.1; 0: any that is free
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "every", f"{self.every} is no time: use a number above 0")
+        require(0 <= self.port < 65_536, "port", f"{self.port} is no port: use 0 … 65535")
+
+
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
 SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize, "export": Export}
-SCHEMAS |= {"scale": Scale, "probe": Probe, "report": Report}
+SCHEMAS |= {"scale": Scale, "probe": Probe, "report": Report, "watch": Watch}
 
 
 def register() -> None:

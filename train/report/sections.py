@@ -8,7 +8,7 @@ from train.ledger import PARTS
 from train.report import settings
 from train.report.chart import Series, chart, smooth
 from train.report.record import Record, Run
-from train.report.words import NONE, esc, lasting, number, percent, si, table
+from train.report.words import NONE, esc, lasting, number, percent, plain, si, table
 
 GROUPS = {  # of the ledger's parts: useful, lost to faults, the run's own upkeep
     "good": ("steps",),
@@ -29,7 +29,7 @@ def headline(run: Run) -> str:
         ("validation", unit, number(score)),
         ("throughput", "tokens/s", si(found["tokens_per_s"])),
         ("model FLOPs utilization", "", percent(found["mfu"])),
-        ("goodput", "of rank-seconds", percent(ledger["share"] if ledger["wall_s"] else None)),
+        ("goodput", "", percent(ledger["share"] if ledger["wall_s"] else None)),
         ("wall time", "", lasting(ledger["wall_s"])),
         ("ranks", "", esc(", ".join(map(str, worlds)) or NONE)),
     ]
@@ -86,7 +86,7 @@ def curves(runs: list[Run]) -> str:
         note = more.get("note", "")
         if one and more.get("mean") and series and len(series[0].x) >= 100:
             window = max(5, len(series[0].x) // 50)
-            raw, note = series[0], f"pale: every step; line: the mean of {window} steps"
+            raw, note = series[0], f"pale: every step; line: the mean of {window:,} steps"
             line = Series(name="mean", x=raw.x, y=smooth(raw.y, window))
             series = [Series(name="steps", x=raw.x, y=raw.y, faint=True), line]
         return chart(title, unit, series, zero=zero, note=note)
@@ -185,11 +185,6 @@ def samples(run: Run) -> str:
         f"<figure><figcaption>after step {r['step']:,}</figcaption><pre>{esc(plain(r['sample']))}</pre></figure>"
         for r in ends
     )
-
-
-def plain(text: str) -> str:
-    """Without what no screen shows: a young model writes any byte."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
 
 
 def configuration(run: Run) -> str:

@@ -14,6 +14,11 @@ def esc(value: Any) -> str:
     return html.escape(str(value))
 
 
+def plain(text: str) -> str:
+    """Without what no screen shows: a young model writes any byte."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
+
+
 def number(value: Any, digits: int = 4) -> str:
     """So many significant digits, thousands apart: 0.04123, 12.34, 1,234,567."""
     if not isinstance(value, int | float) or not math.isfinite(value):
