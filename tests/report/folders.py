@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +70,19 @@ def struck() -> list[Record]:
     return sorted(lines(10, world=3) + [event.record() for event in found], key=lambda record: record["time"])
 
 
+@cache
+def _composed(overrides: tuple[str, ...]) -> Train:
+    config = compose.config("train", [*overrides, "name=x"])
+    assert isinstance(config, Train)
+    return config
+
+
 def leave(path: Path, found: list[Record], overrides: list[str]) -> Path:
     """Make the folder of a run with these events and settings."""
     path.mkdir(parents=True)
     steps = max((record["step"] for record in found if record["kind"] == "step"), default=1)
-    config = compose.config("train", [*overrides, "name=x", f"steps={steps}"])
-    assert isinstance(config, Train)
-    config.name = path.name
+    elsewhere = (override for override in overrides if not override.startswith("runs="))
+    config = replace(_composed(tuple(elsewhere)), name=path.name, steps=steps)
     (path / "config.yaml").write_text(folder.to_yaml(config))
     (path / "data.json").write_text(json.dumps({"digest": "x", "vocab": 300}))
     with (path / "events.jsonl").open("w") as file:

@@ -6,8 +6,6 @@ import http.client
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -123,19 +121,17 @@ def test_it_ends_with_the_run(tmp_path: Path, tiny: list[str], capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("web", ["true", "false"])
-def test_ctrl_c_is_quiet(web: str, tmp_path: Path, tiny: list[str]) -> None:
+def test_ctrl_c_is_quiet(
+    web: str, tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = leave(tmp_path / "a", lines(20), tiny)
     unfinished(path)
     lock = locks.take(path / ".lock")
-    code = f"import sys; from train.cli import main; sys.exit(main(['watch', 'run={path}', 'web={web}']))"
-    command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(4.0)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
     assert lock is not None
+    monkeypatch.setattr("train.watch.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert cli.main(["watch", f"run={path}", f"web={web}"]) == 0
     os.close(lock)
-    assert (process.returncode, err) == (0, "")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture
