@@ -45,9 +45,7 @@ def main() -> None:
             file.writelines(json.dumps(record) + "\n" for record in late)
         _, again = timed(run.refresh)
     figures: dict[str, Any] = {"steps": steps, "events_mb": round(size / 1e6, 1), "read": read, "page": made}
-    report.write(
-        "long_report", "make bench-report", **figures, again=again, html_mb=round(len(text.encode()) / 1e6, 2)
-    )
+    report.write("long_report", "make bench-report", **figures, again=again, html_mb=round(len(text.encode()) / 1e6, 2))
     print(json.dumps(figures | {"again": again}))
 
 

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.report.folders import BEGUN, SPIKED, launched, leave, lines, started, struck
 from train import cli, compose, events
@@ -249,9 +250,19 @@ def test_every_run_leaves_its_report_and_none_fails_of_it(
 ) -> None:
     assert cli.main(["train", *tiny, "name=quiet", "devices=1", "steps=2"]) == 0
     assert not (tmp_path / "runs/quiet/report.html").exists()
-    assert cli.main(["train", *tiny, "name=a", "devices=1", "steps=2", "report=true"]) == 0
-    assert ">done<" in (tmp_path / "runs/a/report.html").read_text()
     (tmp_path / "runs/b/report.html/in the way").mkdir(parents=True)
     capfd.readouterr()
     assert cli.main(["train", *tiny, "name=b", "devices=1", "steps=2", "report=true"]) == 0
     assert "warning: no report was written" in capfd.readouterr().out
+
+
+def test_loggers_get_the_names_that_people_expect(tmp_path: Path, tiny: list[str]) -> None:
+    more = ["name=a", "devices=1", "report=true", "logger=[csv,tensorboard]"]
+    assert cli.main(["train", *tiny, *more]) == 0
+    assert ">done<" in (tmp_path / "runs/a/report.html").read_text()
+    names = {"train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/mfu", "val/loss", "val/bpb"}
+    (table,) = (tmp_path / "runs/a/csv").rglob("metrics.csv")
+    assert names <= set(table.read_text().splitlines()[0].split(","))
+    found = EventAccumulator(str(tmp_path / "runs/a/tensorboard"))
+    found.Reload()
+    assert names <= set(found.Tags()["scalars"])
