@@ -94,11 +94,17 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2503
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 14_600
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 14_860
 
 
 def test_the_projector_keeps_its_budget() -> None:
     assert sum(len(path.read_text().splitlines()) for path in (PACKAGE / "scale").glob("*.py")) <= 1500
+
+
+def test_the_report_keeps_its_budget() -> None:
+    """With the live view; nothing imports it but who starts a run, to leave a report behind."""
+    rooms = [*(PACKAGE / "report").glob("*.py"), PACKAGE / "watch.py"]
+    assert sum(len(path.read_text().splitlines()) for path in rooms) <= 1225
 
 
 def test_the_sum_needs_no_lightning() -> None:

@@ -166,6 +166,18 @@ def test_a_broken_run_shows_what_there_is(tmp_path: Path, tiny: list[str]) -> No
     assert "No step was recorded" in shown(path)
 
 
+def test_what_a_restart_went_back_behind_is_not_drawn(tmp_path: Path, tiny: list[str]) -> None:
+    """Steps 1 to 20, again from 10 on, to 15; one loss was no number."""
+    first, again = lines(20)[:-1], [r for r in lines(20) if 10 < r.get("step", 0) <= 15]
+    for record in again:
+        record |= {"loss": 7.0 if record["step"] != 12 else None} if record["kind"] == "step" else {}
+    run = Run(leave(tmp_path / "a", [*first, started(BEGUN + 9, 2, 10, 20), *again], tiny), held=True)
+    assert list(run.steps) == list(range(1, 16))
+    assert [run.steps[n]["loss"] for n in (11, 12, 13)] == [7.0, None, 7.0]
+    (path,) = re.findall(r'<b>Training loss.*?class="line c0" d="(.*?)"', page([run]))
+    assert path.count("M") == 2  # the gap
+
+
 def test_values_of_the_wrong_type_cost_their_section_only(tmp_path: Path, tiny: list[str]) -> None:
     path = leave(tmp_path / "a", lines(20), tiny)
     text = (path / "events.jsonl").read_text().replace('"state_sha256":"d0', '"sample2":1,"state_sha256":"d0')

@@ -128,17 +128,9 @@ def xlabel(i: int, share: float, text: str) -> str:
     return f'<span class="x{" odd" * (i % 2)}" style="left:{100 * share:.2f}%">{text}</span>'
 
 
-def figure(
-    title: str,
-    head: str,
-    labels: list[str],
-    drawn: list[str],
-    high: int,
-    kind: str = "",
-    size: str = "",
-    note: str = "",
-) -> str:
-    """A plot of WIDE by `high` units, with its labels beside it."""
+def figure(title: str, head: str, labels: list[str], drawn: list[str], high: int, **more: str) -> str:
+    """A plot of WIDE by `high` units, with its labels beside it. `more`: note, kind (a class), size (a style)."""
+    kind, size, note = (more.get(name, "") for name in ("kind", "size", "note"))
     after = f'<p class="note">{esc(note)}</p>' if note else ""
     return (
         f'<figure class="chart {kind}"><figcaption>{head}</figcaption>'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from train.report import sections, timeline
 from train.report.colossus import projected
@@ -12,6 +13,7 @@ from train.report.settings import differing
 from train.report.words import NONE, esc, lasting, number, percent, si, table
 
 STYLE = Path(__file__).with_name("style.css")
+Of = TypeVar("Of")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
@@ -68,25 +70,18 @@ def presences(runs: list[Run]) -> str:
     return "".join(f"<h3>{esc(run.name)}</h3>{timeline.draw(run.records)}" for run in runs)
 
 
-Section = Callable[[list[Run]], str]
-
-
-def of_one(section: Callable[[Run], str]) -> Section:
-    return lambda runs: section(runs[0])
-
-
-ONE: dict[str, Section] = {
-    "": of_one(sections.headline),
-    "Learning": sections.curves,
-    "Who was there": of_one(lambda run: timeline.draw(run.records)),
-    "Where the time went": of_one(sections.goodput),
-    "Experts": of_one(sections.experts),
-    "In its own words": of_one(sections.samples),
-    "This run on Colossus": of_one(projected),
-    "Settings": of_one(sections.configuration),
-    "Environment": of_one(sections.environment),
+ONE: dict[str, Callable[[Run], str]] = {
+    "": sections.headline,
+    "Learning": lambda run: sections.curves([run]),
+    "Who was there": lambda run: timeline.draw(run.records),
+    "Where the time went": sections.goodput,
+    "Experts": sections.experts,
+    "In its own words": sections.samples,
+    "This run on Colossus": projected,
+    "Settings": sections.configuration,
+    "Environment": sections.environment,
 }
-SEVERAL: dict[str, Section] = {
+SEVERAL: dict[str, Callable[[list[Run]], str]] = {
     "": beside,
     "Learning": sections.curves,
     "What differs": differences,
@@ -97,10 +92,12 @@ SEVERAL: dict[str, Section] = {
 
 def page(runs: list[Run], refresh: int = 0) -> str:
     """HTML; `refresh`: seconds after which a browser asks for it again, 0: never."""
-    body = ""
-    for title, section in (ONE if len(runs) == 1 else SEVERAL).items():
-        if content := _guarded(title, section, runs):
-            body += f"<section>{f'<h2>{title}</h2>' if title else ''}{content}</section>"
+    if len(runs) == 1:
+        parts = {title: _guarded(title, section, runs[0]) for title, section in ONE.items()}
+    else:
+        parts = {title: _guarded(title, section, runs) for title, section in SEVERAL.items()}
+    heads = {title: f"<h2>{title}</h2>" if title else "" for title in parts}
+    body = "".join(f"<section>{heads[title]}{content}</section>" for title, content in parts.items() if content)
     name = esc(" · ".join(run.name for run in runs))
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     return (
@@ -114,10 +111,10 @@ def page(runs: list[Run], refresh: int = 0) -> str:
     )
 
 
-def _guarded(title: str, section: Section, runs: list[Run]) -> str:
+def _guarded(title: str, section: Callable[[Of], str], of: Of) -> str:
     """A section, or the line that it cannot be made: what a broken run still says is shown."""
     try:
-        return section(runs)
+        return section(of)
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         why = esc(f"{title or 'The headline'} cannot be made of this record ({type(error).__name__}: {error}).")
         return f'<p class="trouble">{why}</p>'

@@ -65,7 +65,7 @@ def _trouble(run: Run, state: str) -> str:
 def curves(runs: list[Run]) -> str:
     """All line charts; of several runs one over the other, dashed where a run's bits are an earlier one's."""
     one = len(runs) == 1
-    steps = [[run.steps[n] for n in sorted(run.steps)] for run in runs]
+    steps = [list(run.steps.values()) for run in runs]
     paces = [run.of("throughput") for run in runs]
     scores = [run.of("eval") for run in runs]
     digests = [run.summary["state_sha256"] for run in runs]
@@ -75,11 +75,9 @@ def curves(runs: list[Run]) -> str:
         factor, dots, zero = more.get("factor", 1.0), more.get("dots", False), more.get("zero", False)
         series = []
         for i, (run, some) in enumerate(zip(runs, records, strict=True)):
-            there = [r for r in some if r.get(key) is not None]
-            there = [
-                r for r, after in zip(there, [*there[1:], None], strict=False) if not after or r["step"] < after["step"]
-            ]
-            x, y = [r["step"] for r in there], [factor * r[key] for r in there]
+            found = {r["step"]: r.get(key) for r in some}  # of a step that was done again the last counts
+            x = sorted(found)
+            y = [None if found[n] is None else factor * found[n] for n in x]
             name = title if one else run.name + (" (same bits)" if same[i] else "")
             if x:
                 series.append(Series(name=name, x=x, y=y, color=i, dots=dots and len(x) < 60, dashed=same[i]))
@@ -93,7 +91,7 @@ def curves(runs: list[Run]) -> str:
 
     bpb = any(r["bpb"] is not None for some in scores for r in some)
     valid = ("bits per byte", "bpb") if bpb else ("nats per token", "loss")
-    charts = [
+    charts = (
         drawn("Training loss", "nats per token", steps, "loss", mean=True),
         drawn("Validation", valid[0], scores, valid[1], dots=True, note=_gzip(runs) if bpb else ""),
         drawn("Gradient norm", "before clipping", steps, "grad_norm", mean=True),
@@ -102,9 +100,8 @@ def curves(runs: list[Run]) -> str:
         drawn("MFU", "% of the devices' dense peak", paces, "mfu", factor=100, zero=True),
         drawn("Memory", "GiB, peak of rank 0", paces, "memory_bytes", factor=2**-30, zero=True),
         drawn("Time a step", "s", steps, "seconds"),
-    ]
-    found = "".join(charts)
-    return f'<div class="grid2">{found}</div>' if found else "<p>No step was recorded.</p>"
+    )
+    return f'<div class="grid2">{"".join(charts)}</div>' if any(charts) else "<p>No step was recorded.</p>"
 
 
 def _gzip(runs: list[Run]) -> str:

@@ -137,7 +137,7 @@ def draw(records: list[Record]) -> str:
     kinds = {mark[0] for mark in found.marks}
     key = "".join(f'<span class="k m-{kind}">{SIGNS[kind][0]}</span>' for kind in SIGNS if kind in kinds)
     size = f"height:{1.6 * (found.count + 1):.1f}rem"
-    return figure("timeline by rank", f'<span class="key">{key}</span>', labels, drawn, high, "lanes", size)
+    return figure("timeline by rank", f'<span class="key">{key}</span>', labels, drawn, high, kind="lanes", size=size)
 
 
 def _sign(kind: str, lane: int, column: int, texts: list[str], lanes: int) -> str:
