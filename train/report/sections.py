@@ -197,7 +197,8 @@ def configuration(run: Run) -> str:
 
 
 def _value(value: Any) -> str:
-    return NONE if value in (None, "", [], {}) else esc(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return NONE if text in (None, "", {}) else esc(text)
 
 
 def environment(run: Run) -> str:
