@@ -26,7 +26,7 @@ def beside(runs: list[Run]) -> str:
         twins = [other.name for other, d in zip(runs, digests, strict=True) if d == digest and other is not run]
         bits = f"<code>{esc(digest[:12])}</code>" if digest else NONE
         bits += f' <span class="chip same">same bits as {esc(", ".join(twins))}</span>' if digest and twins else ""
-        faults = len(run.of("fault", "injected"))
+        faults = len(run.of("injected") or run.of("fault"))
         numbers = [
             f"{found['steps']:,}",
             number(found["final_loss"]),
@@ -41,14 +41,14 @@ def beside(runs: list[Run]) -> str:
     said = ""
     if len(digests) == len({*digests}) + len(digests) - 1 and digests[0]:
         said = f'<p class="bits"><b>All {len(runs)} runs ended in the same bits.</b> <code>{esc(digests[0])}</code></p>'
-    return table([*head, "faults|", "state"], rows) + said
+    return table([*head, "faults|", "bits"], rows) + said
 
 
 def differences(runs: list[Run]) -> str:
     found = differing([run.config for run in runs])
     rows = []
     for key, values in found.items():
-        cells = [NONE if value in (None, "", []) else esc(value) for value in values]
+        cells = [sections.shown(value) for value in values]
         rows.append([f"<code>{esc(key)}</code>", *(c if c == cells[0] else f"<mark>{c}</mark>" for c in cells)])
     if not rows:
         return "<p>No setting differs.</p>"

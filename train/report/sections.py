@@ -188,15 +188,16 @@ def configuration(run: Run) -> str:
     if not run.config:
         return ""
     rows = settings.changed(run.config)
-    first = [[f"<code>{esc(key)}</code>", f"<b>{_value(ours)}</b>", _value(usual)] for key, ours, usual in rows]
-    rest = [[f"<code>{esc(key)}</code>", _value(value)] for key, value in run.config.items()]
+    first = [[f"<code>{esc(key)}</code>", f"<b>{shown(ours)}</b>", shown(usual)] for key, ours, usual in rows]
+    rest = [[f"<code>{esc(key)}</code>", shown(value)] for key, value in run.config.items()]
     return (
         table(["differs from the default", "this run", "default"], first)
         + f"<details><summary>all {len(rest)} settings</summary>{table(['key', 'value'], rest)}</details>"
     )
 
 
-def _value(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else value
     return NONE if text in (None, "", {}) else esc(text)
 
@@ -216,4 +217,4 @@ def environment(run: Run) -> str:
     if shake is not None:
         rows["ranks compute equal bits"] = "yes" if shake["equal"] else "NO: the law does not hold between them"
     note = "Two runs whose fingerprints agree compute the same bits, whatever their ranks."
-    return table(["", ""], [[esc(k), _value(v)] for k, v in rows.items()]) + f"<p class=note>{note}</p>"
+    return table(["", ""], [[esc(k), shown(v)] for k, v in rows.items()]) + f"<p class=note>{note}</p>"
