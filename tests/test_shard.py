@@ -54,11 +54,13 @@ def train(group: Group, sharding: str, virtual_ranks: int = 8, micro_batches: in
     return {"record": record, "digest": digest, "held": held, "resident": any(resident)}
 
 
-def configuration(sharding: str, virtual_ranks: int, micro_batches: int, dtype: str = "fp32") -> Any:
+def configuration(
+    sharding: str, virtual_ranks: int, micro_batches: int, dtype: str = "fp32", kind: str = "adamw"
+) -> Any:
     """What `engine.laid_out` and `optim.build` read of a run's configuration."""
     return SimpleNamespace(
         model=Llama(layers=2, width=24, heads=2, kv_heads=1, ffn=40, context=16, dropout=0.1, tied=False),
-        optimizer=Optimizer(kind=OptimizerKind.adamw, lr=0.01),
+        optimizer=Optimizer(kind=OptimizerKind[kind], lr=0.01),
         reduce=Reduce(mode=ReduceMode.exact, dtype=dtype, bucket_mib=0.02),
         sharding=Sharding[sharding],
         evidence=Evidence(),

@@ -188,6 +188,7 @@ class Batch:
 
 class OptimizerKind(Enum):
     adamw = "adamw"
+    muon = "muon"  # the matrices inside layers; AdamW for the rest
 
 
 @dataclass(slots=True, kw_only=True)
@@ -198,12 +199,16 @@ class Optimizer:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
+    muon_lr: float = 0.02  # muon: of the matrices inside layers, on the schedule of lr, which is AdamW's
+    momentum: float = 0.95  # muon: Nesterov's
     clip_norm: float = 1.0  # of the whole gradient; 0 switches clipping off
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", f"{self.lr} is no learning rate: use a number above 0")
-        require(0 <= self.beta1 < 1, "optimizer.beta1", f"{self.beta1} is not in [0, 1)")
-        require(0 <= self.beta2 < 1, "optimizer.beta2", f"{self.beta2} is not in [0, 1)")
+        for key in ("lr", "muon_lr"):
+            rate = getattr(self, key)
+            require(rate > 0, f"optimizer.{key}", f"{rate} is no learning rate: use a number above 0")
+        for key in ("beta1", "beta2", "momentum"):
+            require(0 <= (beta := getattr(self, key)) < 1, f"optimizer.{key}", f"{beta} is not in [0, 1)")
         require(self.eps > 0, "optimizer.eps", f"{self.eps} must be above 0")
         at_least(self, "optimizer.", weight_decay=0, clip_norm=0)
 
@@ -397,6 +402,8 @@ class Train:
             require(self.devices == "auto", "devices", f"'{self.devices}' is neither auto nor a number")
         why = f"{self.sharding.name} needs reduce=exact, whose ranks each sum up a part of the gradient"
         require(self.sharding is Sharding.none or self.reduce.mode is ReduceMode.exact, "sharding", why)
+        cut = self.optimizer.kind is OptimizerKind.muon and self.sharding is not Sharding.none
+        require(not cut, "optimizer", f"muon steps whole matrices, which sharding={self.sharding.name} cuts: use none")
         full = self.sharding is Sharding.full
         require(not (full and self.compile is True), "compile", "true does not go with sharding=full: use false")
         why = "sharding=full gives every rank as many virtual ranks as it can: use even"

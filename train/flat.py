@@ -62,7 +62,7 @@ class Piece:
     replicated: bool  # every rank holds this stretch, and one of them writes it
 
 
-def _layer(name: str) -> str:
+def layer(name: str) -> str:
     """`blocks.3.ffn.up.weight` -> `blocks.3`: the module that is computed as one. Empty for what is in none."""
     match = re.match(r"(.*?\.\d+)\.", name)
     return match[1] if match else ""
@@ -80,19 +80,19 @@ class Flat:
         named = list(model.named_parameters())[::-1]
         matrices = [item for item in named if item[1].dim() >= 2]
         vectors = [item for item in named if item[1].dim() < 2]
-        layers = [(layer, list(items)) for layer, items in groupby(matrices, key=lambda item: _layer(item[0]))]
+        layers = [(unit, list(items)) for unit, items in groupby(matrices, key=lambda item: layer(item[0]))]
         self.items: list[nn.Parameter] = []
         self.slots: dict[str, tuple[int, int, torch.Size]] = {}  # name -> start, elements, shape
         self.sections: list[tuple[str, int, int]] = []  # the layer ("": of the whole model), start, end
         start = self.cut = 0  # `cut`: where the vectors begin
-        for layer, items in [*layers, ("", vectors)]:
+        for unit, items in [*layers, ("", vectors)]:
             first, self.cut = start, start
             for name, parameter in items:
                 self.items.append(parameter)
                 self.slots[name] = (start, parameter.numel(), parameter.shape)
                 start = up(start + parameter.numel(), ALIGN)
             start = up(start, BLOCK)
-            self.sections.append((layer, first, start))
+            self.sections.append((unit, first, start))
         self.size = start
         self.length = self.size + BLOCK * (most - 1)
         self.device = named[0][1].device

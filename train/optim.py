@@ -2,7 +2,7 @@
 
 AdamW (arXiv 1711.05101) runs fused over what this rank owns of the flat tensor's two sections: matrices, with decoupled
 weight decay, and vectors (norms, biases), without. It is elementwise, and cuts lie at multiples of 1,024 elements, so
-one long tensor gives the same bits as the many that it is made of.
+one long tensor gives the same bits as the many that it is made of. Muon is in `muon.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from train.config import Optimizer, OptimizerKind, Schedule, ScheduleKind
 from train.flat import Flat, Piece
+from train.muon import Muon
 
 
 def adamw(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
@@ -30,7 +31,10 @@ def adamw(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
     return optimizer
 
 
-BUILDERS: dict[OptimizerKind, Callable[[Optimizer, Flat], torch.optim.Optimizer]] = {OptimizerKind.adamw: adamw}
+BUILDERS: dict[OptimizerKind, Callable[[Optimizer, Flat], torch.optim.Optimizer]] = {
+    OptimizerKind.adamw: adamw,
+    OptimizerKind.muon: lambda config, flat: Muon(config, flat, adamw),
+}
 
 
 def build(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
@@ -75,12 +79,14 @@ class Stored:
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """How many updates the moments have seen: Adam's bias correction depends on it."""
     for state in optimizer.state.values():
-        state["step"].fill_(step)
+        if "step" in state:
+            state["step"].fill_(step)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """`rate` is that of `optimizer.lr`; a group with a `scale` has so many times as much."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("scale", 1)
 
 
 def learning_rate(optimizer: Optimizer, schedule: Schedule, step: int, steps: int) -> float:

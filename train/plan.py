@@ -17,7 +17,7 @@ from rich.table import Table
 from train import flops, hardware
 from train.batch import Node, fold, maximal, root, shares
 from train.commands import Format, Plan
-from train.config import ReduceMode, Refused, Sharding, TokenizerKind, Train, require
+from train.config import OptimizerKind, ReduceMode, Refused, Sharding, TokenizerKind, Train, require
 from train.shapes import Grok
 
 MAX_RANKS = 8  # that `devices=auto` starts on one node
@@ -123,6 +123,8 @@ def memory(config: Train, vocab: int) -> flops.Memory:
     leaves, world = config.batch.virtual_ranks, int(config.devices) * config.nodes
     size, precision = int(config.batch.micro_batch), config.precision
     whole = flops.memory(config.model, vocab, micro_batch=size, precision=precision, accelerator=config.accelerator)
+    if config.optimizer.kind is OptimizerKind.muon:  # one moment for the matrices inside layers
+        whole = replace(whole, optimizer=whole.optimizer - 4 * flops.sizes(config.model, vocab).matrices)
     leaf, node = whole.gradients, whole.gradients // (2 if config.reduce.dtype == "bf16" else 1)
     if config.reduce.mode is ReduceMode.fast:
         return whole
