@@ -128,7 +128,7 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(virtual_ranks: int, d
 
 
 def test_a_run_goes_on_to_the_same_bits(tiny: list[str]) -> None:
-    """Experts, bf16: six steps on one rank; three on two, and three on three ranks, one of which is lost and replaced."""
+    """Experts, bf16: six steps on one rank; three on two, and three on three, one of which is lost."""
     tiny = [one for one in tiny if not one.startswith(("model=", "model.ffn", "model.tied"))]
     tiny += ["model=grok_micro", "model.head_size=16", "model.experts=3", "precision=bf16"]
     tiny += ["optimizer=muon", "schedule=constant", "eval.every=0", "checkpoint.every=0"]

@@ -138,6 +138,7 @@ class Data(Source):
     validation: float = 0.05  # share of documents: one in 20, by sha256 of their content
     shard_tokens: int = 100_000_000  # a store is written in shards of at most so many tokens
     synthetic_tokens: int = 4_000_000
+    mask_documents: bool = False  # documents in one window do not attend to each other
     cache: str = ""  # where prepared tokens are kept; empty: $XDG_CACHE_HOME/pocket-colossus
 
     def __post_init__(self) -> None:

@@ -49,7 +49,9 @@ class Engine:
         """`threads` of this process, on a CPU. With `sharding=full` the group must have been joined."""
         _numerics(config, group.root_device, threads)
         fabric = Fabric(accelerator=config.accelerator, devices=1, strategy=group, loggers=list(loggers))
-        model = build(config.model, prepared.vocab, seed=config.seed, device=fabric.device)
+        model = build(
+            config.model, prepared.vocab, seed=config.seed, device=fabric.device, separator=prepared.separator
+        )
         hf.begin(model)
         flat, reducer = laid_out(config, group, model)
         state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))

@@ -53,7 +53,7 @@ def load(run: Path, step: int, on: torch.device) -> Trained:
         raise Refused("step", str(damage)) from damage
     if found is None:
         raise Refused(str(root), "holds no checkpoint that is whole: train the run first")
-    model = build(config.model, prepared.vocab, seed=config.seed, device=on)
+    model = build(config.model, prepared.vocab, seed=config.seed, device=on, separator=prepared.separator)
     named = model.named_parameters()
     checkpoint.load(found, [Piece("model", name, p.shape, 0, p.detach().view(-1), True) for name, p in named])
     return Trained(config, prepared, Tokenizer.load(prepared.tokenizer), model.eval(), found.step)

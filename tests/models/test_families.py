@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from train.config import Model
+from train.models import gpt2
 from train.models.build import build
 from train.shapes import GPT2, Grok, Llama
 
@@ -59,6 +61,35 @@ def test_the_future_does_not_reach_back(shape: Callable[..., Model]) -> None:
     before, after = model(tokens), model(changed)
     assert torch.equal(before[:, :140], after[:, :140])
     assert not torch.allclose(before[:, 140:], after[:, 140:])
+
+
+@families
+def test_a_document_in_a_packed_window_is_computed_as_if_alone(shape: Callable[..., Model]) -> None:
+    """Three documents, over the edge of a block of queries: logits, and the gradient of their targets, to rounding.
+
+    Positions go on counting over the window. Rotary ones are relative; for learned ones the table is moved to where the
+    document that is alone stands in the window.
+    """
+    config = shape(balance=0, router_z=0) if shape is SHAPES["grok"] else shape()
+    model, (tokens, targets) = build(config, VOCAB, seed=1, device=CPU, separator=5), batch(config)
+    tokens = tokens.masked_fill(tokens == 5, 6)
+    tokens[:, [40, 131]] = 5
+    packed = model(tokens)
+    model(tokens, targets).backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+    for start, end in ((0, 40), (40, 131), (131, 160)):
+        alone = copy.deepcopy(model)
+        if isinstance(alone, gpt2.GPT2):
+            alone.positions.weight.data = model.positions.weight.data[start:]
+        torch.testing.assert_close(packed[:, start:end], alone(tokens[:, start:end]), rtol=1e-4, atol=1e-4)
+        model(tokens[:, start:end], targets[:, start:end]).backward()
+    if not isinstance(model, gpt2.GPT2):
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
+    model.separator = None
+    assert not torch.allclose(model(tokens)[:, 40:], packed[:, 40:], atol=0.1)
+    assert torch.equal(model(tokens)[:, :40], packed[:, :40])
 
 
 @families

@@ -52,6 +52,7 @@ class Prepared:
     skipped: int  # documents left out because they are not UTF-8
     train: Counts
     validation: Counts
+    separator: int | None = None  # `eot`, where no document is to attend to another one
     left_out: list[int] = field(default_factory=list)  # batches of a run that no step sees: their loss was no good
 
     @classmethod
@@ -108,6 +109,7 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
         digest=digest([identity for _, identity in stores], weights, tokenizer.to_str()),
         vocab=tokenizer.vocab,
         eot=tokenizer.eot,
+        separator=tokenizer.eot if data.mask_documents else None,
         tokenizer=str(path),
         complete=all(found[-1]["last"] for found in shards),
         skipped=sum(shard["skipped"] for found in shards for shard in found),

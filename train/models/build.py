@@ -29,10 +29,11 @@ FAMILIES: dict[str, Callable[[Any, int], LanguageModel]] = {  # each takes its o
 }
 
 
-def build(config: Model, vocab: int, *, seed: int, device: torch.device) -> LanguageModel:
+def build(config: Model, vocab: int, *, seed: int, device: torch.device, separator: int | None = None) -> LanguageModel:
     """The model of `config` for `vocab` token ids (or `model.vocab`), initialised from `seed`, on `device`.
 
     On the meta device it has shapes and no values. Raises Refused for a family that is not in FAMILIES, or too few ids.
+    `separator`: the id that no attention goes across, if any.
     """
     choice(config.family, "model.family", tuple(FAMILIES))
     known = config.vocab or vocab
@@ -43,6 +44,7 @@ def build(config: Model, vocab: int, *, seed: int, device: torch.device) -> Lang
     )
     with device:
         model = FAMILIES[config.family](config, known)
+    model.separator = separator
     if device.type != "meta":
         initialise(model, seed)
     return model

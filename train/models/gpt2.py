@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from train.flops import padded_vocab
 from train.models.language import Cache, LanguageModel
-from train.models.layers import LayerNorm, Linear, cached_attention, causal_attention, summed_loss
+from train.models.layers import LayerNorm, Linear, cached_attention, causal_attention, documents, summed_loss
 from train.shapes import GPT2 as Shape
 
 RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream
@@ -35,8 +35,8 @@ class Attention(nn.Module):
         y_BTD: Tensor = self.out(y_BHTE.transpose(1, 2).flatten(2))
         return y_BTD
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.merge(causal_attention(*self.project(x_BTD)))
+    def forward(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        return self.merge(causal_attention(*self.project(x_BTD), documents_BT))
 
     def step(self, x_BTD: Tensor, kv: Tensor, start: int) -> Tensor:
         """T new positions after `start` known ones, whose keys and values are in `kv` (2, B, H, context, E)."""
@@ -65,8 +65,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(shape)
         self.dropout = nn.Dropout(shape.dropout)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD)))
+    def forward(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), documents_BT))
         y_BTD: Tensor = x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
         return y_BTD
 
@@ -105,9 +105,10 @@ class GPT2(LanguageModel):
         return std / (2 * self.shape.layers) ** 0.5 if name.endswith(RESIDUAL) else std
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        documents_BT = documents(tokens_BT, self.separator)
         x_BTD = self.dropout(self.embed(tokens_BT))
         for block in self.blocks:
-            x_BTD = block(x_BTD)
+            x_BTD = block(x_BTD, documents_BT)
         logits_BTV = self.logits(x_BTD)
         if targets_BT is None:
             return logits_BTV

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from train.flops import padded_vocab
 from train.models.experts import Experts, with_auxiliary
 from train.models.language import Cache, LanguageModel
-from train.models.layers import RMSNorm, RotaryAttention, rotary_table, summed_loss
+from train.models.layers import RMSNorm, RotaryAttention, documents, rotary_table, summed_loss
 from train.shapes import Grok as Shape
 
 
@@ -35,9 +35,11 @@ class Block(nn.Module):
         self.experts_end = RMSNorm(s.width, s.norm_eps)
         self.dropout = nn.Dropout(s.dropout)
 
-    def forward(self, x_BTD: Tensor, table: Tensor, auxiliary: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BTD: Tensor, table: Tensor, auxiliary: Tensor, documents_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The stream, and the auxiliary losses so far, with its own added to both."""
-        y_BTD = self.attention(self.attention_norm(x_BTD), table)
+        y_BTD = self.attention(self.attention_norm(x_BTD), table, documents_BT)
         x_BTD = x_BTD + self.dropout(self.attention_end(y_BTD))
         y_BTD, routing = self.experts(self.experts_norm(x_BTD))
         x_BTD = x_BTD + self.dropout(self.experts_end(y_BTD))
@@ -83,11 +85,11 @@ class Grok(LanguageModel):
         return std
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        table = self.rotary[:, : tokens_BT.size(1)]
+        table, documents_BT = self.rotary[:, : tokens_BT.size(1)], documents(tokens_BT, self.separator)
         x_BTD = self.dropout(self.embed(tokens_BT))
         auxiliary = x_BTD.new_zeros(())
         for block in self.blocks:
-            x_BTD, auxiliary = block(x_BTD, table, auxiliary)
+            x_BTD, auxiliary = block(x_BTD, table, auxiliary, documents_BT)
         logits_BTV = self.logits(x_BTD)
         if targets_BT is None:
             return logits_BTV

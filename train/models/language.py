@@ -1,4 +1,4 @@
-"""What every model family is to the rest of the project: five methods and two attributes.
+"""What every model family is to the rest of the project: five methods and three attributes.
 
 A family is a final class in a file of its own; it inherits nothing but this list. Training uses `forward`,
 generation `cache` and `step`, `build.py` `fill_tables`. Nobody asks which family it has.
@@ -40,6 +40,7 @@ class LanguageModel(nn.Module, ABC):
 
     shape: Model
     vocab: int
+    separator: int | None = None  # a token id: `forward` lets nothing attend across it; positions go on counting
 
     @abstractmethod
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:

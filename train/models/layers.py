@@ -129,12 +129,27 @@ def capped(scores: Tensor, cap: float) -> Tensor:
     return cap * (scores / cap).tanh() if cap else scores
 
 
+def documents(tokens_BT: Tensor, separator: int | None) -> Tensor | None:
+    """A number for each token, (B, T), the same within a document, which a `separator` begins; None: no documents.
+
+    The token that ends a document begins the next one: that is what the next one's first token is predicted from.
+    """
+    return None if separator is None else (tokens_BT == separator).cumsum(1)
+
+
 def causal_attention(
-    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, *, scale: float | None = None, cap: float = 0.0
+    q_BHTE: Tensor,
+    k_BKTE: Tensor,
+    v_BKTE: Tensor,
+    documents_BT: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    cap: float = 0.0,
 ) -> Tensor:
     """softmax(q kᵀ · scale) v over the past and present, (B, H, T, E); H / K queries share a key (arXiv 2305.13245).
 
-    `scale` is 1/√E unless said; with a `cap` the scores are capped before the softmax.
+    `scale` is 1/√E unless said; with a `cap` the scores are capped before the softmax. With `documents_BT` a token
+    sees those of its own document only.
 
     On a GPU the library's fused kernel. On a CPU that kernel is the slowest choice in bf16 (8 x 256 tokens, 4 heads
     of 64: 32–43 ms; converted to fp32 and back 38; plain softmax over all scores 22–31), and half of what the plain
@@ -148,8 +163,12 @@ def causal_attention(
     heads, groups, T, E = q_BHTE.size(1), k_BKTE.size(1), q_BHTE.size(2), q_BHTE.size(3)
     scale = E**-0.5 if scale is None else scale
     if q_BHTE.device.type != "cpu" and not cap:
-        shared = heads != groups
-        return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, scale=scale, enable_gqa=shared)
+        seen, shared = None, heads != groups
+        if documents_BT is not None:
+            seen = (documents_BT[:, None, :, None] == documents_BT[:, None, None]).tril()
+        return F.scaled_dot_product_attention(
+            q_BHTE, k_BKTE, v_BKTE, seen, is_causal=seen is None, scale=scale, enable_gqa=shared
+        )
     # Batch and key head become one dimension first: a slice of a copy is a view, a slice of a view would be a copy.
     q = (q_BHTE * scale).reshape(-1, heads // groups, T, E)
     k, v = k_BKTE.flatten(0, 1).transpose(1, 2), v_BKTE.flatten(0, 1)
@@ -158,9 +177,12 @@ def causal_attention(
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
         mask = F.pad(future[: end - start, : end - start], (start, 0))
+        if documents_BT is not None:
+            other = documents_BT[:, None, start:end, None] != documents_BT[:, None, None, :end]
+            mask = mask.masked_fill(other, float("-inf"))
         scores = capped(q[:, :, start:end].flatten(1, 2) @ k[:, :, :end], cap)
-        weights = (scores.view(-1, heads // groups, end - start, end) + mask).softmax(-1).to(v.dtype)
-        blocks.append((weights.flatten(1, 2) @ v[:, :end]).view(-1, heads // groups, end - start, E))
+        weights = (scores.view(-1, heads, end - start, end) + mask).softmax(-1).to(v.dtype)
+        blocks.append((weights.view(v.size(0), -1, end) @ v[:, :end]).view(-1, heads // groups, end - start, E))
     return torch.cat(blocks, 2).view(-1, heads, T, E)
 
 
@@ -217,8 +239,9 @@ class RotaryAttention(nn.Module):
         y_BTD: Tensor = self.out(y_BHTE.transpose(1, 2).flatten(2))
         return y_BTD
 
-    def forward(self, x_BTD: Tensor, table: Tensor) -> Tensor:
-        return self.merge(causal_attention(*self.project(x_BTD, table), scale=self.scale, cap=self.cap))
+    def forward(self, x_BTD: Tensor, table: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        q, k, v = self.project(x_BTD, table)
+        return self.merge(causal_attention(q, k, v, documents_BT, scale=self.scale, cap=self.cap))
 
     def step(self, x_BTD: Tensor, table: Tensor, kv: Tensor, start: int) -> Tensor:
         """T new positions after `start` known ones, whose keys and values are in `kv` (2, B, K, context, E)."""

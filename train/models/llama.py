@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from train.flops import padded_vocab
 from train.models.language import Cache, LanguageModel
-from train.models.layers import Linear, RMSNorm, RotaryAttention, rotary_table, summed_loss
+from train.models.layers import Linear, RMSNorm, RotaryAttention, documents, rotary_table, summed_loss
 from train.shapes import Llama as Shape
 
 RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream
@@ -55,8 +55,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(shape)
         self.dropout = nn.Dropout(shape.dropout)
 
-    def forward(self, x_BTD: Tensor, table: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), table))
+    def forward(self, x_BTD: Tensor, table: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), table, documents_BT))
         y_BTD: Tensor = x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
         return y_BTD
 
@@ -100,10 +100,10 @@ class Llama(LanguageModel):
         return std / (2 * self.shape.layers) ** 0.5 if name.endswith(RESIDUAL) else std
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        table = self.rotary[:, : tokens_BT.size(1)]
+        table, documents_BT = self.rotary[:, : tokens_BT.size(1)], documents(tokens_BT, self.separator)
         x_BTD = self.dropout(self.embedding(tokens_BT))
         for block in self.blocks:
-            x_BTD = block(x_BTD, table)
+            x_BTD = block(x_BTD, table, documents_BT)
         logits_BTV = self.logits(x_BTD)
         if targets_BT is None:
             return logits_BTV
