@@ -61,11 +61,13 @@ class Model:
     family: str = MISSING
     context: int = 256  # tokens a sequence
     dropout: float = 0.0
+    z_loss: float = 0.0  # weight of the squared log of the softmax's partition function, such as 1e-4; 0: off
+    loss_chunk: int = 0  # tokens whose logits stand in memory at a time, computed twice; 0: of all tokens, once
     vocab: int = 0  # token ids that it knows; 0: those of the tokenizer
     path: str = ""  # model=hf: the folder, laid out as transformers does, whose weights it begins with
 
     def __post_init__(self) -> None:
-        at_least(self, "model.", context=2, vocab=0)
+        at_least(self, "model.", context=2, vocab=0, z_loss=0, loss_chunk=0)
         require(0 <= self.dropout < 1, "model.dropout", f"{self.dropout} is not in [0, 1)")
 
 

@@ -182,7 +182,7 @@ def memory(
         optimizer=n * 4 * optimizer_states,
         activations=tokens * a_token,
         # the log-probabilities in fp32, and the logits or their gradient
-        logits=tokens * padded_vocab(model.vocab or vocab) * (4 + half),
+        logits=min(tokens, model.loss_chunk or tokens) * padded_vocab(model.vocab or vocab) * (4 + half),
     )
 
 

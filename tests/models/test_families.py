@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,9 @@ def test_a_document_in_a_packed_window_is_computed_as_if_alone(shape: Callable[.
     for start, end in ((0, 40), (40, 131), (131, 160)):
         alone = copy.deepcopy(model)
         if isinstance(alone, gpt2.GPT2):
-            alone.positions.weight.data = model.positions.weight.data[start:]
+            places = alone.positions
+            assert isinstance(places, torch.nn.Embedding)
+            places.weight.data = places.weight.data[start:]
         torch.testing.assert_close(packed[:, start:end], alone(tokens[:, start:end]), rtol=1e-4, atol=1e-4)
         model(tokens[:, start:end], targets[:, start:end]).backward()
     if not isinstance(model, gpt2.GPT2):
@@ -90,6 +93,32 @@ def test_a_document_in_a_packed_window_is_computed_as_if_alone(shape: Callable[.
     model.separator = None
     assert not torch.allclose(model(tokens)[:, 40:], packed[:, 40:], atol=0.1)
     assert torch.equal(model(tokens)[:, :40], packed[:, :40])
+
+
+@families
+@pytest.mark.parametrize("more", [{"z_loss": 0.01}, {"loss_chunk": 100}], ids=["z_loss", "loss_chunk"])
+def test_what_is_asked_of_the_loss_reaches_each_family(
+    shape: Callable[..., Model], more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A z-loss changes gradients and not the value; chunks change the order of additions, and how much stands."""
+    model, other = (build(config, VOCAB, seed=1, device=CPU) for config in (shape(), shape(**more)))
+    tokens, targets = batch(model.shape)
+    plain: Any = other.logits
+    rows: list[int] = []
+
+    def logits(x: torch.Tensor) -> Any:
+        rows.append(x[..., 0].numel())
+        return plain(x)
+
+    monkeypatch.setattr(other, "logits", logits)
+    right, found = model(tokens, targets), other(tokens, targets)
+    right.backward()
+    found.backward()
+    assert max(rows) == (100 if "loss_chunk" in more else 320)
+    torch.testing.assert_close(found, right, rtol=1e-5 if "loss_chunk" in more else 0, atol=0)
+    expected = gradients(model)
+    close = [torch.allclose(g, expected[name], rtol=1e-3, atol=1e-3) for name, g in gradients(other).items()]
+    assert all(close) == ("loss_chunk" in more)
 
 
 @families

@@ -17,8 +17,9 @@ from train import cli, compose
 from train.config import Refused
 from train.flops import active_parameters, parameters
 from train.models.build import build
-from train.models.experts import Experts, grouped, in_turn, watched, with_auxiliary
+from train.models.experts import Experts, grouped, in_turn, watched
 from train.models.hf import to_hf
+from train.models.layers import with_auxiliary
 from train.models.xai import load_npz, shape_of
 from train.shapes import Grok
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from train.models.layers import QUERIES, RMSNorm, cached_attention, causal_attention, rotary_table, rotate, summed_loss
+from train.models.layers import (
+    QUERIES,
+    RMSNorm,
+    cached_attention,
+    causal_attention,
+    language_loss,
+    rotary_table,
+    rotate,
+    summed_loss,
+)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
@@ -75,6 +85,30 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:
     scores = a @ b.T
     torch.testing.assert_close(scores[3:, 3:], scores[:-3, :-3], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(scores[0, 0], scores[0, 5])
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_z_loss_is_felt_and_not_seen_and_logits_come_in_chunks(chunk: int) -> None:
+    """Against the formulas in float64; the last chunk is shorter; ignored targets count for neither."""
+    torch.manual_seed(0)
+    weight, targets = torch.randn(30, 8, dtype=torch.float64, requires_grad=True), torch.randint(0, 30, (2, 10))
+    x = torch.randn(2, 10, 8, dtype=torch.float64, requires_grad=True)
+    targets[0, ::3] = -100
+    seen = []
+
+    def logits(x: Tensor) -> Tensor:
+        seen.append(x[..., 0].numel())
+        return x @ weight.T
+
+    loss = language_loss(logits, x, targets, z=0.5, chunk=chunk)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert (max(seen), sum(seen)) == ((7, 40) if chunk else (20, 20))
+    kept, right = targets.flatten() >= 0, (x @ weight.T).flatten(0, 1)
+    nats = F.cross_entropy(right[kept], targets.flatten()[kept], reduction="sum")
+    torch.testing.assert_close(loss, nats)
+    expected = torch.autograd.grad(nats + 0.5 * right[kept].logsumexp(-1).square().sum(), [x, weight])
+    for found, gradient in zip([x.grad, weight.grad], expected, strict=True):
+        torch.testing.assert_close(found, gradient)
 
 
 def test_loss_is_a_fp32_sum_that_skips_ignored_targets() -> None:

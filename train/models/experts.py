@@ -121,27 +121,6 @@ def grouped(rows: Tensor, counts_E: Tensor, gate: Tensor, up: Tensor, down: Tens
     return F.grouped_mm(hidden * F.grouped_mm(rows, up.mT, offs=ends), down.mT, offs=ends)
 
 
-class _Auxiliary(torch.autograd.Function):
-    """The value of the first, the gradient of the sum of both."""
-
-    @staticmethod
-    def forward(ctx: Any, nats: Tensor, auxiliary: Tensor) -> Tensor:
-        return nats.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return gradients[0], gradients[0]
-
-
-def with_auxiliary(nats: Tensor, auxiliary: Tensor) -> Tensor:
-    """`nats`, whose backward pass goes through `auxiliary` as well.
-
-    So whoever asks a model for its loss gets the cross-entropy alone, and training has the gradient of both.
-    """
-    result: Tensor = _Auxiliary.apply(nats, auxiliary)  # type: ignore[no-untyped-call]
-    return result
-
-
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[Routing]]:
     """What the routers of `model` do, appended in the order of its layers; a model without routers adds nothing."""

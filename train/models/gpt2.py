@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from train.flops import padded_vocab
 from train.models.language import Cache, LanguageModel
-from train.models.layers import LayerNorm, Linear, cached_attention, causal_attention, documents, summed_loss
+from train.models.layers import LayerNorm, Linear, cached_attention, causal_attention, documents, language_loss
 from train.shapes import GPT2 as Shape
 
 RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream
@@ -109,10 +109,9 @@ class GPT2(LanguageModel):
         x_BTD = self.dropout(self.embed(tokens_BT))
         for block in self.blocks:
             x_BTD = block(x_BTD, documents_BT)
-        logits_BTV = self.logits(x_BTD)
         if targets_BT is None:
-            return logits_BTV
-        return summed_loss(logits_BTV.flatten(0, 1), targets_BT.flatten())
+            return self.logits(x_BTD)
+        return language_loss(self.logits, x_BTD, targets_BT, z=self.shape.z_loss, chunk=self.shape.loss_chunk)
 
     def cache(self, sequences: int) -> Cache:
         s = self.shape

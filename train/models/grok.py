@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train.flops import padded_vocab
-from train.models.experts import Experts, with_auxiliary
+from train.models.experts import Experts
 from train.models.language import Cache, LanguageModel
-from train.models.layers import RMSNorm, RotaryAttention, documents, rotary_table, summed_loss
+from train.models.layers import RMSNorm, RotaryAttention, documents, language_loss, rotary_table, with_auxiliary
 from train.shapes import Grok as Shape
 
 
@@ -90,10 +90,9 @@ class Grok(LanguageModel):
         auxiliary = x_BTD.new_zeros(())
         for block in self.blocks:
             x_BTD, auxiliary = block(x_BTD, table, auxiliary, documents_BT)
-        logits_BTV = self.logits(x_BTD)
         if targets_BT is None:
-            return logits_BTV
-        nats = summed_loss(logits_BTV.flatten(0, 1), targets_BT.flatten())
+            return self.logits(x_BTD)
+        nats = language_loss(self.logits, x_BTD, targets_BT, z=self.shape.z_loss, chunk=self.shape.loss_chunk)
         return with_auxiliary(nats, auxiliary * tokens_BT.numel())
 
     def cache(self, sequences: int) -> Cache:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,8 @@ def adopt(config: Train) -> None:
     require(some, "model.path", f"{folder} holds no *.safetensors, and nothing else is read")
     if isinstance(shape, GPT2):
         shape.positions = shape.context  # all of them are kept, and go out again
-    config.model = replace(shape, context=context, dropout=asked.dropout, path=str(folder))
+    taken = {key.name: getattr(asked, key.name) for key in fields(Model) if key.name not in ("family", "vocab")}
+    config.model = replace(shape, **taken | {"context": context, "path": str(folder)})
     tokenizer, own = config.data.tokenizer, folder / "tokenizer.json"
     if tokenizer.kind is TokenizerKind.bpe and own.exists():
         tokenizer = replace(tokenizer, kind=TokenizerKind.file, path=str(own))

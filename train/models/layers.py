@@ -11,11 +11,13 @@ Shapes: B sequences, T positions, D width, H query heads, K key/value heads, E h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a target that counts for nothing
 QUERIES = 128  # of a block of attention on CPU
@@ -247,6 +249,54 @@ class RotaryAttention(nn.Module):
         """T new positions after `start` known ones, whose keys and values are in `kv` (2, B, K, context, E)."""
         q, k, v = self.project(x_BTD, table)
         return self.merge(cached_attention(q, k, v, kv, start, scale=self.scale, cap=self.cap))
+
+
+def language_loss(
+    logits: Callable[[Tensor], Tensor], x_BTD: Tensor, targets_BT: Tensor, *, z: float, chunk: int
+) -> Tensor:
+    """`summed_loss` of what `logits` makes of x_BTD; with a `chunk`, of so many tokens at a time.
+
+    The logits of a chunk are forgotten and computed again in the backward pass, so they never stand whole: 2,048 tokens
+    of 131,072 ids are 1 GiB in fp32. That adds up in another order. (`F.linear_cross_entropy` has no z-loss.)
+
+    The gradient, not the value, is also that of `z` times the sum of squared logs of the softmax's partition function
+    (PaLM, arXiv 2204.02311, with 1e-4), which keeps logits from drifting.
+    """
+
+    def part(x: Tensor, targets: Tensor) -> Tensor:
+        logits_NV, targets_N = logits(x).flatten(0, -2), targets.flatten()
+        nats = summed_loss(logits_NV, targets_N)
+        if not z:
+            return nats
+        squares_N = wide(logits_NV).logsumexp(-1).square()
+        return with_auxiliary(nats, z * squares_N.masked_fill(targets_N == IGNORED, 0).sum())
+
+    if not chunk:
+        return part(x_BTD, targets_BT)
+    rows = zip(torch.split(x_BTD.flatten(0, 1), chunk), torch.split(targets_BT.flatten(), chunk), strict=True)
+    parts = [checkpoint(part, x, y, use_reentrant=False, preserve_rng_state=False) for x, y in rows]
+    return torch.stack(parts).sum()
+
+
+class _Auxiliary(torch.autograd.Function):
+    """The value of the first, the gradient of the sum of both."""
+
+    @staticmethod
+    def forward(ctx: Any, nats: Tensor, auxiliary: Tensor) -> Tensor:
+        return nats.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], gradients[0]
+
+
+def with_auxiliary(nats: Tensor, auxiliary: Tensor) -> Tensor:
+    """`nats`, whose backward pass goes through `auxiliary` as well.
+
+    So whoever asks a model for its loss gets the cross-entropy alone, and training has the gradient of both.
+    """
+    result: Tensor = _Auxiliary.apply(nats, auxiliary)  # type: ignore[no-untyped-call]
+    return result
 
 
 def summed_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

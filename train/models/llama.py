@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from train.flops import padded_vocab
 from train.models.language import Cache, LanguageModel
-from train.models.layers import Linear, RMSNorm, RotaryAttention, documents, rotary_table, summed_loss
+from train.models.layers import Linear, RMSNorm, RotaryAttention, documents, language_loss, rotary_table
 from train.shapes import Llama as Shape
 
 RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream
@@ -104,10 +104,9 @@ class Llama(LanguageModel):
         x_BTD = self.dropout(self.embedding(tokens_BT))
         for block in self.blocks:
             x_BTD = block(x_BTD, table, documents_BT)
-        logits_BTV = self.logits(x_BTD)
         if targets_BT is None:
-            return logits_BTV
-        return summed_loss(logits_BTV.flatten(0, 1), targets_BT.flatten())
+            return self.logits(x_BTD)
+        return language_loss(self.logits, x_BTD, targets_BT, z=self.shape.z_loss, chunk=self.shape.loss_chunk)
 
     def cache(self, sequences: int) -> Cache:
         s = self.shape
