@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,42 @@ def test_activations_are_what_autograd_keeps(precision: str, shape: Model) -> No
     casts = need.weights - parameters(shape, 1024) * 4  # autocast's copies of the weights are kept too
     # Not less than what is kept; not a quarter more, which is what the backward pass adds for a moment.
     assert found <= need.activations + need.logits + casts < 1.25 * found
+
+
+@pytest.mark.parametrize("family", [Llama, GPT2, Grok])
+def test_what_is_computed_again_is_not_counted(family: type[Llama] | type[GPT2] | type[Grok]) -> None:
+    """full: what goes into each layer (measured), what is kept outside of them (measured), and one layer at work."""
+    plain = family(context=256, layers=3, width=128, heads=4)
+    shape = replace(plain, checkpoint_activations="full")
+    model, inputs = build(shape, 1024, seed=0, device=torch.device("cpu")), 0
+    constant = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def entered(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        nonlocal inputs
+        inputs += given[0].nbytes
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (address := tensor.untyped_storage().data_ptr()) not in constant:
+            kept[address] = tensor
+        return tensor
+
+    for name, module in model.named_modules():
+        if re.fullmatch(r"blocks\.\d+", name):
+            module.register_forward_pre_hook(entered)
+    tokens = torch.zeros(4, 256, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model(tokens, tokens)
+    none, some, full = (
+        memory(replace(plain, checkpoint_activations=how), 1024, micro_batch=4) for how in ("none", "selective", "full")
+    )
+    found = sum(t.untyped_storage().nbytes() for t in kept.values()) + inputs + none.activations // 3
+    casts = 2 * 1024 * 128  # the output matrix in bf16
+    assert found <= (full.activations + full.logits + casts) * 1.05
+    assert full.activations + full.logits < 1.25 * found
+    assert full.activations < some.activations < none.activations
+    chunked = memory(replace(plain, loss_chunk=128), 1024, micro_batch=4)
+    assert (chunked.logits * 8, chunked.activations) == (none.logits, none.activations)
 
 
 def test_memory_of_weights_gradients_and_states() -> None:

@@ -64,10 +64,12 @@ class Model:
     z_loss: float = 0.0  # weight of the squared log of the softmax's partition function, such as 1e-4; 0: off
     loss_chunk: int = 0  # tokens whose logits stand in memory at a time, computed twice; 0: of all tokens, once
     vocab: int = 0  # token ids that it knows; 0: those of the tokenizer
+    checkpoint_activations: str = "none"  # computed again in the backward pass: selective (attention's scores), full
     path: str = ""  # model=hf: the folder, laid out as transformers does, whose weights it begins with
 
     def __post_init__(self) -> None:
         at_least(self, "model.", context=2, vocab=0, z_loss=0, loss_chunk=0)
+        choice(self.checkpoint_activations, "model.checkpoint_activations", ("none", "selective", "full"))
         require(0 <= self.dropout < 1, "model.dropout", f"{self.dropout} is not in [0, 1)")
 
 

@@ -175,7 +175,15 @@ def memory(
     tokens, half = micro_batch * model.context, 2 if precision == "bf16" else 4
     # Blocks of 128 queries see keys up to their own end: T/2 + 64 on average. Fused kernels keep no scores.
     keys = min(model.context, model.context // 2 + 64) if accelerator == "cpu" or not s.fused else 0
-    a_token = s.halves * half + s.singles * 4 + s.scores * keys * half
+    scores, stream = s.scores * keys * half, 4 * s.embedding // padded_vocab(model.vocab or vocab)
+    kept = s.halves * half + s.singles * 4
+    match model.checkpoint_activations:
+        case "full":  # a layer at work, and what goes into each, in fp32
+            a_token = (kept + scores) // s.layers + s.layers * stream
+        case "selective":  # the scores of a layer at work
+            a_token = kept + scores // s.layers
+        case _:
+            a_token = kept + scores
     return Memory(
         weights=n * 4 + (s.matrices + (s.head or s.embedding)) * (2 if precision == "bf16" else 0),  # autocast's copies
         gradients=n * 4 * gradient_buffers,

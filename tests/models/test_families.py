@@ -122,6 +122,35 @@ def test_what_is_asked_of_the_loss_reaches_each_family(
 
 
 @families
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_activations_computed_again_are_the_same_bits(
+    shape: Callable[..., Model], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, in bf16; what is kept for the backward pass is counted, and is less."""
+
+    def run(checkpoint_activations: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+        config = shape(dropout=0.2, checkpoint_activations=checkpoint_activations)
+        model, (tokens, targets) = build(config, VOCAB, seed=1, device=CPU), batch(config)
+        torch.manual_seed(7)
+        kept = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(tokens, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss, gradients(model), kept
+
+    plain, found = run("none"), run(how)
+    assert torch.equal(plain[0], found[0])
+    assert all(torch.equal(gradient, plain[1][name]) for name, gradient in found[1].items())
+    assert found[2] < (0.5 if how == "full" else 0.95) * plain[2]
+
+
+@families
 def test_dropout_follows_the_seed_and_sleeps_in_eval(shape: Callable[..., Model]) -> None:
     config = shape(dropout=0.2)
     model, (tokens, targets) = build(config, VOCAB, seed=1, device=CPU), batch(config)

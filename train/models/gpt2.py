@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from train.flops import padded_vocab
 from train.models.language import Cache, LanguageModel
-from train.models.layers import LayerNorm, Linear, cached_attention, causal_attention, documents, language_loss
+from train.models.layers import LayerNorm, Linear, attention, cached_attention, checkpointed, documents, language_loss
 from train.shapes import GPT2 as Shape
 
 RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream
@@ -22,7 +22,7 @@ RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so writ
 class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads = shape.heads
+        self.heads, self.attention = shape.heads, attention(shape.checkpoint_activations)
         self.qkv = Linear(shape.width, 3 * shape.width, bias=True)
         self.out = Linear(shape.width, shape.width, bias=True)
 
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         return y_BTD
 
     def forward(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
-        return self.merge(causal_attention(*self.project(x_BTD), documents_BT))
+        return self.merge(self.attention(*self.project(x_BTD), documents_BT))
 
     def step(self, x_BTD: Tensor, kv: Tensor, start: int) -> Tensor:
         """T new positions after `start` known ones, whose keys and values are in `kv` (2, B, H, context, E)."""
@@ -64,7 +64,9 @@ class Block(nn.Module):
         self.ffn_norm = LayerNorm(shape.width, shape.norm_eps)
         self.ffn = FeedForward(shape)
         self.dropout = nn.Dropout(shape.dropout)
+        self.again = shape.checkpoint_activations == "full"
 
+    @checkpointed
     def forward(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), documents_BT))
         y_BTD: Tensor = x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))

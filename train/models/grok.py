@@ -18,7 +18,15 @@ from torch.nn import functional as F
 from train.flops import padded_vocab
 from train.models.experts import Experts
 from train.models.language import Cache, LanguageModel
-from train.models.layers import RMSNorm, RotaryAttention, documents, language_loss, rotary_table, with_auxiliary
+from train.models.layers import (
+    RMSNorm,
+    RotaryAttention,
+    checkpointed,
+    documents,
+    language_loss,
+    rotary_table,
+    with_auxiliary,
+)
 from train.shapes import Grok as Shape
 
 
@@ -28,13 +36,17 @@ class Block(nn.Module):
         s, self.balance, self.router_z = shape, shape.balance, shape.router_z
         heads = s.heads, s.kv_heads, s.head_size
         self.attention_norm = RMSNorm(s.width, s.norm_eps)
-        self.attention = RotaryAttention(s.width, *heads, scale=s.score_scale, cap=s.attention_cap)
+        self.attention = RotaryAttention(
+            s.width, *heads, scale=s.score_scale, cap=s.attention_cap, again=s.checkpoint_activations
+        )
         self.attention_end = RMSNorm(s.width, s.norm_eps)
         self.experts_norm = RMSNorm(s.width, s.norm_eps)
         self.experts = Experts(s.width, s.ffn, s.experts, s.chosen)
         self.experts_end = RMSNorm(s.width, s.norm_eps)
         self.dropout = nn.Dropout(s.dropout)
+        self.again = s.checkpoint_activations == "full"
 
+    @checkpointed
     def forward(
         self, x_BTD: Tensor, table: Tensor, auxiliary: Tensor, documents_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

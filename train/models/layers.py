@@ -10,15 +10,17 @@ Shapes: B sequences, T positions, D width, H query heads, K key/value heads, E h
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 IGNORED = -100  # a target that counts for nothing
 QUERIES = 128  # of a block of attention on CPU
 ROWS = 256  # of a chunk of the loss on CPU: 256 x 4,096 logits in fp32 are 4 MB, which stay in the cache
@@ -216,16 +218,51 @@ def cached_attention(
     return y
 
 
+def attention(checkpointed: str) -> Callable[..., Tensor]:
+    """`causal_attention`, which keeps its scores for the backward pass; with `selective` it computes them again.
+
+    They are what grows with the square of the context (Megatron's selective recomputation, arXiv 2205.05198).
+    """
+    if checkpointed != "selective":
+        return causal_attention
+    return functools.partial(checkpoint, causal_attention, use_reentrant=False, preserve_rng_state=False)
+
+
+def checkpointed(forward: Forward) -> Forward:
+    """The `forward` of a module of which, where its `again` says so, nothing is kept for the backward pass but inputs.
+
+    The same operations from the same state of the generators: the same bits. Hooks of the module run once.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(module: Any, *inputs: Any) -> Any:
+        if not module.again:
+            return forward(module, *inputs)
+        return checkpoint(functools.partial(forward, module), *inputs, use_reentrant=False)
+
+    return cast(Forward, wrapped)
+
+
 class RotaryAttention(nn.Module):
     """Causal attention with rotary positions and shared keys, its three projections to heads in one matrix.
 
-    `cap` and `scale` as in `causal_attention`. The rows of `qkv` are those of queries, keys and values, in that order.
+    `cap` and `scale` as in `causal_attention`, `again` as in `attention`. The rows of `qkv` are those of queries, keys
+    and values, in that order.
     """
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int, size: int, *, scale: float | None = None, cap: float = 0.0
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        size: int,
+        *,
+        scale: float | None = None,
+        cap: float = 0.0,
+        again: str = "none",
     ) -> None:
         super().__init__()
+        self.attention = attention(again)
         self.heads, self.kv_heads, self.size, self.scale, self.cap = heads, kv_heads, size, scale, cap
         self.qkv = Linear(width, (heads + 2 * kv_heads) * size)
         self.out = Linear(heads * size, width)
@@ -243,7 +280,7 @@ class RotaryAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, table: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         q, k, v = self.project(x_BTD, table)
-        return self.merge(causal_attention(q, k, v, documents_BT, scale=self.scale, cap=self.cap))
+        return self.merge(self.attention(q, k, v, documents_BT, scale=self.scale, cap=self.cap))
 
     def step(self, x_BTD: Tensor, table: Tensor, kv: Tensor, start: int) -> Tensor:
         """T new positions after `start` known ones, whose keys and values are in `kv` (2, B, K, context, E)."""

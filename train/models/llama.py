@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from train.flops import padded_vocab
 from train.models.language import Cache, LanguageModel
-from train.models.layers import Linear, RMSNorm, RotaryAttention, documents, language_loss, rotary_table
+from train.models.layers import Linear, RMSNorm, RotaryAttention, checkpointed, documents, language_loss, rotary_table
 from train.shapes import Llama as Shape
 
 RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream
@@ -50,11 +50,14 @@ class Block(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(shape.width, shape.norm_eps)
-        self.attention = RotaryAttention(shape.width, shape.heads, shape.kv_heads, shape.width // shape.heads)
+        heads = shape.heads, shape.kv_heads, shape.width // shape.heads
+        self.attention = RotaryAttention(shape.width, *heads, again=shape.checkpoint_activations)
         self.ffn_norm = RMSNorm(shape.width, shape.norm_eps)
         self.ffn = FeedForward(shape)
         self.dropout = nn.Dropout(shape.dropout)
+        self.again = shape.checkpoint_activations == "full"
 
+    @checkpointed
     def forward(self, x_BTD: Tensor, table: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), table, documents_BT))
         y_BTD: Tensor = x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
