@@ -112,7 +112,9 @@ def test_what_transformers_saved_is_read(tmp_path: Path) -> None:
             torch.testing.assert_close(ours(tokens), theirs.float()(tokens).logits, rtol=1e-5, atol=1e-5)
     old = {name.removeprefix("transformer."): tensor for name, tensor in hf.read(tmp_path / "gpt2").items()}
     old["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
-    gpt2 = compose.config("train", ["model=hf", f"model.path={tmp_path / 'gpt2'}", "model.context=8"]).model
+    recipe = ["model.z_loss=0.5", "model.loss_chunk=9", "model.checkpoint_activations=full", "model.dropout=0.25"]
+    gpt2 = compose.config("train", ["model=hf", f"model.path={tmp_path / 'gpt2'}", "model.context=8", *recipe]).model
+    assert (gpt2.z_loss, gpt2.loss_chunk, gpt2.checkpoint_activations, gpt2.dropout) == (0.5, 9, "full", 0.25)
     weights = hf.from_hf(gpt2, old)
     assert torch.equal(weights["positions.weight"], old["wpe.weight"])  # all 16, though 8 are used
 
