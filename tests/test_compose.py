@@ -194,7 +194,7 @@ def _children_seconds() -> float:
 
 def test_a_sweep_is_for_what_trains(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["runs", "--multirun", "format=json,table"]) == 2
-    assert "--multirun: sweeps are for train, plan and drill" in capsys.readouterr().err
+    assert "--multirun: sweeps are for train, plan, drill and launch" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_is_no_failure_to_explain() -> None:

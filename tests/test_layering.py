@@ -24,6 +24,7 @@ LAYERS = [
     ("supervisor", "report"),
     ("job", "runs", "replay", "diff", "resize", "probe", "watch"),
     ("drill",),
+    ("launch",),
     ("cli", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -43,6 +44,8 @@ WITHOUT_TORCH += [
 ]
 WITHOUT_TORCH += ["shapes", "verify", "resize", "probe", "drill", "faults.plan", "data.prepare", "data.stream"]
 WITHOUT_TORCH += ["scale.command", "scale.calibrate", "report.command", "watch"]
+WITHOUT_TORCH += ["launch.submit", "launch.slurm", "launch.kubernetes"]
+LAUNCHERS = sorted((PACKAGE / "launch").glob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
@@ -75,6 +78,11 @@ def test_nothing_imports_upwards(room: str, path: Path) -> None:
 def test_files_are_short(path: Path) -> None:
     lines = len(path.read_text().splitlines())
     assert lines <= (400 if path.name != "config.py" else 520), f"{path.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_a_launcher_is_a_page(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 120
 
 
 def test_the_core_keeps_its_budget() -> None:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from train import compose
 from train.channel import REQUESTS
-from train.commands import SCHEMAS
+from train.commands import SCHEMAS, Launch
 from train.config import DONE, FAILED, REFUSED, Refused, Train
 from train.shapes import MODELS
 
@@ -42,13 +42,14 @@ COMMANDS = {
     "diff": Command("where two runs part, and why", "train.diff:diff", "run=[w1,w2]"),
     "resize": Command("more or fewer ranks for a run under way", "train.resize:resize", "run=llama_nano devices=4"),
     "probe": Command("what this node's devices can do; is one sick or slow?", "train.probe:probe", "check=true"),
+    "launch": Command("train somewhere else", "train.launch.submit:launch", "target=slurm nodes=2 target.gpus=8"),
     "scale": Command("what a job would be on a large cluster", "train.scale.command:scale", "cluster=llama3_16k"),
     "report": Command("a run, or several, as one page to look at", "train.report.command:report", "run=[w1,w2]"),
     "watch": Command("a run while it goes on; web=true: in a browser", "train.watch:watch", "run=llama_nano"),
     "runs": Command("list the runs", "train.runs:runs", "format=json"),
 }
 
-GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "faults", "cluster", "experiment")
+GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "faults", "cluster", "target", "experiment")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,9 +82,12 @@ def _dispatch(arguments: list[str]) -> int:
         return DONE
     module, function = COMMANDS[name].entry.split(":")
     run = getattr(importlib.import_module(module), function)
-    if flags & {"-m", "--multirun"}:
+    several = bool(flags & {"-m", "--multirun"})
+    if SCHEMAS[name] is Launch:
+        return int(run(compose.jobs(name, overrides, several=several)))
+    if several:
         if not issubclass(SCHEMAS[name], Train):
-            raise Refused("--multirun", f"sweeps are for train, plan and drill: call {name} for each value")
+            raise Refused("--multirun", f"sweeps are for train, plan, drill and launch: call {name} for each value")
         return compose.sweep(name, overrides, lambda config: _guarded(lambda: run(config)))
     return int(run(compose.config(name, overrides)))
 

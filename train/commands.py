@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from train.config import ACCELERATORS, GROUPS, Model, Train, at_least, choice, require
+from train.config import ACCELERATORS, GROUPS, Model, Refused, Train, at_least, choice, require, seconds
 from train.shapes import MODELS
 
 
@@ -234,9 +235,90 @@ class Watch:
         require(0 <= self.port < 65_536, "port", f"{self.port} is no port: use 0 … 65535")
 
 
+class Place(Enum):
+    local = "local"  # this machine
+    slurm = "slurm"  # a cluster, by sbatch
+    skypilot = "skypilot"  # clouds, by sky
+    kubernetes = "kubernetes"  # a cluster with Kubeflow Trainer v2, by kubectl
+    compose = "compose"  # containers on one machine, by docker compose
+
+
+# Which places heed a key; elsewhere it is refused.
+HEEDED = {
+    **dict.fromkeys(("gpus", "cpus"), (Place.slurm, Place.skypilot, Place.kubernetes)),
+    **dict.fromkeys(("time", "partition", "account"), (Place.slurm,)),
+    **dict.fromkeys(("spot", "infra"), (Place.skypilot,)),
+    **dict.fromkeys(("image", "mounts"), (Place.skypilot, Place.kubernetes, Place.compose)),
+    "gpu": (Place.slurm, Place.skypilot),
+    "grace": (Place.slurm, Place.kubernetes, Place.compose),
+    "restarts": (Place.kubernetes, Place.compose),
+    "namespace": (Place.kubernetes,),
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Target:
+    """A place and what is asked of it, a node at a time. One's own belong into ./configs/target."""
+
+    kind: Place = MISSING
+    gpus: int = 0  # a node; 0: none
+    gpu: str = ""  # their kind, as the place calls it: H100
+    cpus: int = 0  # a node; 0: as many as the place gives
+    time: str = ""  # slurm: the limit after which the job is queued again, such as 2h
+    grace: int = 120  # seconds to save in, from being asked to stop to being ended
+    partition: str = ""  # slurm
+    account: str = ""  # slurm
+    image: str = ""  # of docker/Dockerfile, with a registry from which the nodes can fetch it
+    mounts: list[str] = field(
+        default_factory=list
+    )  # SOURCE:/there; a bucket, folder or volume claim, for data and runs
+    spot: bool = True  # skypilot: machines that can be taken away, at a lower price
+    infra: str = ""  # skypilot: aws, gcp/us-central1, k8s/my-context
+    namespace: str = "default"  # kubernetes
+    restarts: int = 100  # of the whole job, before it fails
+
+    def __post_init__(self) -> None:
+        at_least(self, "target.", gpus=0, cpus=0, grace=10, restarts=0)
+        for key in fields(self)[1:]:
+            default = key.default_factory() if callable(key.default_factory) else key.default
+            places, value = HEEDED[key.name], getattr(self, key.name)
+            names = ", ".join(place.name for place in places)
+            require(value == default or self.kind in places, f"target.{key.name}", f"is for {names} only: leave it out")
+            plain = not isinstance(value, str) or re.fullmatch(r"[\w./:@+-]*", value)
+            require(bool(plain), f"target.{key.name}", f"'{value}' has letters that no place takes")
+        for mount in self.mounts:
+            source, colon, there = mount.rpartition(":")
+            good = bool(source and colon) and re.fullmatch(r"(/[\w.-]+)+", there)
+            require(bool(good), "target.mounts", f"'{mount}' is not SOURCE:/there")
+        require(not self.gpu or self.gpus > 0, "target.gpu", "needs target.gpus=N too")
+        try:
+            seconds(self.time)
+        except Refused as refusal:
+            raise Refused("target.time", refusal.why) from refusal
+
+    @property
+    def places(self) -> list[str]:
+        """Where things are mounted."""
+        return [mount.rpartition(":")[2] for mount in self.mounts]
+
+
+@dataclass(slots=True, kw_only=True)
+class Launch(Train):
+    """`colossus launch`: a training job somewhere else. The keys are those of `colossus train`, and the target's.
+
+    With --multirun, slurm gets one array, other places a job for each combination.
+    """
+
+    target: Target = MISSING
+    dry: bool = False  # print what would be submitted, and do not
+
+
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
 SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize, "export": Export}
 SCHEMAS |= {"scale": Scale, "probe": Probe, "report": Report, "watch": Watch}
+
+
+SCHEMAS |= {"scale": Scale, "probe": Probe, "launch": Launch}
 
 
 def register() -> None:
@@ -246,5 +328,5 @@ def register() -> None:
         store(name=f"{name}_schema", node=schema)
     for family, model in MODELS.items():
         store(group="model", name=f"schema_{family}", node=model)
-    for group, node in GROUPS.items():
+    for group, node in {**GROUPS, "target": Target}.items():
         store(group=group, name="schema", node=node)

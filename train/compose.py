@@ -89,6 +89,39 @@ def sweep(command: str, arguments: list[str], job: Callable[[Any], int]) -> int:
         return next((code for code in codes if code), 0)
 
 
+def jobs(command: str, arguments: list[str], *, several: bool) -> list[tuple[Any, list[str]]]:
+    """Each job of `launch`: its checked configuration, and the same as arguments of `colossus train`.
+
+    With `several`, a job for each combination of `key=a,b`, under names as a sweep gives them. Paths of data below a
+    mount are where the job will run, not here: in the configuration they are `/`.
+    """
+    with hydra():
+        parsed = _parse([_quoted(argument) for argument in arguments])
+        swept = {o.key_or_group for o in parsed if o.is_sweep_override()} - {"name"} if several else set()
+        found = []
+        for overrides in BasicSweeper.split_arguments(parsed, None)[0] if several else [arguments]:
+            keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+            composed = _compose(command, list(overrides))
+            if swept and "name" not in [o.key_or_group for o in parsed if o.is_sweep_override()]:
+                different = [o for key, o in zip(keys, overrides, strict=True) if key in swept]
+                composed.name += "-" + ",".join(different).replace("/", "_")
+            places = [str(mount).rpartition(":")[2] for mount in composed.target.mounts]
+            for key in [key for key in _keys(composed.data) if key.split(".")[-1] == "path"]:
+                OmegaConf.update(composed.data, key, _here(OmegaConf.select(composed.data, key), places))
+            own = ("target", "dry", "name")
+            kept = [o for key, o in zip(keys, overrides, strict=True) if key.split(".")[0] not in own]
+            name = composed.name if re.fullmatch(r"[\w.-]+", composed.name) else f"'{composed.name}'"
+            found.append((_checked(composed), [*kept, f"name={name}"]))
+    return found
+
+
+def _here(path: Any, places: list[str]) -> Any:
+    """`/` for a path below one of `places`."""
+    if not isinstance(path, str):
+        return [_here(one, places) for one in path] if path else path
+    return "/" if any(f"{path}/".startswith(f"{place}/") for place in places) else path
+
+
 def values(command: str) -> dict[str, Any]:
     """A command's keys and what they are if nobody says otherwise; required ones are missing."""
     composed = _compose(command, [])

@@ -1,0 +1,1 @@
+"""Places where a training job can run: what is submitted there, and with which tool."""

@@ -1,0 +1,50 @@
+"""`colossus launch`: the job is described once, in the keys of `colossus train`; a place has it its own way.
+
+All keys are checked here first, so nothing is submitted that `colossus train` would refuse.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from train.commands import Launch, Place
+from train.config import DONE, FAILED, Refused
+from train.launch import compose, kubernetes, local, skypilot, slurm
+from train.launch.job import FILE, Job, Submission
+
+PLACES: dict[Place, Callable[[list[Job]], list[Submission]]] = {
+    Place.local: local.submissions,
+    Place.slurm: slurm.submissions,
+    Place.skypilot: skypilot.submissions,
+    Place.kubernetes: kubernetes.submissions,
+    Place.compose: compose.submissions,
+}
+
+
+def launch(found: list[tuple[Launch, list[str]]]) -> int:
+    """Exit code 0 once all is submitted, 1 where the place's tool has failed; of `local`, that of the job."""
+    config = found[0][0]
+    place = config.target.kind
+    submissions = PLACES[place]([Job(*one) for one in found])
+    if config.dry:
+        for submission in submissions:
+            print(submission.text, end="")
+        return DONE
+    tool = submissions[0].command[0]
+    if shutil.which(tool) is None:
+        why = f"{place.name} needs {tool}, which is not here (dry=true prints what would be submitted)"
+        raise Refused("target", why)
+    if place is Place.local:
+        os.execv(tool, submissions[0].command)
+    folder = Path(config.runs).expanduser() / ".launch"
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in submissions:
+        (folder / one.file).write_text(one.text)
+        command = [str(folder / one.file) if word == FILE else word for word in one.command]
+        if subprocess.run(command).returncode != 0:
+            return FAILED  # the tool has said why
+    return DONE
