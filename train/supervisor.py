@@ -173,7 +173,7 @@ class Supervisor:
             rank.end()
         self._ranks = []
         for left in (self._run.path / "logs").glob("*.pulse"):
-            left.unlink()
+            left.unlink(missing_ok=True)  # on a shared disk another node may have been quicker
 
     # ------------------------------------------------------------------------------------------- watching
 

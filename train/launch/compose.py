@@ -26,7 +26,8 @@ def submissions(jobs: list[Job]) -> list[Submission]:
 
 def _submission(job: Job) -> Submission:
     name, text = named(job, NAME), yaml.safe_dump(services(job), sort_keys=False, width=120)
-    return Submission(f"{name}.compose.yaml", text, ["docker", "compose", "--file", FILE, "up", "--detach"])
+    command = ["docker", "compose", "--project-name", name, "--file", FILE, "up", "--detach"]
+    return Submission(f"{name}.compose.yaml", text, command)
 
 
 def services(job: Job) -> dict[str, Any]:
@@ -47,4 +48,4 @@ def services(job: Job) -> dict[str, Any]:
             "security_opt": ["no-new-privileges:true"],
             "cap_drop": ["ALL"],
         }
-    return {"name": named(job, NAME), "services": found, "volumes": {f"runs{index}": {} for index in range(nodes)}}
+    return {"services": found, "volumes": {f"runs{index}": {} for index in range(nodes)}}
