@@ -83,7 +83,10 @@ class Saver:
     def regrouped(self, pieces: Sequence[Piece], step: int) -> None:
         """The ranks are new, and with them who writes what; `step` is where the run, or this rank, begins."""
         self._restored = step if self._restored is None else self._restored
-        group, epoch = self._group, self._about["writer_epoch"]
+        group = self._group
+        # Rank 0's, or nodes that share the folder would each write a draft: only its record has every start of the run.
+        epoch = int(group.broadcast(torch.tensor(self._about["writer_epoch"])).item())
+        self._about = {**self._about, "writer_epoch": epoch}
         self._writers = find_writers(self._root, pieces, group)
         if self._snapshot is None:  # later ones, if larger, are made by the save that needs them: nobody waits here
             self._snapshot = checkpoint.Snapshot(checkpoint.deal(pieces, group.rank, self._writers))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.packages import need, need_root
+
 pytestmark = pytest.mark.system
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -24,12 +26,8 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
     """Two namespaces that see each other and nothing else. Installs iproute2 where it is missing and can be had."""
-    if os.geteuid() != 0:
-        pytest.skip("skipped, because network namespaces need root")
-    if shutil.which("ip") is None:
-        for command in (["apt-get", "update"], ["apt-get", "install", "-y", "iproute2"]):
-            if shutil.which("apt-get") is None or subprocess.run(command, capture_output=True).returncode:
-                pytest.skip("skipped, because iproute2 (the ip command) cannot be installed here")
+    need_root("making network namespaces")
+    need("ip", "iproute2")
     names = [f"pc{os.getpid()}{side}" for side in "ab"]
     try:
         for name in names:

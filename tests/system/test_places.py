@@ -54,7 +54,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tools")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     uv = Path(sys.executable).parent / "uv"
-    pip = [uv, "pip", "install", "--quiet", "--python", folder / "bin/python"]
+    pip: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", folder / "bin/python"]
     if not uv.exists():
         pip = [folder / "bin/python", "-m", "pip", "install", "--quiet"]
     done = subprocess.run([*pip, *TOOLS], capture_output=True, text=True)
@@ -77,7 +77,11 @@ def passes(tools: Path, code: str, *values: Any) -> list[bool]:
 def test_skypilot_takes_the_task(tools: Path) -> None:
     mounts = ["target.mounts=[s3://bucket/books:/data]", "data=text", "data.path=/data"]
     gpus = ["target.gpus=8", "target.gpu=H100", "target.infra=aws/us-east-1", "target.cpus=32"]
-    several = ([], ["nodes=2", *gpus, *mounts], ["target.image=registry/colossus:cuda", "target.spot=false"])
+    several: tuple[list[str], ...] = (
+        [],
+        ["nodes=2", *gpus, *mounts],
+        ["target.image=registry/colossus:cuda", "target.spot=false"],
+    )
     tasks = [skypilot.task(job("skypilot", STORE, *arguments)) for arguments in several]
     wrong = copy.deepcopy(tasks[0])
     wrong["resources"]["job_recovery"]["recover_on_exit_codes"] = ["75"]
@@ -98,7 +102,7 @@ def test_kubernetes_takes_the_jobs_of_its_nodes(tools: Path, tmp_path: Path) -> 
 
     def validates(value: dict[str, Any]) -> bool:
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(value))
-        command = [tools / "kubernetes-validate", "--strict", tmp_path / "job.yaml"]
+        command: list[str | Path] = [tools / "kubernetes-validate", "--strict", tmp_path / "job.yaml"]
         return subprocess.run(command, capture_output=True).returncode == 0
 
     assert validates(node)
