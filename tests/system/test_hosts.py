@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.packages import need, need_root
+from tests.test_train import Running, sha256, summary
 
 pytestmark = pytest.mark.system
 
@@ -94,3 +96,17 @@ def test_one_host_listens_on_loopback_only(hosts: list[str], tiny: list[str], tm
         process.terminate()
         process.communicate(timeout=60)
     assert process.returncode == 75
+
+
+def test_nodes_that_share_a_folder_stop_and_go_on(tiny: list[str]) -> None:
+    """Only node 0's record has the starts of a run, and each node clears up in the same folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free.getsockname()[1])}
+    for more, expected in ((["stop_after=0.1s"], 75), ([], 0)):
+        arguments = ("name=a", "nodes=2", "devices=1", *more)
+        running = [Running(tiny, *arguments, **where, PET_NODE_RANK=str(index)) for index in (0, 1)]
+        for node in running:
+            code, out, err = node.end()
+            assert code == expected, out + err
+    assert summary(running[0].folder)["state_sha256"] == sha256(tiny, "name=b", "devices=1")
