@@ -11,7 +11,7 @@ from tests.test_resume import numbers
 from tests.test_train import summary, train
 from train import compose, events, plan
 from train.audit import drawn
-from train.config import Refused
+from train.checks import Refused
 
 STEPS = ("steps=16", "checkpoint.every=4", "eval.every=0")
 

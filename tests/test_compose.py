@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from train import cli, compose
-from train.config import Refused, ResumeMode, SourceKind, Train, seconds
+from train.checks import Refused, seconds
+from train.config import ResumeMode, SourceKind, Train
 from train.folder import read_train, to_yaml
 from train.shapes import Llama
 

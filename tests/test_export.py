@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from train import cli, compose, events, trained
-from train.config import Model, Refused, TokenizerKind, Train
+from train.checks import Refused
+from train.config import Model, TokenizerKind, Train
 from train.data.tokenizer import Tokenizer
 from train.models import hf
 from train.models.build import build

@@ -13,7 +13,8 @@ import yaml
 from torch import nn
 
 from train import compose
-from train.config import CONFIGS, Model, Refused
+from train.checks import Refused
+from train.config import CONFIGS, Model
 from train.flops import active_parameters, auto_micro_batch, flops_per_token, memory, mfu, padded_vocab, parameters
 from train.models.build import build
 from train.shapes import GPT2, MODELS, Grok, Llama

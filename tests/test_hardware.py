@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from train import hardware
-from train.config import Refused
+from train.checks import Refused
 from train.hardware import Gpu, cores, devices, gpus, memory, peak_flops, processor
 
 GIB = 2**30

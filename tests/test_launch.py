@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from train import cli, compose
+from train.checks import Refused
 from train.commands import HEEDED, Place, Target
-from train.config import Refused, Train
+from train.config import Train
 from train.launch.job import Job
 from train.launch.submit import PLACES
 

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
-    ("config", "shapes", "events", "batch", "flops", "hardware"),
+    ("checks", "config", "shapes", "events", "batch", "flops", "hardware"),
     ("commands", "ledger", "pulse", "locks", "slots", "flat", "muon"),
     ("scale", "data", "models", "optim", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
@@ -88,8 +88,8 @@ def test_a_launcher_is_a_page(path: Path) -> None:
 def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
-    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2512
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 15_300
+    assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 15_700
 
 
 def test_the_projector_keeps_its_budget() -> None:

@@ -15,7 +15,8 @@ from moto.server import ThreadedMotoServer
 
 from tests.test_checkpoint import flip, simple
 from train import manifest, mirror
-from train.config import Checkpoint, Refused
+from train.checks import Refused
+from train.config import Checkpoint
 from train.manifest import MANIFEST, SEAL, Damaged
 from train.mirror import Mirror, Origin, Remote
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from train import nodes
-from train.config import Refused
+from train.checks import Refused
 
 
 def test_one_node_needs_nobody_to_say_so() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from train import compose, flops, hardware, plan
-from train.config import Refused, Train
+from train.checks import Refused
+from train.config import Train
 
 GPU = hardware.Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30)
 

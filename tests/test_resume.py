@@ -21,7 +21,7 @@ from tests import dist
 from tests.test_train import Running, at_step, descendants, gone, sha256, steps, summary, train
 from train import cli, compose, events, job, manifest, plan, pulse
 from train.channel import MARK, RECORDED, STOP, Channel
-from train.config import Refused
+from train.checks import Refused
 from train.data.prepare import Counts, Prepared
 from train.folder import FREE, LOCAL, RunFolder, identity
 from train.group import Group

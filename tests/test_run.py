@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.config import Refused
+from train.checks import Refused
 from train.run import _cause
 
 

@@ -21,7 +21,8 @@ from tests.test_checkpoint import cut, digest, flip, pieces, restored, simple, s
 from tests.test_mirror import aws, environment, s3
 from tests.test_train import Running, descendants, sha256, summary, train
 from train import checkpoint, cli, events, manifest, saver
-from train.config import Checkpoint, Refused
+from train.checks import Refused
+from train.config import Checkpoint
 from train.group import Group, Place
 from train.mirror import Remote
 from train.saver import NotSaved, Saver

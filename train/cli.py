@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 
 from train import compose
 from train.channel import REQUESTS
+from train.checks import DONE, FAILED, REFUSED, Refused
 from train.commands import SCHEMAS, Launch
-from train.config import DONE, FAILED, REFUSED, Refused, Train
+from train.config import Train
 from train.shapes import MODELS
 
 INTERRUPTED = 130  # Ctrl-C, or another request to stop, in a command that saves nothing or has not begun

@@ -10,7 +10,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from train.config import ACCELERATORS, GROUPS, Model, Refused, Train, at_least, choice, require, seconds
+from train.checks import Refused, at_least, choice, require, seconds
+from train.config import ACCELERATORS, GROUPS, Model, Train
 from train.shapes import MODELS
 
 

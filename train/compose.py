@@ -25,8 +25,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from train.checks import STOPPED, Refused
 from train.commands import register
-from train.config import CONFIGS, STOPPED, Refused, Train
+from train.config import CONFIGS, Train
 from train.faults.plan import plan
 from train.models.hf_config import adopt
 

@@ -10,7 +10,6 @@ Bad values are refused where they are born: each dataclass checks itself, and ra
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -18,37 +17,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from train.checks import at_least, choice, no_secret, require, seconds
+
 _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"  # in a wheel; in a checkout
-
-DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit codes; 75: stopped on request, saved, resumable
-
-
-class Refused(Exception):
-    """A user's mistake: `key` (or file, or rank) and one line that says what to do. Exit code 2."""
-
-    fault = "refused"
-
-    def __init__(self, key: str, why: str) -> None:
-        super().__init__(f"{key}: {why}" if key else why)
-        self.key, self.why = key, why
-
-
-def require(condition: bool, key: str, why: str) -> None:
-    if not condition:
-        raise Refused(key, why)
-
-
-def at_least(config: Any, group: str, **least: int) -> None:
-    """Refuse a number below its least value."""
-    for name, low in least.items():
-        value = getattr(config, name)
-        require(value >= low, f"{group}{name}", f"{value} is too small: use {low} or more")
-
-
-def choice(value: Any, key: str, choices: tuple[Any, ...]) -> None:
-    shown = ", ".join(str(c).lower() for c in choices)
-    require(value in choices, key, f"'{value}' is unknown: choose from {shown}")
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -287,13 +259,7 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         at_least(self, "checkpoint.", every=0, keep=1, keep_every=0)
-        _no_secret(self.store, "checkpoint.store")
-
-
-def _no_secret(url: str, key: str) -> None:
-    """A URL is written to config.yaml and said in messages."""
-    user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
-    require(not at or ":" not in user, key, "no credentials in a URL: leave them to the environment")
+        no_secret(self.store, "checkpoint.store")
 
 
 class ResumeMode(Enum):
@@ -414,7 +380,7 @@ class Train:
         why = "sharding=full gives every rank as many virtual ranks as it can: use even"
         require(not full or self.batch.weights == "even", "batch.weights", why)
         seconds(self.stop_after)
-        _no_secret(self.resume_from, "resume_from")
+        no_secret(self.resume_from, "resume_from")
         why = "goes back on one node only: use 0, or nodes=1"
         require(not self.recovery.spike or self.nodes == 1, "recovery.spike", why)
         auditable = self.evidence.digests and self.reduce.mode is ReduceMode.exact and not full
@@ -436,19 +402,6 @@ class Train:
     @property
     def tokens_per_step(self) -> int:
         return self.batch.sequences * self.model.context
-
-
-UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
-
-
-def seconds(text: str) -> float | None:
-    """Seconds in a wall time such as `90s`, `50min`, `2h`, `1.5d`; None where it is empty."""
-    if not text:
-        return None
-    match = re.fullmatch(r"([0-9.]+)\s*(s|min|h|d)", text)
-    require(match is not None, "stop_after", f"'{text}' is no duration: write 90s, 50min, 2h or 1d")
-    assert match is not None
-    return float(match[1]) * UNITS[match[2]]
 
 
 GROUPS = {"data": Data, "optimizer": Optimizer, "schedule": Schedule, "reduce": Reduce, "resume": Resume}

@@ -19,9 +19,10 @@ from rich.table import Table
 from torch import Tensor
 
 from train.batch import checksum
+from train.checks import DONE, FAILED, Refused
 from train.commands import Diff as Config
 from train.commands import Format
-from train.config import DONE, FAILED, ReduceMode, Refused, Train
+from train.config import ReduceMode, Train
 from train.data.tokenizer import Tokenizer
 from train.engine import stream
 from train.evidence import word

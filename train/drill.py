@@ -13,9 +13,10 @@ from rich.console import Console as Rich
 from rich.table import Column, Table
 
 from train import events
+from train.checks import DONE, FAILED
 from train.commands import Drill as Config
 from train.commands import Format
-from train.config import DONE, FAILED, Faults, Train
+from train.config import Faults, Train
 from train.faults.plan import Injection, plan
 from train.folder import read_train
 from train.job import train

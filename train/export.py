@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from train import trained
+from train.checks import require
 from train.commands import Export
-from train.config import require
 from train.data.tokenizer import Tokenizer
 from train.folder import locate
 from train.models import hf

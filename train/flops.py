@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from train.config import Model, choice
+from train.checks import choice
+from train.config import Model
 from train.shapes import GPT2, Grok, Llama
 
 ROWS = 64  # vocabularies are padded to a multiple: 50,257 rows are slower than 50,304 on every tensor core

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train import events, locks, manifest
-from train.config import GROUPS, Refused, ResumeMode, Train, require
+from train.checks import Refused, require
+from train.config import GROUPS, ResumeMode, Train
 from train.shapes import MODELS
 
 # What may differ between the nodes of a run: each one's own affair. The rest steers what the ranks do together.

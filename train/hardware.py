@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from train.config import CONFIGS, Refused
+from train.checks import Refused
+from train.config import CONFIGS
 
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is Arm's; without any bf16 is slower than fp32
 PEAKS = ("bf16", "tf32", "fp32")

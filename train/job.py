@@ -11,7 +11,8 @@ from typing import Any
 
 from train import events, folder, manifest, mirror, nodes, plan
 from train.channel import Requests
-from train.config import DONE, STOPPED, Refused, ResumeMode, Train
+from train.checks import DONE, STOPPED, Refused
+from train.config import ResumeMode, Train
 from train.console import Console
 from train.data.prepare import prepare
 from train.faults.plan import plan as planned

@@ -13,7 +13,8 @@ from lightning.fabric import Fabric
 
 from train import checkpoint, events, manifest
 from train.channel import Channel
-from train.config import Refused, Train
+from train.checks import Refused
+from train.config import Train
 from train.data.stream import Validation
 from train.evaluate import evaluate
 from train.folder import differences

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from train import manifest
-from train.config import Checkpoint, Refused
+from train.checks import Refused
+from train.config import Checkpoint
 from train.data.store import sync
 from train.manifest import MANIFEST, SEAL, Damaged, folder_name
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from train.config import Refused
+from train.checks import Refused
 
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 PORT = 29400  # where the ranks of several nodes meet, unless PET_MASTER_PORT says otherwise

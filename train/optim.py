@@ -60,19 +60,22 @@ class Stored:
     def __init__(self, optimizer: torch.optim.Optimizer, flat: Flat) -> None:
         self._optimizer, self._flat = optimizer, flat
 
-    def tensors(self) -> list[tuple[int, Tensor]]:
+    def parameters(self) -> list[tuple[int, Tensor]]:
         """Each with where it begins in the flat layout."""
+        return self._flat.held()
+
+    def moments(self) -> list[tuple[int, Tensor]]:
         owned = [(start, self._optimizer.state[tensor]) for half in self._flat.owned for start, tensor in half]
-        moments = [(start, state[name]) for start, state in owned for name in state if name != "step"]
-        return self._flat.held() + moments
+        return [(start, state[name]) for start, state in owned for name in state if name != "step"]
 
     def gradients(self) -> list[Tensor]:
         """Of the leaf that is being computed, a tensor each parameter."""
         return [parameter.grad for parameter in self._flat.items if parameter.grad is not None]
 
-    def checksum(self) -> int:
-        """64 bits. A single changed bit always changes them: all weights are odd."""
-        parts = [self._flat.checksum(tensor, start).sum() for start, tensor in self.tensors()]
+    def checksum(self, tensors: list[tuple[int, Tensor]] | None = None) -> int:
+        """64 bits of these tensors, or of all. A single changed bit always changes them: all weights are odd."""
+        tensors = self.parameters() + self.moments() if tensors is None else tensors
+        parts = [self._flat.checksum(tensor, start).sum() for start, tensor in tensors]
         return int(sum((2 * i + 1) * part for i, part in enumerate(parts)))
 
 

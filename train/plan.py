@@ -16,8 +16,9 @@ from rich.table import Table
 
 from train import flops, hardware
 from train.batch import Node, fold, maximal, root, shares
+from train.checks import Refused, require
 from train.commands import Format, Plan
-from train.config import OptimizerKind, ReduceMode, Refused, Sharding, TokenizerKind, Train, require
+from train.config import OptimizerKind, ReduceMode, Sharding, TokenizerKind, Train
 from train.shapes import Grok
 
 MAX_RANKS = 8  # that `devices=auto` starts on one node

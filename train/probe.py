@@ -20,9 +20,9 @@ from rich.console import Console as Rich
 from rich.table import Column, Table
 
 from train import hardware
+from train.checks import DONE, FAILED, require
 from train.commands import Format
 from train.commands import Probe as Config
-from train.config import DONE, FAILED, require
 from train.console import Console
 from train.faults.slow import slow
 from train.plan import MAX_RANKS, there

@@ -13,9 +13,9 @@ from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 
+from train.checks import DONE, FAILED, Refused
 from train.commands import Format
 from train.commands import Replay as Config
-from train.config import DONE, FAILED, Refused
 from train.data.tokenizer import Tokenizer
 from train.evidence import word
 from train.folder import locate

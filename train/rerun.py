@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from train import checkpoint, events, evidence, loop, manifest, trained
-from train.config import Evidence, ReduceMode, Refused, Sharding, Train
+from train.checks import Refused
+from train.config import Evidence, ReduceMode, Sharding, Train
 from train.console import Console
 from train.data.prepare import Prepared
 from train.engine import Engine

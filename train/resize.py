@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from train import events
+from train.checks import DONE, FAILED, Refused
 from train.commands import Resize as Config
-from train.config import DONE, FAILED, Refused
 from train.folder import WISH, locate, read_train, replace, under_way
 
 PATIENCE = 60.0  # seconds in which the ranks must have come to the end of a step, and newcomers be ready

@@ -26,7 +26,8 @@ from train import events, optim, telemetry
 from train.audit import Audit
 from train.balance import Balance
 from train.channel import Channel
-from train.config import Refused, Sharding, Train
+from train.checks import Refused
+from train.config import Sharding, Train
 from train.data.prepare import Prepared
 from train.data.stream import Validation
 from train.engine import Engine

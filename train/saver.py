@@ -23,7 +23,8 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from train import checkpoint, events, manifest
-from train.config import Checkpoint, Refused
+from train.checks import Refused
+from train.config import Checkpoint
 from train.flat import Piece
 from train.group import Group
 from train.mirror import Mirror, reason

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from train.config import Model, at_least, require
+from train.checks import at_least, require
+from train.config import Model
 
 
 @dataclass(slots=True, kw_only=True)

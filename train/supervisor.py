@@ -22,7 +22,8 @@ from typing import Any
 
 from train import events, folder, hardware, manifest, nodes, pulse
 from train.channel import STOP, Requests
-from train.config import DONE, FAILED, REFUSED, STOPPED, Train, seconds
+from train.checks import DONE, FAILED, REFUSED, STOPPED, seconds
+from train.config import Train
 from train.console import Console
 from train.data.order import passing
 from train.data.writing import Preparer

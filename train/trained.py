@@ -10,7 +10,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, Precision
 
 from train import checkpoint, hardware, manifest
-from train.config import Refused, Train
+from train.checks import Refused
+from train.config import Train
 from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
 from train.flat import Piece

@@ -9,8 +9,8 @@ from rich.console import Console as Rich
 from rich.table import Column, Table
 
 from train import manifest
+from train.checks import DONE, FAILED, Refused
 from train.commands import Format, Verify
-from train.config import DONE, FAILED, Refused
 from train.console import Console
 from train.folder import locate
 

@@ -18,8 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from train.checks import DONE, Refused
 from train.commands import Watch
-from train.config import DONE, Refused
 from train.folder import locate
 from train.report.page import POLICY, page
 from train.report.record import SILENCE, Run

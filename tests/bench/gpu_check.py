@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from train import cli, hardware
-from train.config import REFUSED
+from train.checks import REFUSED
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -7,8 +7,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from train.checks import Refused
 from train.commands import register
-from train.config import Data, Refused, SourceKind
+from train.config import Data, SourceKind
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NEEDS = {

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests.data.corpora import config, folder, jsonl, prepared, stream, texts
-from train.config import Data, Refused, Source, SourceKind, Tokenizer, TokenizerKind
+from train.checks import Refused
+from train.config import Data, Source, SourceKind, Tokenizer, TokenizerKind
 from train.data.corpus import documents, held_out, pin
 from train.data.prepare import Prepared, _sample, prepare
 from train.data.store import Store

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from tests.data.corpora import config, folder, jsonl, prepared, stream, texts
-from train.config import Data, Refused, Source, SourceKind, Tokenizer, TokenizerKind
+from train.checks import Refused
+from train.config import Data, Source, SourceKind, Tokenizer, TokenizerKind
 from train.data.prepare import Prepared, prepare
 from train.data.store import Store, lock
 from train.data.stream import IGNORED, Stream, Validation

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.corpora import texts
-from train.config import Refused
+from train.checks import Refused
 from train.data.tokenizer import END, Tokenizer
 
 

@@ -16,7 +16,7 @@ from tests.test_resume import numbers
 from tests.test_train import summary, train
 from train import cli, compose, events, manifest, plan, supervisor
 from train.channel import Requests
-from train.config import Refused
+from train.checks import Refused
 from train.console import Console
 from train.data.order import passing
 from train.faults.losses import FEWEST, Losses

@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 
 from train import compose
-from train.config import Refused, Train
+from train.checks import Refused
+from train.config import Train
 from train.faults.plan import KINDS, PHASES, Injection, parse, plan
 from train.folder import identity
 

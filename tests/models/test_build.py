@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.config import Model, Refused
+from train.checks import Refused
+from train.config import Model
 from train.models.build import build, initial
 from train.shapes import Llama
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tests.models import grok_reference as reference
 from train import cli, compose
-from train.config import Refused
+from train.checks import Refused
 from train.flops import active_parameters, parameters
 from train.models.build import build
 from train.models.experts import Experts, grouped, in_turn, watched

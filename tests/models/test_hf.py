@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from train.config import Refused
+from train.checks import Refused
 from train.models.build import build
 from train.models.hf import from_hf, to_hf
 from train.models.hf_config import from_hf_config, to_hf_config

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from train import cli, compose
-from train.config import Refused
+from train.checks import Refused
 from train.scale.command import predict
 from train.scale.hardware import TAGS, cluster
 from train.scale.project import project

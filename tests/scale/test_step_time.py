@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from train import compose, flops
-from train.config import Refused
+from train.checks import Refused
 from train.scale import calibrate, memory, validation, workload
 from train.scale.hardware import gpus
 from train.scale.network import bus

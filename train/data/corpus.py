@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from train.config import Refused, Source, SourceKind
+from train.checks import Refused
+from train.config import Source, SourceKind
 
 Progress = Callable[[str, int, int], None]
 

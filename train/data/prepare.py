@@ -16,7 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from train.config import Data, Refused, Source, SourceKind, TokenizerKind
+from train.checks import Refused
+from train.config import Data, Source, SourceKind, TokenizerKind
 from train.data import store
 from train.data.corpus import File, Progress, documents, drawn, held_out, pin
 from train.data.store import digest

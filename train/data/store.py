@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from train import locks
-from train.config import Refused
+from train.checks import Refused
 from train.data.order import Ints
 
 FORMAT = 1

@@ -28,7 +28,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from train.config import Refused
+from train.checks import Refused
 from train.data.order import SLOTS, Ints, deal, keys, passing, permute, shares
 from train.data.prepare import Prepared
 from train.data.store import Shard, Store, token_type

@@ -19,7 +19,8 @@ from typing import Any
 
 import tokenizers
 
-from train.config import Refused, TokenizerKind
+from train.checks import Refused
+from train.config import TokenizerKind
 
 END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "<|endofdocument|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")  # GPT-2, Llama, …

@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from train.config import Refused, Source
+from train.checks import Refused
+from train.config import Source
 from train.data import store
 from train.data.corpus import File, Progress, documents, held_out
 from train.data.order import keys, scramble

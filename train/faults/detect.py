@@ -35,16 +35,18 @@ def watched(config: Train, seat: Seat, member: int, channel: Channel, record: Pa
     """
     ranks = int(config.devices) * config.nodes
     phase = armed(plan(config), seat, ranks, member, channel, record, stored)
-    return Guard(phase, stored.checksum) if config.recovery.guard and config.accelerator == "cpu" else phase
+    if not config.recovery.guard or config.accelerator != "cpu":
+        return phase
+    return Guard(phase, lambda: stored.checksum(stored.parameters()), lambda: stored.checksum(stored.moments()))
 
 
 class Guard:
     """A rank's watch over the bits that it holds, called at each phase."""
 
-    def __init__(self, phase: Phase, checksum: Callable[[], int]) -> None:
-        """`phase`: what else is called. `checksum`: of the state that this rank holds, 64 bits."""
-        self._phase, self._checksum = phase, checksum
-        self._taken: int | None = None
+    def __init__(self, phase: Phase, parameters: Callable[[], int], moments: Callable[[], int]) -> None:
+        """`phase`: what else is called. The others: checksums of what this rank holds, 64 bits each."""
+        self._phase, self._parameters, self._moments = phase, parameters, moments
+        self._taken: tuple[int, int] | None = None
         self._step = 0  # how many steps were committed when it was taken
 
     def __call__(self, phase: str, step: int) -> None:
@@ -59,8 +61,13 @@ class Guard:
             self._taken = None
 
     def _take(self, step: int) -> None:
-        self._taken, self._step = self._checksum(), step
+        self._taken, self._step = (self._parameters(), self._moments()), step
 
     def _check(self, phase: str) -> None:
-        if self._taken is not None and (now := self._checksum()) != self._taken:
-            raise Corrupted(f"bits of the state changed before {phase}: checksum {word(self._taken)}, now {word(now)}")
+        if self._taken is None:
+            return
+        moments = self._taken[1] if phase == "reduce" else self._moments()  # which no gradient is made from
+        now = self._parameters(), moments
+        if now != self._taken:
+            was, found = (" ".join(map(word, pair)) for pair in (self._taken, now))
+            raise Corrupted(f"bits of the state changed before {phase}: checksums {was}, now {found}")

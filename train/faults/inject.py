@@ -132,7 +132,9 @@ def flip(tensors: Sequence[Tensor], bits: int, seed: str) -> None:
 
 
 IN_MEMORY: dict[str, Callable[[Stored, Injection], object]] = {
-    "flip": lambda stored, one: flip([tensor for _, tensor in stored.tensors()], int(one.amount), one.id),
+    "flip": lambda stored, one: flip(
+        [tensor for _, tensor in stored.parameters() + stored.moments()], int(one.amount), one.id
+    ),
     "nan": lambda stored, one: stored.gradients()[0].view(-1)[:1].fill_(float("nan")),
     "sdc": lambda stored, one: stored.gradients()[0].view(-1)[:1].add_(0.01),  # a plausible wrong number
 }

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from train.config import Faults, Refused, Train, choice, require
+from train.checks import Refused, choice, require
+from train.config import Faults, Train
 
 # kind -> what AMOUNT is if it is left out: seconds; of `slow` the factor, of `flip` how many bits of the rank's state.
 # An hour is forever: somebody has to notice.

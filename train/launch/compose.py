@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from train.config import require
+from train.checks import require
 from train.launch.job import FILE, Job, Submission, elsewhere, named, verbatim
 from train.nodes import PORT
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from train.checks import require
 from train.commands import Launch
-from train.config import require
 
 PYTHON = [sys.executable, "-P", "-m", "train"]  # `colossus train` of this installation, whatever PATH says
 FILE = "FILE"  # in a command, the path of the file

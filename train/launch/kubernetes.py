@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from train.config import REFUSED, require
+from train.checks import REFUSED, require
 from train.launch.job import FILE, Job, Submission, elsewhere, named, verbatim
 
 API = "trainer.kubeflow.org/v1alpha1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from train.config import require
+from train.checks import require
 from train.launch.job import PYTHON, Job, Submission
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from train.config import CONFIGS, STOPPED, require
+from train.checks import STOPPED, require
+from train.config import CONFIGS
 from train.launch.job import FILE, Job, Submission, elsewhere, named
 
 

@@ -14,7 +14,7 @@ import math
 import shlex
 from pathlib import Path
 
-from train.config import STOPPED, seconds
+from train.checks import STOPPED, seconds
 from train.launch.job import FILE, PYTHON, Job, Submission, named
 
 SCRIPT = """\

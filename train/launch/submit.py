@@ -11,8 +11,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from train.checks import DONE, FAILED, Refused
 from train.commands import Launch, Place
-from train.config import DONE, FAILED, Refused
 from train.launch import compose, kubernetes, local, skypilot, slurm
 from train.launch.job import FILE, Job, Submission
 

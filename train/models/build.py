@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.config import Model, choice, require
+from train.checks import choice, require
+from train.config import Model
 from train.models import gpt2, grok, llama
 from train.models.language import LanguageModel
 

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.config import Model, Refused, require
+from train.checks import Refused, require
+from train.config import Model
 from train.flops import padded_vocab
 from train.models.build import VOCABULARY
 from train.models.hf_config import to_hf_config

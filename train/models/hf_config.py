@@ -12,7 +12,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from train.config import Model, Refused, TokenizerKind, Train, require
+from train.checks import Refused, require
+from train.config import Model, TokenizerKind, Train
 from train.shapes import GPT2, HF, Grok, Llama
 
 WORDS: dict[str, tuple[type[Model], dict[str, str]]] = {  # model_type -> our shape; our key -> their key

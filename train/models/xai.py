@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.config import Refused
+from train.checks import Refused
 from train.models.build import build
 from train.models.hf import fill, from_hf
 from train.models.language import LanguageModel

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from train.checks import Refused
 from train.commands import Scale
-from train.config import CONFIGS, Refused
+from train.config import CONFIGS
 from train.folder import read_json, read_train
 from train.report.record import Run
 from train.report.words import esc, lasting, number, percent, si, table

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from train.checks import DONE, Refused
 from train.commands import Report
-from train.config import DONE, Refused
 from train.folder import locate, replace
 from train.report.page import page
 from train.report.record import Run

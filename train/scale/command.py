@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from train.checks import Refused
 from train.commands import Format, Scale
-from train.config import Refused
 from train.scale import claims, project, tables, validation
 from train.scale.calibrate import jobs_of
 from train.scale.step_time import calibration, step_time

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from train import hardware
-from train.config import CONFIGS, choice, require
+from train.checks import choice, require
+from train.config import CONFIGS
 
 TAGS = ("measured", "datasheet", "published", "assumed")
 FIGURES = ("oversubscription", "throughput", "node_gpus", "node_w", "pue", "price_usd_h", "interruptions")

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from train.checks import choice, require
 from train.commands import Scale
-from train.config import choice, require
 from train.scale import failures, memory, validation
 from train.scale.calibrate import SOURCES
 from train.scale.hardware import Cluster, Figure, Gpu, cluster

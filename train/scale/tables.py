@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train.config import Refused
+from train.checks import Refused
 from train.scale.hardware import gpus
 from train.scale.workload import FIELDS, TABLES, Recompute, Shape, Sharding, Stack, job
 

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train import flops
-from train.config import Model, require
+from train.checks import require
+from train.config import Model
 from train.scale.hardware import Gpu
 
 Array = NDArray[np.float64]
