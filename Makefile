@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-healthy bench-report gpu-check clean
+.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-healthy bench-report gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -72,6 +72,9 @@ bench-stall: setup ## Measure: how long survivors stand still after a kill, and 
 
 bench-torchrun: setup ## Measure: the same under torchrun, which restarts all ranks (minutes)
 	@$(BIN)/python -m tests.bench.torchrun $(ARGS)
+
+bench-torchft: setup ## Measure: the same under torchft, whose survivors go on (minutes; needs pip install torchft)
+	@$(BIN)/python -m tests.bench.torchft $(ARGS)
 
 bench-healthy: setup ## Measure: alarms in 100,000 healthy steps (half an hour)
 	@$(BIN)/python -m tests.bench.healthy $(ARGS)
