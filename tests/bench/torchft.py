@@ -1,13 +1,12 @@
 """How long survivors stand still under torchft when a rank is killed: `make bench-torchft`, beside `make bench-stall`.
 
-torchft (`pip install torchft`, of Meta's PyTorch team; 0.2.0 was measured) has a lighthouse say, step by step, which
-replicas take part; those that are left go on, and a replacement gets the state from one of them. The job is the
-smallest one that does that: a replica a process, gloo, an all-reduce of as many bytes as a model has gradients, weights and two
-moments as state, and a sleep in the place of the computation. A killed process is started again at once; it imports
-torch and torchft and nothing else. What a step had computed is lost with it under torchft and not counted here. Of each
-kill, in seconds without that step's own time: from it to the next step that a survivor commits, and to the first that
-the replacement does. The lighthouse takes a silent replica for lost after `--heartbeat` milliseconds; its
-own default is 5,000.
+torchft (`pip install torchft`; 0.2.0 was measured) has a lighthouse say, step by step, which replicas take part: those
+that are left go on, and a replacement gets the state from one of them. The job is the smallest one that does that: a
+replica a process, gloo, an all-reduce of as many bytes as a model has gradients, weights and two moments as state, and
+a sleep in the place of the computation. A killed process is started again at once; it imports torch and torchft and
+nothing else. What a step had computed is lost with it under torchft and not counted here. Of each kill, in seconds
+without that step's own time: from it to the next step that a survivor commits, and to the first that the replacement
+does. The lighthouse takes a silent replica for lost after `--heartbeat` milliseconds; its own default is 5,000.
 """
 
 from __future__ import annotations
