@@ -20,6 +20,7 @@ What differs on purpose:
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -56,6 +57,11 @@ from train.run import Order, assemble
 PIECE = 2
 
 
+@functools.cache  # composing takes half a second, which no contestant may pay in a step
+def composed(overrides: tuple[str, ...]) -> Train:
+    return plan.resolve(compose.config("train", list(overrides)))
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a contestant is told."""
@@ -73,7 +79,7 @@ class Job:
 
     @property
     def config(self) -> Train:
-        return plan.resolve(compose.config("train", list(self.overrides)))
+        return composed(self.overrides)
 
     @property
     def pieces(self) -> int:
@@ -194,7 +200,7 @@ def batches(job: Job) -> Iterator[list[tuple[Tensor, Tensor]]]:
     first = job.rank * per_rank
     while True:
         tokens = torch.from_numpy(rows[first : first + per_rank].astype(np.int64))
-        yield [(piece[:, :-1], piece[:, 1:]) for piece in tokens.split(PIECE)]
+        yield [(piece[:, :-1], piece[:, 1:]) for piece in torch.split(tokens, PIECE)]
         first += config.batch.sequences
 
 
@@ -300,7 +306,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 def hf_trainer(job: Job, turns: Turns) -> None:
     """transformers.Trainer with GPT2LMHeadModel, both as they are."""
-    import accelerate  # type: ignore[import-not-found]  # noqa: F401
+    import accelerate  # type: ignore  # noqa: F401
     import transformers
 
     config, o = job.config, job.config.optimizer
@@ -314,7 +320,7 @@ def hf_trainer(job: Job, turns: Turns) -> None:
         step_loss = torch.zeros(())
 
         def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-            return SequentialSampler(self.train_dataset)
+            return SequentialSampler(Rows(job))
 
         def training_step(self, *arguments: Any, **more: Any) -> Tensor:
             loss: Tensor = super().training_step(*arguments, **more)
@@ -404,8 +410,11 @@ def lightning_trainer(job: Job, turns: Turns) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=job.folder,
+        use_distributed_sampler=False,
     )
-    trainer.fit(module, DataLoader(Rows(job), batch_size=PIECE, shuffle=False))
+    rows, step = Rows(job), job.config.batch.sequences
+    own = [index for index in range(len(rows)) if index % step * job.world // step == job.rank]
+    trainer.fit(module, DataLoader(rows, batch_size=PIECE, sampler=own))
 
 
 # ------------------------------------------------------------------------------------------------------------------
