@@ -71,6 +71,18 @@ def survived(folder: Path, tiny: list[str], twins: Twins, *more: str) -> list[Re
     return records(folder)
 
 
+def equals_one_rank(running: Running, overrides: list[str], *more: str) -> None:
+    """Stop a run that has no end, and show that one rank alone comes to the same losses and the same state there."""
+    running.process.send_signal(signal.SIGINT)
+    code, _, err = running.end()
+    assert code == 75, err
+    end = summary(running.folder)
+    code, twin = train([*overrides, *more], "name=twin", "devices=1", f"steps={end['steps']}")
+    assert code == 0
+    assert numbers(running.folder) == numbers(twin)
+    assert summary(twin)["state_sha256"] == end["state_sha256"]
+
+
 def once(found: list[Record]) -> None:
     """Nothing was restarted: each step is in the record once, with its checksums, and in order."""
     for kind in ("step", "digests"):
@@ -301,19 +313,13 @@ def test_a_spare_takes_the_place_of_a_lost_rank_at_once(tiny: list[str], capsys:
         running.wait_for(lambda found, n=spares: len(of_kind(found, "regroup")) >= n)  # type: ignore[misc]
     assert cli.main(["resize", f"run={running.folder}", "devices=3"]) == 0
     assert "has 2 ranks, and 1 that stand" in capsys.readouterr().out
-    running.process.send_signal(signal.SIGINT)
-    code, _, err = running.end()
-    assert code == 75, err
+    equals_one_rank(running, tiny, *longer)
     found = records(running.folder)
     once(found)
     assert [(r["world"], r["members"], r["why"]) for r in of_kind(found, "regroup")] == [
         (2, [0, 2], "lost"),
         (2, [2, 3], "lost"),
     ]
-    steps = summary(running.folder)["steps"]
-    code, twin = train(tiny, *longer, "name=twin", "devices=1", f"steps={steps}")
-    assert numbers(running.folder) == numbers(twin)
-    assert summary(running.folder)["state_sha256"] == summary(twin)["state_sha256"]
 
 
 def test_a_loss_after_the_others_have_left_is_not_theirs_to_heal(tiny: list[str], tmp_path: Path) -> None:
@@ -380,17 +386,15 @@ def test_one_cause_that_takes_several_ranks_at_once_is_survived(tiny: list[str],
         assert watch._bury(lost[2:]) == 1  # type: ignore[arg-type]
 
 
-def test_resize_under_way(tiny: list[str], twins: Twins, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resize_under_way(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """2 -> 4 -> 1 -> 9 -> 3 ranks while it trains, of nine one stands by; asking again is harmless."""
-    longer = ("steps=160", "eval.every=0", "checkpoint.every=100")
-    running = Running([*tiny, *longer], "name=a", "devices=2")
+    running = Running([*tiny, *ENDLESS], "name=a", "devices=2")
     running.wait_for(at_step(1))
     codes = [cli.main(["resize", f"run={running.folder}", f"devices={n}"]) for n in (4, 4, 1, 9, 3)]
     assert codes == [0, 0, 0, 0, 0]
     assert "8 ranks, and 1 that stand by" in capsys.readouterr().out
-    code, _, _ = running.end()
-    assert code == 0
-    found = survived(running.folder, tiny, twins, *longer)
+    equals_one_rank(running, tiny, *ENDLESS)
+    found = records(running.folder)
     once(found)
     worlds = [record["world"] for record in of_kind(found, "regroup")]
     assert worlds[-1] == 3
