@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def tiny(corpus: Path, cache: Path, tmp_path: Path) -> list[str]:
         *("eval.every=3", "eval.tokens=500", "checkpoint.every=3", "log.every=2", "logger=[]", "report=false"),
         f"runs={tmp_path}/runs",
     ]
+
+
+def pytest_configure() -> None:
+    """One thread a test process, before torch is imported: two would spin for each other on cores that others use."""
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
