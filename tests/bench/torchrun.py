@@ -3,8 +3,9 @@
 torchrun's agent restarts all ranks when one fails; they read the last checkpoint and go on. The job is the smallest one
 that does that honestly: gloo, an all-reduce of as many bytes as a model has gradients, a checkpoint of weights and two
 moments after every step, so that nothing is computed again, and a sleep in the place of the computation. It imports
-torch and numpy and nothing else: a real job imports more, and compiles. Of each kill, in seconds: from it to the end of
-the next step of rank 0, without that step's own time.
+torch and numpy and nothing else: a real job imports more, and compiles. Ranks that do not find each other within ten
+seconds after a restart end, and are started once more: with gloo's half hour two of them waited for ever. Of each kill,
+in seconds: from it to the end of the next step of rank 0, without that step's own time.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from train.ledger import quantile
 
 JOB = """
 import os, sys, time
+from datetime import timedelta
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 folder, size, compute = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=timedelta(seconds=10))
 rank = dist.get_rank()
 state, gradient, step = np.zeros(3 * size, np.float32), torch.ones(size), 0
 if (folder / "state.npy").exists():
