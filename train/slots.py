@@ -15,6 +15,8 @@ BACK_OFF = 1.0  # seconds before the second replacement; twice as many before ea
 
 @dataclass(slots=True)
 class Slot:
+    """A place for a rank on this node."""
+
     deaths: list[int] = field(default_factory=list)  # the last recorded step, at each
     due: float = 0.0  # when a replacement may be forked, on the monotonic clock
     doubts: int = 0  # audits that its ranks took part in and that did not agree
