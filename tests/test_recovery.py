@@ -179,12 +179,12 @@ def test_a_rank_that_hangs_is_found_and_says_where(kind: str, tiny: list[str], t
 
 def test_a_slow_rank_is_named(tiny: list[str], twins: Twins) -> None:
     """Once that has lasted for a few seconds; and it has no say in the bits."""
-    code, folder = train(tiny, *LONG, "name=a", "devices=3", "faults.at=[slow:1@forward:4:30:40]")
+    code, folder = train(tiny, *LONG, "name=a", "devices=3", "faults.at=[slow:1@forward:4:60:16]")
     assert code == 0
     found = survived(folder, tiny, twins, *LONG)
     named = [one for one in of_kind(found, "slow") if one["rank"] == 1]
     assert named
-    assert 4 < named[0]["step"] < 30
+    assert 4 < named[0]["step"] <= 30
     assert named[0]["times"] > 1.3
 
 
@@ -388,12 +388,13 @@ def test_one_cause_that_takes_several_ranks_at_once_is_survived(tiny: list[str],
 
 def test_resize_under_way(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """2 -> 4 -> 1 -> 9 -> 3 ranks while it trains, of nine one stands by; asking again is harmless."""
-    running = Running([*tiny, *ENDLESS], "name=a", "devices=2")
+    longer = (*ENDLESS, "batch.sequences=8", "batch.micro_batch=1")
+    running = Running([*tiny, *longer], "name=a", "devices=2")
     running.wait_for(at_step(1))
     codes = [cli.main(["resize", f"run={running.folder}", f"devices={n}"]) for n in (4, 4, 1, 9, 3)]
     assert codes == [0, 0, 0, 0, 0]
     assert "8 ranks, and 1 that stand by" in capsys.readouterr().out
-    equals_one_rank(running, tiny, *ENDLESS)
+    equals_one_rank(running, tiny, *longer)
     found = records(running.folder)
     once(found)
     worlds = [record["world"] for record in of_kind(found, "regroup")]
