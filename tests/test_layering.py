@@ -21,7 +21,7 @@ LAYERS = [
     ("loop",),
     ("keeper", "balance", "engine", "audit"),
     ("recovery", "run", "rerun"),
-    ("supervisor", "report"),
+    ("remote", "fleet", "agent", "supervisor", "report"),
     ("job", "runs", "replay", "diff", "resize", "probe", "watch"),
     ("drill",),
     ("launch",),
@@ -39,6 +39,8 @@ WITHOUT_TORCH += [
     "job",
     "runs",
     "nodes",
+    "fleet",
+    "agent",
     "manifest",
     "mirror",
 ]
@@ -89,7 +91,7 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 15_700
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 16_450
 
 
 def test_the_projector_keeps_its_budget() -> None:

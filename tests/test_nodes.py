@@ -34,13 +34,13 @@ def test_what_launchers_say(environment: dict[str, str], node: nodes.Node) -> No
 def test_what_nobody_says_is_refused() -> None:
     with pytest.raises(Refused, match="PET_NODE_RANK"):
         nodes.here(2, {})
-    with pytest.raises(Refused, match="this is node 2, but nodes=2"):
+    with pytest.raises(Refused, match="this is node 2, but there are 2"):
         nodes.here(2, {"PET_NODE_RANK": "2", "PET_MASTER_ADDR": "x"})
 
 
 def test_one_host_listens_on_loopback() -> None:
     with nodes.listen(nodes.here(1)) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
-        taken = nodes.Node(0, "127.0.0.1", listener.getsockname()[1])
+        port = listener.getsockname()[1]
         with pytest.raises(Refused, match="cannot be listened at"):
-            nodes.listen(taken)
+            nodes.listen(nodes.here(1), port)

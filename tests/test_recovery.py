@@ -23,10 +23,13 @@ import torch
 
 from tests.test_resume import ENDLESS, numbers, ranks
 from tests.test_train import Running, at_step, summary, train
-from train import cli, compose, events, plan, pulse, slots, supervisor
+from train import cli, compose, events, nodes, plan, pulse, slots, supervisor
 from train.channel import Requests
+from train.config import Train
 from train.console import Console
+from train.fleet import Fleet
 from train.folder import RunFolder
+from train.processes import Here
 from train.telemetry import Recorder
 
 Record = dict[str, Any]
@@ -51,6 +54,14 @@ class Twins:
 @pytest.fixture(scope="module")
 def twins() -> Twins:
     return Twins()
+
+
+def watching(config: Train, run: RunFolder, console: Console | None = None) -> supervisor.Supervisor:
+    """A supervisor on the only node, before it has started anything."""
+    here = Here(nodes.here(1), config, run.path, run.events_path, None, int(config.devices))  # type: ignore[arg-type]
+    watch = supervisor.Supervisor(config, run, console or Console(), Fleet(here, 1, {}), None, Requests())
+    watch._lay_out()
+    return watch
 
 
 def records(folder: Path) -> list[Record]:
@@ -243,22 +254,22 @@ def test_a_place_where_ranks_keep_dying_stays_empty_for_a_while(
     """The second replacement waits, the third does not come before 20 steps have passed; the run goes on without."""
     config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=2"]))
     with RunFolder(tmp_path / "run") as run:
-        watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
+        watch = watching(config, run)
         forked: list[int] = []
-        monkeypatch.setattr(watch, "_fork", lambda slot, resume, joins: forked.append(slot))
-        stays = SimpleNamespace(member=0, slot=0, fault=None, port=1, tell=lambda message: None, **MEMBER)
+        monkeypatch.setattr(watch, "_fork", lambda spot, resume, joins: forked.append(spot[1]))
+        stays = SimpleNamespace(member=0, spot=(0, 0), fault=None, port=1, tell=lambda message: None, **MEMBER)
         watch._ranks, watch._members, watch._present = [stays], [0], [0]  # type: ignore[list-item]
         for death in range(slots.LIVES):
-            dies = SimpleNamespace(member=1 + death, slot=1, fault=None, died_of=lambda: "killed by SIGKILL")
+            dies = SimpleNamespace(member=1 + death, spot=(0, 1), fault=None, died_of=lambda: "killed by SIGKILL")
             assert watch._bury([dies]) == supervisor.GOES_ON  # type: ignore[list-item]
-            waits = watch._slots[1].due - time.monotonic()
+            waits = watch._slots[0, 1].due - time.monotonic()
             assert waits <= 0 if death == 0 else waits == pytest.approx(slots.BACK_OFF * 2 ** (death - 1), abs=0.5)
-            watch._slots[1].due = 0.0
+            watch._slots[0, 1].due = 0.0
             watch._replace()
         assert forked == [1, 1]
         (warning,) = of_kind(list(run.events()), "warning")
         assert "left empty" in warning["text"]
-        watch._recorded += slots.QUICK
+        watch._last["step"] += slots.QUICK
         watch._replace()
         assert forked == [1, 1, 1]
 
@@ -267,13 +278,13 @@ def test_what_the_others_are_told_of_losses_and_newcomers(tiny: list[str], tmp_p
     """A newcomer comes at the end of a step, unless that step will have no end; and alone it has no state."""
     config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=4"]))
     with RunFolder(tmp_path / "run") as run:
-        watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
+        watch = watching(config, run)
         told: list[Record] = []
 
         def process(member: int, named: bool = True) -> Any:
             words: dict[str, Any] = {"fault": None, "left": False, "port": 1, "died_of": lambda: "killed by SIGKILL"}
             tell = lambda message: told.append(json.loads(message))  # noqa: E731
-            return SimpleNamespace(member=member, slot=member % 3, tell=tell, **words, **MEMBER | {"named": named})
+            return SimpleNamespace(member=member, spot=(0, member % 3), tell=tell, **words, **MEMBER | {"named": named})
 
         def joins(member: int) -> tuple[list[int], bool, str]:
             watch._ranks.append(newcomer := process(member, named=False))
@@ -327,9 +338,9 @@ def test_a_loss_after_the_others_have_left_is_not_theirs_to_heal(tiny: list[str]
     A newcomer that dies then concerns nobody."""
     config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=2"]))
     with RunFolder(tmp_path / "run") as run:
-        watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
+        watch = watching(config, run)
         ranks = [
-            SimpleNamespace(member=m, slot=m % 2, left=False, fault=None, died_of=lambda: "killed by SIGKILL")
+            SimpleNamespace(member=m, spot=(0, m % 2), left=False, fault=None, died_of=lambda: "killed by SIGKILL")
             for m in range(3)
         ]
         watch._ranks, watch._members, watch._present = ranks[:2], [0, 1], [0, 1]  # type: ignore[list-item,assignment]
@@ -372,10 +383,10 @@ def test_one_cause_that_takes_several_ranks_at_once_is_survived(tiny: list[str],
     """Seen in one look or in two. Once the others have gone on, the same again is no bad luck."""
     config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=4"]))
     with RunFolder(tmp_path / "run") as run:
-        watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
+        watch = watching(config, run)
         fault = events.Fault(fault="exception", phase="reduce", rank=0, step=7, cause="OSError: no route").record()
         stays, *lost = [
-            SimpleNamespace(member=m, slot=m, fault=fault if m else None, port=1, tell=lambda _: None, **MEMBER)
+            SimpleNamespace(member=m, spot=(0, m), fault=fault if m else None, port=1, tell=lambda _: None, **MEMBER)
             for m in range(4)
         ]
         watch._ranks, watch._members, watch._present = [stays], [0, 1, 2, 3], [0, 1, 2, 3]  # type: ignore[list-item]

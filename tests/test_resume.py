@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
@@ -17,14 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests import dist
 from tests.test_train import Running, at_step, descendants, gone, sha256, steps, summary, train
 from train import cli, compose, events, job, manifest, plan, pulse
 from train.channel import MARK, RECORDED, STOP, Channel
 from train.checks import Refused
-from train.data.prepare import Counts, Prepared
 from train.folder import FREE, LOCAL, RunFolder, identity
-from train.group import Group
 from train.pulse import Pulse
 
 Records = list[dict[str, Any]]
@@ -266,25 +261,6 @@ def test_nodes_must_agree_on_all_that_the_ranks_do_together(tiny: list[str]) -> 
     config = compose.config("train", [*tiny, "name=a"])
     assert {"eval.every", "checkpoint.every", "reduce.bucket_mib"} <= set(identity(config, LOCAL))
     assert not {"runs", "data.cache", "data.path", "name"} & set(identity(config, LOCAL))
-
-
-def disagreeing(group: Group, tiny: list[str]) -> str:
-    config = compose.config("train", [*tiny, "name=a", f"runs=of-rank-{group.rank}", f"eval.every={1 + group.rank}"])
-    nothing = Counts(tokens=0, documents=0, bytes=0)
-    fields = dict.fromkeys((field.name for field in dataclasses.fields(Prepared)), "")
-    prepared = Prepared(**{**fields, "train": nothing, "validation": nothing})  # type: ignore[arg-type]
-    run = importlib.import_module("train.run")
-    try:
-        run._agree(config, prepared, group)
-    except Refused as refusal:
-        return str(refusal)
-    return ""
-
-
-def test_a_rank_with_another_eval_every_is_refused_instead_of_waited_for(tiny: list[str]) -> None:
-    first, second = dist.run("tests.test_resume:disagreeing", world=2, tiny=tiny)
-    assert first == ""
-    assert "rank 1 has another configuration" in second
 
 
 def test_a_key_to_allow_that_does_not_exist_is_refused_with_the_nearest(

@@ -10,6 +10,7 @@ Bad values are refused where they are born: each dataclass checks itself, and ra
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -325,7 +326,7 @@ class Train:
     seed: int = 0
     steps: int = 200  # in all, not from here
     devices: int | str = "auto"  # ranks on this node; auto: one a GPU, or one a CPU core, up to 8
-    nodes: int = 1  # the same command runs once on each; PET_*, SLURM_* or SKYPILOT_* say which one this is
+    nodes: int | str = 1  # the command runs once on each, as PET_*, SLURM_* or SKYPILOT_* say; 1-4: they may vary
     accelerator: str = "auto"  # auto: cuda where there is a GPU
     backend: str = "auto"  # auto: nccl on GPUs; gloo lets several ranks share a GPU, over the host's memory
     precision: str = "auto"  # auto: bf16 on GPUs and on CPUs with bf16 instructions
@@ -355,7 +356,10 @@ class Train:
         folder = Path(self.name).name == self.name and self.name not in ("", ".", "..")
         require(folder, "name", f"'{self.name}' cannot be a folder's name under {self.runs}/")
         require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
-        at_least(self, "", steps=1, nodes=1)
+        at_least(self, "", steps=1)
+        why = f"'{self.nodes}' is neither a number above 0 nor two of them, as in 1-4"
+        require(re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", str(self.nodes)) is not None, "nodes", why)
+        require(self.least_nodes <= self.most_nodes, "nodes", f"'{self.nodes}': the least comes first")
         choice(self.accelerator, "accelerator", ACCELERATORS)
         choice(self.backend, "backend", ("auto", "gloo", "nccl"))
         choice(self.precision, "precision", ("auto", "fp32", "bf16"))
@@ -364,7 +368,7 @@ class Train:
             choice(logger, "logger", ("tensorboard", "csv", "wandb"))
         if isinstance(self.devices, int):
             at_least(self, "", devices=1)
-            ranks = self.devices * self.nodes
+            ranks = self.devices * self.least_nodes
             most, instead = self.batch.virtual_ranks, f"use at most that many ranks, or batch.virtual_ranks={ranks}"
             require(ranks <= most, "devices", f"{ranks} ranks are more than batch.virtual_ranks={most}: {instead}")
             given = ranks if isinstance(self.batch.weights, str) else len(self.batch.weights)
@@ -382,7 +386,7 @@ class Train:
         seconds(self.stop_after)
         no_secret(self.resume_from, "resume_from")
         why = "goes back on one node only: use 0, or nodes=1"
-        require(not self.recovery.spike or self.nodes == 1, "recovery.spike", why)
+        require(not self.recovery.spike or self.most_nodes == 1, "recovery.spike", why)
         auditable = self.evidence.digests and self.reduce.mode is ReduceMode.exact and not full
         why = "compares digests of virtual ranks: not with evidence.digests=false, reduce=fast or sharding=full"
         require(not self.recovery.audit or auditable, "recovery.audit", why)
@@ -392,8 +396,15 @@ class Train:
     @property
     def heals(self) -> bool:
         """Whether a rank that is lost can be replaced, and ranks be added, while the others go on."""
-        whole = self.sharding is Sharding.none and self.accelerator == "cpu" and self.nodes == 1
-        return self.recovery.in_place and whole
+        return self.recovery.in_place and self.sharding is Sharding.none and self.accelerator == "cpu"
+
+    @property
+    def least_nodes(self) -> int:
+        return int(str(self.nodes).split("-")[0])
+
+    @property
+    def most_nodes(self) -> int:
+        return int(str(self.nodes).split("-")[-1])
 
     @property
     def folder(self) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
@@ -24,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from train import events, locks, manifest
 from train.checks import Refused, require
 from train.config import GROUPS, ResumeMode, Train
+from train.data.order import passing
 from train.shapes import MODELS
 
 # What may differ between the nodes of a run: each one's own affair. The rest steers what the ranks do together.
@@ -60,9 +62,9 @@ def _among(key: str, names: Iterable[str]) -> bool:
     return any(fnmatchcase(key, name) or key.startswith(name + ".") for name in names)
 
 
-def plain_identity(config: Train) -> dict[str, Any]:
+def plain_identity(config: Train, free: Iterable[str] = FREE) -> dict[str, Any]:
     """The same as JSON gives it back: what a checkpoint carries."""
-    value = json.loads(json.dumps(identity(config), default=str))
+    value = json.loads(json.dumps(identity(config, free), default=str))
     assert isinstance(value, dict)
     return value
 
@@ -169,6 +171,14 @@ class RunFolder:
     def left_out(self) -> list[int]:
         """The batches that this run passes over, in order."""
         return list((read_json(self.path / "data.json") or {}).get("left_out", []))
+
+    def go_back(self, step: int, width: int) -> None:
+        """Let the next start be from there or before, and pass over the next so many batches."""
+        for path in manifest.candidates(self.path / "checkpoints"):
+            if (manifest.step_of(path.name) or 0) > step:
+                shutil.rmtree(path)
+        before = self.left_out()
+        self.leave_out(passing(i, before) for i in range(step, step + width))
 
     def leave_out(self, batches: Iterable[int]) -> None:
         """Let the ranks that are started from now on pass over these too."""

@@ -10,13 +10,15 @@ import dataclasses
 from typing import Any
 
 from train import events, folder, manifest, mirror, nodes, plan
+from train.agent import Agent
 from train.channel import Requests
 from train.checks import DONE, STOPPED, Refused
 from train.config import ResumeMode, Train
 from train.console import Console
 from train.data.prepare import prepare
 from train.faults.plan import plan as planned
-from train.processes import forkserver
+from train.fleet import Fleet
+from train.processes import Here, forkserver
 from train.supervisor import Supervisor
 
 
@@ -25,19 +27,20 @@ def train(config: Train) -> int:
     console = Console()
     with Requests() as requests:
         try:
-            with folder.RunFolder(config.folder, nodes.here(config.nodes).index) as run:
-                return _train(config, run, console, requests)
+            node = nodes.here(config.most_nodes)
+            with folder.RunFolder(config.folder, node.index) as run:
+                return _train(config, node, run, console, requests)
         except KeyboardInterrupt:
             console.close()
             console.say(f"asked to stop ({requests.names[0]}) before the first step: the same command starts again")
             return STOPPED
 
 
-def _train(config: Train, run: folder.RunFolder, console: Console, requests: Requests) -> int:
+def _train(config: Train, node: nodes.Node, run: folder.RunFolder, console: Console, requests: Requests) -> int:
     origin = mirror.Origin(config.resume_from, "resume_from") if config.resume_from else None
     elsewhere = next(origin.manifests(), None) if origin else None
     config = plan.resolve(run.pinned(config, elsewhere))
-    planned(config)
+    faults = planned(config)
     resume = run.admit(config, elsewhere)
     if (store := config.checkpoint.store) and (
         held := next(mirror.Origin(store, "checkpoint.store").manifests(), None)
@@ -51,12 +54,22 @@ def _train(config: Train, run: folder.RunFolder, console: Console, requests: Req
     prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
     try:
         run.write(config, dataclasses.asdict(prepared))
-        supervisor = Supervisor(config, run, console, context, preparer, requests)
-        if origin is not None and run.node == 0:
-            resume = _fetch(origin, prepared.digest, config, run, supervisor, console) or resume
-        requests.hold()
-        code = supervisor.run(resume)
-        if config.report and run.node == 0:
+        here = Here(node, config, run.path, run.events_path, context, int(config.devices))
+        agrees = folder.plain_identity(config, folder.LOCAL)
+        agrees |= {"corpus": prepared.digest, "faults on order": [one.id for one in faults]}
+        hello = {"node": node.index, "devices": here.devices, "agrees": agrees}
+        if node.index:
+            requests.hold()
+            return Agent(here, run, console, preparer, requests, hello).run()
+        with Fleet(here, config.most_nodes, hello) as fleet:
+            supervisor = Supervisor(config, run, console, fleet, preparer, requests)
+            if origin is not None:
+                resume = _fetch(origin, prepared.digest, config, run, supervisor, console) or resume
+            fleet.gather(config.least_nodes, console.say)
+            requests.hold()
+            code = supervisor.run(resume)
+            fleet.verdict = fleet.verdict or (code, "")
+        if config.report:
             from train.report.command import leave_behind  # numpy, which no refusal shall wait for
 
             console.say(leave_behind(run.path))

@@ -18,18 +18,22 @@ from dataclasses import dataclass
 from train.checks import Refused
 
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
-PORT = 29400  # where the ranks of several nodes meet, unless PET_MASTER_PORT says otherwise
+PORT = 29400  # where node 0 listens to the others, unless PET_MASTER_PORT says otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
     index: int
     host: str  # of node 0
-    port: int
+    port: int  # where it listens to the others; 0: there are none
+
+    @property
+    def alone(self) -> bool:
+        return self.port == 0
 
 
 def here(nodes: int, env: Mapping[str, str] = os.environ) -> Node:
-    """This node's place. Raises Refused where `nodes` is more than one and nobody says which one this is."""
+    """This node's place among at most `nodes`. Raises Refused where nobody says which of several this is."""
     if nodes == 1:
         return Node(0, "127.0.0.1", 0)
     port = int(env.get("PET_MASTER_PORT", PORT))
@@ -43,7 +47,7 @@ def here(nodes: int, env: Mapping[str, str] = os.environ) -> Node:
         unset = "neither PET_NODE_RANK and PET_MASTER_ADDR nor SLURM_* nor SKYPILOT_* are set"
         raise Refused("nodes", f"{nodes} nodes, but {unset}")
     if not 0 <= node.index < nodes:
-        raise Refused("nodes", f"this is node {node.index}, but nodes={nodes}")
+        raise Refused("nodes", f"this is node {node.index}, but there are {nodes} at most")
     return node
 
 
@@ -55,15 +59,15 @@ def _first_host(nodelist: str) -> str:
     return match[1] + (match[2] or "")
 
 
-def listen(node: Node) -> socket.socket:
-    """The socket at which node 0's rank 0 will host the store: loopback unless the run has several nodes."""
+def listen(node: Node, port: int = 0) -> socket.socket:
+    """A socket that listens, at any free port or at this one: on loopback unless the run has several nodes."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(("0.0.0.0" if node.port else "127.0.0.1", node.port))
+        listener.bind(("127.0.0.1" if node.alone else "0.0.0.0", port))
     except OSError as error:
         listener.close()
-        raise Refused("PET_MASTER_PORT", f"port {node.port} cannot be listened at ({error.strerror})") from error
+        raise Refused("PET_MASTER_PORT", f"port {port} cannot be listened at ({error.strerror})") from error
     listener.listen(128)
     return listener
 

@@ -40,9 +40,9 @@ def resolve(config: Train) -> Train:
     accelerator, available = there(config.accelerator)
     if not available:
         raise Refused("accelerator", "cuda, but nvidia-smi shows no GPU here: use accelerator=cpu")
-    ranks = config.batch.virtual_ranks // config.nodes
-    if ranks < 1:
-        raise Refused("nodes", f"{config.nodes} nodes are more than batch.virtual_ranks={config.batch.virtual_ranks}")
+    nodes, leaves = config.least_nodes, config.batch.virtual_ranks
+    ranks = leaves // nodes
+    require(ranks > 0, "nodes", f"{nodes} nodes are more than batch.virtual_ranks={leaves}")
     usual = min(available, MAX_RANKS, ranks)
     devices = usual if config.devices == "auto" else int(config.devices)
     backend = config.backend if config.backend != "auto" else "nccl" if accelerator == "cuda" else "gloo"
@@ -72,7 +72,7 @@ def resolve(config: Train) -> Train:
         )
         batch = replace(batch, micro_batch=fitting)
     config = replace(config, accelerator=accelerator, backend=backend, devices=devices)
-    why = "take the places of lost ranks, which one node's CPU ranks with whole states do in place: use 0"
+    why = "take the places of lost ranks, which CPU ranks with whole states do in place: use 0"
     require(config.heals or not config.recovery.spares, "recovery.spares", why)
     return replace(config, precision=precision, compile=compiled, batch=batch)
 
@@ -121,7 +121,7 @@ def _gradient_buffers(virtual_ranks: int, world: int) -> int:
 
 def memory(config: Train, vocab: int) -> flops.Memory:
     """What a rank of this (resolved) run needs, in bytes."""
-    leaves, world = config.batch.virtual_ranks, int(config.devices) * config.nodes
+    leaves, world = config.batch.virtual_ranks, int(config.devices) * config.least_nodes
     size, precision = int(config.batch.micro_batch), config.precision
     whole = flops.memory(config.model, vocab, micro_batch=size, precision=precision, accelerator=config.accelerator)
     if config.optimizer.kind is OptimizerKind.muon:  # one moment for the matrices inside layers
@@ -159,7 +159,7 @@ def plan(config: Plan) -> int:
         "tokens": tokens,
         "flops": per_token * tokens,
         "accelerator": resolved.accelerator,
-        "ranks": int(resolved.devices) * resolved.nodes,
+        "ranks": int(resolved.devices) * resolved.least_nodes,
         "virtual_ranks": batch.virtual_ranks,
         "micro_batches": batch.micro_batches,
         "micro_batch": batch.micro_batch,

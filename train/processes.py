@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver as forkservers
 from multiprocessing import parent_process
@@ -28,8 +28,10 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
-from train import pulse
-from train.channel import MARK, RECORDED, REQUESTS
+from train import hardware, nodes, pulse
+from train.channel import REQUESTS
+from train.config import Train
+from train.slots import Spot
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DUMP = 0.1  # seconds in which a stack is written
@@ -59,61 +61,57 @@ def _begin(order: str, connection: Connection, listener: socket.socket | None) -
 
 @dataclass(slots=True, eq=False)
 class Rank:
-    """A process that is a rank, or is to become one."""
+    """A process of this node that is a rank, or is to become one."""
 
     member: int
-    slot: int  # its place on this node, and its device; a replacement takes it over
+    slot: int  # on this node, with its device; a replacement takes it over
     port: int  # of the store that it hosts when it is the first of the group
     process: ForkServerProcess
     connection: Connection
     pulse: mmap.mmap
+    trace: Path  # of its pulse, until it has opened it
     named: bool  # a membership has named it: it hears of all that follow
+    node: int = 0
     stands_by: bool = False  # it may be made a member
     left: bool = False  # it has said its last word
     fault: dict[str, Any] | None = None  # what it says has ended it
 
-    @classmethod
-    def fork(
-        cls, context: ForkServerContext, slot: int, order: dict[str, Any], listener: socket.socket | None, port: int
-    ) -> Rank:
-        ours, theirs = context.Pipe()
-        member = order["place"]["member"]
-        heart = pulse.create(Path(order["folder"]) / "logs" / f"rank-{member}.pulse")
-        process = context.Process(target=_begin, args=(json.dumps(order), theirs, listener), name=f"rank-{member}")
-        process.start()
-        theirs.close()
-        if listener is not None:
-            listener.close()  # the process has its own copy
-        return cls(member, slot, port, process, ours, heart, named=not order["joins"])
+    @property
+    def spot(self) -> Spot:
+        return self.node, self.slot
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    @property
+    def killed(self) -> bool:
+        """Whether a signal has ended it."""
+        return (self.process.exitcode or 0) < 0
+
+    def sources(self) -> list[Any]:
+        """What to wait for: a word of it, or its end."""
+        return [self.process.sentinel] + [self.connection] * (not self.connection.closed)
 
     def tell(self, message: bytes) -> None:
         with contextlib.suppress(OSError):  # it has ended by itself
             self.connection.send_bytes(message)
 
-    def hear(self, take: Callable[[dict[str, Any], Rank], None], sync: Callable[[], None]) -> None:
-        """Take in all that it has sent. Where it asks whether that is on the disk, make it so and answer."""
+    def words(self) -> Iterator[bytes]:
+        """All that it has sent."""
         try:
             while not self.connection.closed and self.connection.poll():
-                message = self.connection.recv_bytes()
-                if message == MARK:
-                    sync()
-                    self.tell(RECORDED)
-                else:
-                    take(json.loads(message), self)
+                yield self.connection.recv_bytes()
         except (EOFError, ConnectionError):
             self.connection.close()
 
+    def silent(self) -> tuple[float, str] | None:
+        """For how many seconds it has given no sign of life, and in which phase, if that is too long."""
+        return pulse.silent(self.pulse) if self.alive else None
+
     def died_of(self) -> str:
         """Why the process has ended, in one line."""
-        code = self.process.exitcode or 0
-        if code >= 0:
-            return f"ended with exit code {code}"
-        cause = f"killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            cause += (
-                "; if nobody did that, the machine ran out of memory: use a smaller batch.micro_batch or fewer devices"
-            )
-        return cause
+        return died_of(self.process.exitcode or 0)
 
     def dump(self) -> None:
         """Have it write all its threads' stacks to its log; one that is stopped does so when it goes on."""
@@ -122,10 +120,68 @@ class Rank:
             os.kill(self.process.pid or 0, signal.SIGCONT)
             time.sleep(DUMP)
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self.process.kill()
+
+    def end(self) -> None:
+        self.kill()
         self.process.join()
         self.connection.close()
+        self.trace.unlink(missing_ok=True)
+
+
+@dataclass(slots=True)
+class Here:
+    """This node, where ranks can be forked."""
+
+    node: nodes.Node
+    config: Train
+    folder: Path  # of the run
+    record: Path  # of its events on this node
+    context: ForkServerContext
+    devices: int  # how many ranks shall live here, spares aside
+
+    @property
+    def index(self) -> int:
+        return self.node.index
+
+    @property
+    def host(self) -> str:
+        return self.node.host
+
+    def fork(self, slot: int, order: dict[str, Any]) -> Rank:
+        """A process at this place. `order`: what the supervisor has to say of it; the rest depends on the node."""
+        config, member = self.config, order["member"]
+        gpus = len(hardware.gpus()) if config.accelerator == "cuda" else 0
+        place: dict[str, Any] = {
+            "member": member,
+            "local_rank": slot,
+            "device": f"cuda:{slot % gpus}" if gpus else "cpu",
+            "loopback": self.node.alone,
+            "backend": config.backend,
+            "heals": config.heals,
+        }
+        words = {key: order[key] for key in ("writer_epoch", "resume", "joins")}
+        paths = {"folder": str(self.folder), "record": str(self.record)}
+        text = json.dumps({**paths, "threads": 1, "place": place, **words})
+        with nodes.listen(self.node) as listener:
+            port = listener.getsockname()[1]
+            ours, theirs = self.context.Pipe()
+            heart = pulse.create(trace := self.folder / "logs" / f"rank-{member}.pulse")
+            process = self.context.Process(target=_begin, args=(text, theirs, listener), name=f"rank-{member}")
+            process.start()
+        theirs.close()
+        return Rank(member, slot, port, process, ours, heart, trace, named=not order["joins"], node=self.index)
+
+
+def died_of(code: int) -> str:
+    """What an exit code says, in one line."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    cause = f"killed by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        cause += "; if nobody did that, the machine ran out of memory: use a smaller batch.micro_batch or fewer devices"
+    return cause
 
 
 def die_with_parent() -> None:

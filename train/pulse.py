@@ -58,7 +58,9 @@ class Pulse:
     """A rank's side."""
 
     def __init__(self, path: Path) -> None:
+        """Both sides have it now, and nothing stays behind in the folder."""
         self._memory = _map(path)
+        path.unlink()
         self._last, self._phase = time.monotonic(), "start"
         self._longest: dict[str, float] = {}
         self.first = AT_FIRST  # what `first` says, once there is a configuration

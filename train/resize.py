@@ -23,8 +23,8 @@ def resize(config: Config) -> int:
     """Exit code 0 once so many ranks train; 1 where they do not within a minute."""
     path = locate(config.run)
     run = read_train(path / "config.yaml")
-    if not run.heals:
-        why = "only one node's CPU ranks with whole states change in place"
+    if not run.heals or run.most_nodes > 1:
+        why = "only one node's CPU ranks with whole states are resized (of several nodes, let one come or go)"
         raise Refused("run", f"{why}: stop {config.run} and start it again with devices={config.devices}")
     if not under_way(path):
         raise Refused("run", f"{config.run} is not under way: start it with devices={config.devices}")

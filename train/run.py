@@ -26,14 +26,13 @@ from train import events, optim, telemetry
 from train.audit import Audit
 from train.balance import Balance
 from train.channel import Channel
-from train.checks import Refused
-from train.config import Sharding, Train
+from train.config import Sharding
 from train.data.prepare import Prepared
 from train.data.stream import Validation
 from train.engine import Engine
 from train.faults import detect
 from train.fingerprint import fingerprint
-from train.folder import LOCAL, identity, plain_identity, read_train
+from train.folder import identity, plain_identity, read_train
 from train.group import Changed, Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
 from train.loop import Due, fit
@@ -50,6 +49,7 @@ class Order:
     """What the supervisor tells a rank besides the run's configuration."""
 
     folder: str  # of the run
+    record: str  # of the run's events on this node
     place: Place
     threads: int  # of this rank, on a CPU
     writer_epoch: int  # how many times this run has been started
@@ -123,7 +123,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     recorder = Recorder(config, fabric, channel.send, prepared.vocab, on_step=[balance.observe])
 
     stored = optim.Stored(state.optimizer, state.flat)
-    phase = detect.watched(config, group, order.place.member, channel, folder / "events.jsonl", stored)
+    phase = detect.watched(config, group, order.place.member, channel, Path(order.record), stored)
 
     @functools.cache  # opening the set verifies it: once for the part, once for the whole
     def validation(tokens: int) -> Validation:
@@ -172,7 +172,6 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         recorder.on_step.append(audit.compare)
 
     def begin() -> None:
-        _agree(config, prepared, group)
         restore(state, folder / "checkpoints", group, channel, order.resume, numerics)
         recorder.peak, source = telemetry.peak(config, fabric, group)
         if fabric.is_global_zero:
@@ -197,19 +196,9 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     )
 
 
-def _digest(keys: dict[str, Any], *more: str) -> str:
+def _digest(keys: dict[str, Any]) -> str:
     """sha256 of configuration keys."""
-    return hashlib.sha256(json.dumps([keys, more], default=str, sort_keys=True).encode()).hexdigest()
-
-
-def _agree(config: Train, prepared: Prepared, group: Group) -> None:
-    """Refuse to train where another rank, perhaps on another node, has another configuration or corpus than rank 0.
-
-    Keys without a say in the result count too, such as eval.every: ranks that differ there would wait for each other.
-    """
-    mine = torch.tensor(list(bytes.fromhex(_digest(identity(config, LOCAL), prepared.digest))))
-    if not torch.equal(group.broadcast(mine.clone()), mine):
-        raise Refused("nodes", f"rank {group.rank} has another configuration or corpus than rank 0: make them equal")
+    return hashlib.sha256(json.dumps(keys, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _cause(error: BaseException) -> tuple[str, str]:

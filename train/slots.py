@@ -1,4 +1,4 @@
-"""The places for ranks on a node, and what has happened at each: who died here, who was suspected here.
+"""The places for ranks on the nodes, and what has happened at each: who died here, who was suspected here.
 
 A replacement takes a place over, and its device. Where processes keep dying the machine is to blame, not the process.
 """
@@ -12,10 +12,12 @@ LIVES = 3  # deaths in so few steps after which a place is left empty
 DOUBTS = 3  # audits without agreement after which a place is left empty, if no other place has as many
 BACK_OFF = 1.0  # seconds before the second replacement; twice as many before each further one
 
+Spot = tuple[int, int]  # where a slot is: on which node, and which of those there
+
 
 @dataclass(slots=True)
 class Slot:
-    """A place for a rank on this node."""
+    """A place for a rank."""
 
     deaths: list[int] = field(default_factory=list)  # the last recorded step, at each
     due: float = 0.0  # when a replacement may be forked, on the monotonic clock
@@ -38,7 +40,7 @@ class Slot:
         return not self.left_out and self.lately(step) < LIVES and now >= self.due
 
 
-def doubtful(slots: dict[int, Slot]) -> int | None:
+def doubtful(slots: dict[Spot, Slot]) -> Spot | None:
     """The place that is to be left out from now on: it took part in more disagreements than any other."""
     worst, second = [*sorted((slot.doubts for slot in slots.values()), reverse=True), 0][:2]
     if worst < DOUBTS or worst == second:

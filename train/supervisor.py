@@ -4,32 +4,31 @@ It never imports torch. While the data is prepared, a forkserver imports torch a
 it. This process is the only writer of `events.jsonl`. The first SIGINT, SIGTERM or SIGUSR1, here or at any rank, or
 `stop_after`, makes the ranks agree on a step, save and stop; the second one here ends them at once.
 
-It alone says which processes are the ranks of the run. When one is lost it tells the others, who go on without it, or
-with a spare that stands by, and forks another, which joins them when it is ready. Where no rank can go on, all start
-again from the last checkpoint; where that leads nowhere, the run ends, with the cause in one line; nothing is left
-behind.
+It alone says which processes are the ranks of the run, on this node, which is node 0, and on others, where agents do
+as it says. When one is lost it tells the others, who go on without it, or with a spare that stands by, and forks
+another, which joins them when it is ready. Where no rank can go on, all start again from the last checkpoint; where
+that leads nowhere, the run ends, with the cause in one line; nothing is left behind.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections import Counter
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext
 from typing import Any
 
-from train import events, folder, hardware, manifest, nodes, pulse
-from train.channel import STOP, Requests
+from train import events, folder
+from train.channel import MARK, RECORDED, STOP, Requests
 from train.checks import DONE, FAILED, REFUSED, STOPPED, seconds
 from train.config import Train
 from train.console import Console
-from train.data.order import passing
 from train.data.writing import Preparer
 from train.faults.losses import Losses
+from train.fleet import Fleet
 from train.processes import Rank
-from train.slots import LIVES, QUICK, Slot, doubtful
+from train.remote import RemoteRank, There
+from train.slots import LIVES, QUICK, Slot, Spot, doubtful
 from train.summary import summarize
 
 MOURNING = 1.0  # seconds in which the others may say what a dead rank did to them, before it is named
@@ -44,14 +43,13 @@ class Supervisor:
         config: Train,
         run: folder.RunFolder,
         console: Console,
-        context: ForkServerContext,
+        fleet: Fleet,
         preparer: Preparer | None,
         requests: Requests,
     ) -> None:
         self._config, self._run, self._console = config, run, console
-        self._context, self._preparer, self._requests = context, preparer, requests
-        self._node = nodes.here(config.nodes)
-        self._ranks: list[Rank] = []
+        self._fleet, self._preparer, self._requests = fleet, preparer, requests
+        self._ranks: list[Rank | RemoteRank] = []
         self._log = events.EventLog(run.events_path)
         self._heeded = False  # what was asked of this process
         self._asked = self._stopped = False  # the ranks
@@ -60,10 +58,9 @@ class Supervisor:
         self._members: list[int] = []  # who shall belong together
         self._present: list[int] = []  # who does, as far as they have said
         self._ending = False  # a rank has come to the end of the run
-        self._slots: dict[int, Slot] = {}
-        self._lay_out(int(config.devices))
+        self._slots: dict[Spot, Slot] = {}
         self._next_member = self._epoch = self._writer_epoch = 0
-        self._recorded = 0  # the last step whose event is here
+        self._last = {"step": 0, "digests": 0}  # of these events, the last step that has one
         self._causes: set[tuple[Any, ...]] = set()  # of faults that were survived
         self._fresh: set[tuple[Any, ...]] = set()  # of those since the ranks last went on: one may take several ranks
         self._futile = 0  # restarts of all ranks since the last step
@@ -87,7 +84,7 @@ class Supervisor:
         finally:
             self._end_all()
             self._console.close()
-        if self._node.index == 0 and code in (DONE, STOPPED):
+        if code in (DONE, STOPPED):
             records = list(self._run.events())
             summary = summarize(records)
             folder.replace(self._run.path / "summary.json", json.dumps(summary, indent=1))
@@ -95,49 +92,32 @@ class Supervisor:
         self._log.close()
         return code
 
-    # ------------------------------------------------------------------------------------------ processes
-
     def _start(self, resume: bool, again: bool = False) -> None:
         """All ranks anew, from the newest checkpoint or from the beginning."""
-        used = [number for number, slot in self._slots.items() if not slot.left_out][: self._most]
-        self.record(events.Launch(world=len(used) * self._config.nodes, again=again))
+        self._lay_out()
+        for there in self._fleet.others.values():
+            there.brief(self._run.events())
+        used = [spot for spot, slot in self._slots.items() if not slot.left_out][: self._most]
+        self.record(events.Launch(world=len(used), again=again))
         self._writer_epoch = 1 + sum(record["kind"] == "start" for record in self._run.events())
-        self._next_member = self._node.index * len(self._slots)
-        for number in used:
-            self._fork(number, resume, joins=False)
-        self._members = self._present = list(range(len(used) * self._config.nodes))
+        self._next_member, self._last = 0, dict.fromkeys(self._last, 0)
+        for spot in used:
+            self._fork(spot, resume, joins=False)
+        self._members = self._present = list(range(len(used)))
         self._ending = False
         self._publish("start")
 
-    def _lay_out(self, devices: int) -> None:
-        """Places for so many ranks on this node, and for spares: who finds no virtual rank to host is one."""
-        self._most = min(devices, self._config.batch.virtual_ranks)
-        numbers = range(devices + self._config.recovery.spares)
-        self._slots = {number: self._slots.get(number, Slot()) for number in numbers}
+    def _lay_out(self) -> None:
+        """Places for ranks on all nodes, and for spares: who finds no virtual rank to host is one."""
+        self._most = min(self._fleet.devices, self._config.batch.virtual_ranks)
+        spots = self._fleet.spots(self._config.recovery.spares)
+        self._slots = {spot: self._slots.get(spot, Slot()) for spot in spots}
 
-    def _fork(self, slot: int, resume: bool, joins: bool) -> None:
-        config, member = self._config, self._next_member
+    def _fork(self, spot: Spot, resume: bool, joins: bool) -> None:
+        (node, slot), member = spot, self._next_member
         self._next_member += 1
-        hosts = config.nodes == 1 or member == 0
-        listener = nodes.listen(self._node) if hosts else None
-        gpus = len(hardware.gpus()) if config.accelerator == "cuda" else 0
-        order = {
-            "folder": str(self._run.path),
-            "threads": 1,
-            "writer_epoch": self._writer_epoch,
-            "resume": resume,
-            "joins": joins,
-            "place": {
-                "member": member,
-                "local_rank": slot,
-                "device": f"cuda:{slot % gpus}" if gpus else "cpu",
-                "loopback": config.nodes == 1,
-                "backend": config.backend,
-                "heals": self._heals,
-            },
-        }
-        port = listener.getsockname()[1] if listener else 0
-        self._ranks.append(Rank.fork(self._context, slot, order, listener, port))
+        order = {"member": member, "writer_epoch": self._writer_epoch, "resume": resume, "joins": joins}
+        self._ranks.append(self._fleet.at(node).fork(slot, order))
 
     def _admit(self, why: str = "joined") -> None:
         """Make members of those who stand by, as far as there is work for them; tell all, if there is any change."""
@@ -146,6 +126,8 @@ class Supervisor:
         for rank in chosen:
             rank.stands_by, rank.named = False, True
         self._members = [*self._members, *(rank.member for rank in chosen)]
+        node = {rank.member: rank.spot[0] for rank in self._ranks}
+        self._members.sort(key=lambda member: node.get(member, 0))  # rank 0 saves: where the run's folder is, if it can
         if chosen or why != "joined":
             self._publish(why)
 
@@ -155,13 +137,13 @@ class Supervisor:
         alive = {rank.member for rank in self._ranks}
         if why in ("joined", "resized") and not alive.issuperset(self._present):
             why = "lost"  # and they have not gone on without it: nobody may wait for the end of a step
-        first = next((rank for rank in self._ranks if rank.member == self._members[0]), None)
+        first = next(rank for rank in self._ranks if rank.member == self._members[0])
         membership = {
             "epoch": self._epoch,
             "members": self._members,
-            "host": self._node.host,
-            "port": first.port if first else self._node.port,
-            "recorded": self._recorded,
+            "host": self._fleet.at(first.spot[0]).host,
+            "port": first.port,
+            "recorded": self._last["step"],
             "boundary": why in ("joined", "resized"),
             "why": why,
         }
@@ -173,17 +155,19 @@ class Supervisor:
         for rank in self._ranks:
             rank.end()
         self._ranks = []
-        for left in (self._run.path / "logs").glob("*.pulse"):
-            left.unlink(missing_ok=True)  # on a shared disk another node may have been quicker
 
     # ------------------------------------------------------------------------------------------- watching
 
     def _watch(self) -> int | None:
         """Until the run is over; returns its exit code. None: all ranks must be started again."""
         while True:
-            connections = [rank.connection for rank in self._ranks if not rank.connection.closed]
-            wait([*connections, *(rank.process.sentinel for rank in self._ranks)], timeout=0.2)
-            dead = [rank for rank in self._ranks if not rank.process.is_alive()]
+            sources = [source for rank in self._ranks for source in rank.sources()]
+            wait([*self._fleet.sources(), *sources], timeout=0.2)
+            for there in self._fleet.meet():
+                self._console.say(f"node {there.index} has {'gone' if there.link.lost else 'come'}")
+                self._lay_out()
+                there.brief(self._run.events())
+            dead = [rank for rank in self._ranks if not rank.alive]
             self._hear()
             if len(self._requests.names) > 1:
                 self._console.say(f"stopped at once ({self._requests.names[1]}); the last checkpoint stands")
@@ -209,28 +193,39 @@ class Supervisor:
     def _end_silence(self) -> None:
         """A rank that gives no sign of life any more says where it is stuck, and is killed: the others wait for it."""
         for rank in self._ranks:
-            if rank.fault is None and rank.process.is_alive() and (found := pulse.silent(rank.pulse)):
+            if rank.fault is None and (found := rank.silent()):
                 seconds, phase = found
                 cause = f"no sign of life for {seconds:.1f} s: killed; where it was stuck is at the end of its log"
                 fault = events.Fault(fault="hang", phase=phase, rank=rank.member, step=None, cause=cause)
                 rank.fault = fault.record()
                 self._record(rank.fault)
                 rank.dump()
-                rank.process.kill()
+                rank.kill()
 
     def _hear(self) -> None:
+        """Take in all that the ranks have sent. Where one asks whether that is on the disk, make it so and answer."""
         for rank in self._ranks:
-            rank.hear(self._record, self._log.sync)
+            for word in rank.words():
+                if word == MARK:
+                    self._log.sync()
+                    rank.tell(RECORDED)
+                    continue
+                record = json.loads(word)
+                if rank.spot[0]:
+                    record["time"] = time.time()  # clocks differ
+                self._record(record, rank)
 
     def record(self, event: events.Event) -> None:
         self._record(event.record())
 
-    def _record(self, record: dict[str, Any], rank: Rank | None = None) -> None:
+    def _record(self, record: dict[str, Any], rank: Rank | RemoteRank | None = None) -> None:
         kind = record["kind"]
-        if kind == "step":
-            self._recorded, self._futile = record["step"], 0
-            if self._losses.spikes(record):
-                self._wrong = record["step"]
+        if kind in self._last:
+            if record["step"] <= self._last[kind]:
+                return  # it was said by who was rank 0 before
+            self._last[kind], self._futile = record["step"], 0
+        if kind == "step" and self._losses.spikes(record):
+            self._wrong = record["step"]
         elif rank is not None and kind == "left":
             rank.left = True
             self._stopped = self._stopped or record["stopped"]
@@ -246,6 +241,9 @@ class Supervisor:
             self._pass_on_stop()  # it may be lost before the others have heard of it
         elif kind == "audit":
             self._suspect(record["suspects"])
+        elif kind == "injected":
+            for there in self._fleet.others.values():
+                there.brief([record])
         elif kind in ("regroup", "start"):
             self._present = record.get("members", self._present)
             self._causes, self._fresh = self._causes | self._fresh, set()
@@ -253,6 +251,9 @@ class Supervisor:
         self._console.event(record)
 
     def _ask_to_stop(self) -> None:
+        for there in self._fleet.others.values():
+            if there.asked:
+                self._let_go(there)
         late = self._deadline is not None and time.monotonic() > self._deadline
         if self._heeded or not (self._requests.names or late):
             return
@@ -261,6 +262,16 @@ class Supervisor:
         self.record(events.Asked(rank=None, by=by))
         self._pass_on_stop()
 
+    def _let_go(self, there: There) -> None:
+        """A node was asked to stop: it may, if enough others stay; else all do."""
+        self.record(events.Asked(rank=None, by=f"{there.asked} on node {there.index}"))
+        there.asked = ""
+        if self._heals and self._fleet.can_spare(there.index, self._config.least_nodes):
+            there.leaves = True
+            self._settle()
+        elif not self._asked:
+            self._pass_on_stop()
+
     def _pass_on_stop(self) -> None:
         self._asked = True
         for rank in self._ranks:
@@ -268,7 +279,7 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------ losses, and after
 
-    def _bury(self, lost: list[Rank]) -> int | None:
+    def _bury(self, lost: list[Rank | RemoteRank]) -> int | None:
         """What becomes of the run now that these ranks are gone: GOES_ON, None for a new start, or an exit code."""
         now = time.monotonic()
         faults: list[dict[str, Any]] = []
@@ -289,8 +300,8 @@ class Supervisor:
         for rank, fault in zip(lost, faults, strict=True):
             if fault["fault"] == "miscomputed":
                 continue  # who says so may well be healthy
-            slot = self._slots.get(rank.slot, Slot())  # none, after a resize
-            if slot.died(self._recorded, now):
+            slot = self._slots.get(rank.spot, Slot())  # none, where its place has gone as well
+            if slot.died(self._last["step"], now):
                 text = f"its place is left empty: {LIVES} processes died there within {QUICK} steps"
                 self.record(events.Warned(rank=rank.member, text=text))
         alive = {rank.member for rank in self._ranks}
@@ -302,7 +313,7 @@ class Supervisor:
             self._members = left
             self._admit("lost")
             return GOES_ON
-        if self._futile >= self._config.recovery.restarts or self._config.nodes > 1 or self._asked:
+        if self._futile >= self._config.recovery.restarts or self._asked:
             return self._fail(faults[0])
         self._futile += 1
         self._console.say("no rank can go on: all start again from the last checkpoint")
@@ -311,13 +322,13 @@ class Supervisor:
     def _suspect(self, members: list[int]) -> None:
         """One of these computes wrongly. Who is there each time, whoever checks, has its place left empty for good."""
         for rank in self._ranks:
-            if rank.member in members and rank.slot in self._slots:  # not on its way out, after a resize
-                self._slots[rank.slot].doubts += 1
-        number = doubtful(self._slots) if self._heals else None
-        if number is not None:
-            self._slots[number].left_out = True
-            text = f"its place is left empty: it took part in {self._slots[number].doubts} audits that did not agree"
-            self.record(events.Warned(rank=number, text=text))
+            if rank.member in members and rank.spot in self._slots:  # not on its way out, after a resize
+                self._slots[rank.spot].doubts += 1
+        spot = doubtful(self._slots) if self._heals else None
+        if spot is not None:
+            self._slots[spot].left_out = True
+            text = f"its place is left empty: it took part in {self._slots[spot].doubts} audits that did not agree"
+            self.record(events.Warned(rank=spot[1], text=text))
 
     def _roll_back(self, step: int) -> int | None:
         """All ranks start again from before `step`; the second time without its batch, then with twice as many out."""
@@ -328,12 +339,7 @@ class Supervisor:
             cause = f"the loss of step {step} is no good, though it was gone back from {times} times"
             return self._fail(events.Fault(fault="loss", phase="the loss", rank=0, step=step, cause=cause).record())
         self._end_all()
-        root, first = self._run.path / "checkpoints", step - max(width, 1)
-        for path in manifest.candidates(root):
-            if (manifest.step_of(path.name) or 0) > first:
-                shutil.rmtree(path)
-        before = self._run.left_out()
-        self._run.leave_out(passing(i, before) for i in range(first, first + width))
+        self._run.go_back(step - max(width, 1), width)
         self.record(events.RolledBack(step=step, left_out=self._run.left_out()))
         return None
 
@@ -343,16 +349,19 @@ class Supervisor:
         if not self._heals or not wish.exists():
             return
         devices = int(folder.read_json(wish)["devices"])  # type: ignore[index]
-        places = range(devices + self._config.recovery.spares)
-        staying = {rank.member for rank in self._ranks if rank.slot in places}
-        if not staying & set(self._members):
+        if not any(rank.member in self._members and rank.spot[1] < devices for rank in self._ranks):
             return  # all of those are being replaced just now
         wish.unlink()
-        self._lay_out(devices)
+        self._fleet.here.devices = devices
+        self._settle()
+
+    def _settle(self) -> None:
+        """There are other places than there were: who has none leaves at the end of a step."""
+        self._lay_out()
+        before, staying = self._members, {rank.member for rank in self._ranks if rank.spot in self._slots}
         for rank in self._ranks:
-            if rank.slot not in places and rank.member not in self._members:
-                rank.process.kill()  # it was not a rank yet
-        before = self._members
+            if rank.member not in staying and rank.member not in before:
+                rank.kill()  # it was not a rank yet
         self._members = [member for member in before if member in staying][: self._most]
         self._admit("resized" if self._members != before else "joined")
 
@@ -360,21 +369,21 @@ class Supervisor:
         """Fork a process for each place that has none, unless too many have died there."""
         if not self._heals or self._asked or self._ending:
             return
-        for number, slot in self._slots.items():
-            taken = any(rank.slot == number for rank in self._ranks)
-            if not taken and slot.takes(self._recorded, time.monotonic()):
-                self._fork(number, resume=self._run.checkpointed(), joins=True)
+        for spot, slot in self._slots.items():
+            taken = any(rank.spot == spot for rank in self._ranks)
+            if not taken and slot.takes(self._last["step"], time.monotonic()):
+                self._fork(spot, resume=self._run.checkpointed(), joins=True)
 
-    def _culprit(self, lost: list[Rank]) -> Rank:
+    def _culprit(self, lost: list[Rank | RemoteRank]) -> Rank | RemoteRank:
         """The rank from whose fault the others follow: one killed from outside, else the first that spoke."""
         until = time.monotonic() + MOURNING
-        while time.monotonic() < until and not any((rank.process.exitcode or 0) < 0 for rank in self._ranks):
+        while time.monotonic() < until and not any(rank.killed for rank in self._ranks):
             self._hear()
             if any(rank.fault for rank in self._ranks):
                 break
             time.sleep(0.02)
         self._hear()
-        killed = [rank for rank in self._ranks if (rank.process.exitcode or 0) < 0]
+        killed = [rank for rank in self._ranks if rank.killed]
         said = sorted((r for r in self._ranks if r.fault), key=lambda rank: rank.fault["time"])  # type: ignore[index]
         return (killed or said or lost)[0]
 
@@ -383,9 +392,8 @@ class Supervisor:
         refused = fault["fault"] == "refused"
         at = f" at step {fault['step']}" if fault["step"] is not None else ""
         log = self._run.path / "logs" / f"rank-{fault['rank']}.log"
-        self._console.error(
-            fault["cause"]
-            if refused
-            else f"rank {fault['rank']} failed{at} in {fault['phase']}: {fault['cause']} (see {log})"
-        )
-        return REFUSED if refused else FAILED
+        why = f"rank {fault['rank']} failed{at} in {fault['phase']}: {fault['cause']} (see {log})"
+        code, why = (REFUSED, fault["cause"]) if refused else (FAILED, why)
+        self._console.error(why)
+        self._fleet.verdict = code, why
+        return code

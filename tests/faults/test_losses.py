@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests.test_recovery import watching
 from tests.test_resume import numbers
 from tests.test_train import summary, train
 from train import cli, compose, events, manifest, plan, supervisor
-from train.channel import Requests
 from train.checks import Refused
-from train.console import Console
 from train.data.order import passing
 from train.faults.losses import FEWEST, Losses
 from train.folder import RunFolder
@@ -57,7 +56,7 @@ def test_it_goes_back_further_each_time_and_then_gives_up(tiny: list[str], tmp_p
     config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=2", "recovery.spike=8"]))
     with RunFolder(tmp_path / "run") as run:
         run.write(config, {"digest": "d"})
-        watch = supervisor.Supervisor(config, run, Console(), None, None, Requests())  # type: ignore[arg-type]
+        watch = watching(config, run)
         root, out, kept = run.path / "checkpoints", [], []
         for time in range(supervisor.TRIES + 1):
             for step in range(0, 40, 5):
@@ -78,11 +77,11 @@ def test_an_interruption_has_no_say_in_what_is_a_spike(tiny: list[str], tmp_path
     deaf: Any = SimpleNamespace(event=lambda record: None)
     with RunFolder(tmp_path / "run") as run:
         run.write(config, {"digest": "d"})
-        first = supervisor.Supervisor(config, run, deaf, None, None, Requests())  # type: ignore[arg-type]
+        first = watching(config, run, deaf)
         for i in range(1, 31):
             first.record(events.Step(step=i, loss=2.0 + 0.01 * (i % 3), **step))  # type: ignore[arg-type]
         first.record(events.RolledBack(step=30, left_out=[]))
-        again = supervisor.Supervisor(config, run, deaf, None, None, Requests())  # type: ignore[arg-type]
+        again = watching(config, run, deaf)
         again.record(events.Step(step=31, loss=2.9, **step))  # type: ignore[arg-type]
         assert again._wrong == 31
         assert again._rolled[30] == 1

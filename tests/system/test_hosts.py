@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.system.packages import need, need_root
-from tests.test_train import Running, sha256, summary
+from tests.test_recovery import equals_one_rank, of_kind, once, records
+from tests.test_resume import ENDLESS
+from tests.test_train import Running, at_step, gone, sha256, steps, summary
+from train.remote import GONE
 
 pytestmark = pytest.mark.system
 
@@ -52,28 +55,84 @@ def _command(name: str, overrides: list[str]) -> list[str]:
     return ["ip", "netns", "exec", name, sys.executable, "-m", "train", *overrides]
 
 
+class Host(Running):
+    """A node of a run of two, on one of the hosts."""
+
+    def __init__(self, hosts: list[str], index: int, tiny: list[str], folder: Path, *more: str) -> None:
+        where = {"PET_NODE_RANK": str(index), "PET_MASTER_ADDR": ADDRESSES[0], "COLOSSUS_TOKEN": "of this test"}
+        overrides = [override for override in tiny if not override.startswith("runs=")]
+        overrides += [f"runs={folder}/host{index}", "name=a", "nodes=2", "devices=2", *more]
+        self.folder = folder / f"host{index}" / "a"
+        self.process = subprocess.Popen(
+            _command(hosts[index], overrides),
+            env={**os.environ, **where},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def cut(host: str) -> None:
+    """Nothing leaves this host any more; what others send still arrives."""
+    _run("tc", "-n", host, "qdisc", "add", "dev", "pc0", "root", "tbf", "rate", "8bit", "burst", "10", "limit", "10")
+
+
+def heal(host: str) -> None:
+    _run("tc", "-n", host, "qdisc", "del", "dev", "pc0", "root")
+
+
 def test_two_hosts_leave_the_state_of_one(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
     """nodes=2 with two ranks each, over a network, against one process: equal to the bit."""
-    overrides = [override for override in tiny if not override.startswith("runs=")]
-    running = []
-    for index, name in enumerate(hosts):
-        environment = {**os.environ, "PET_NODE_RANK": str(index), "PET_MASTER_ADDR": ADDRESSES[0]}
-        arguments = [*overrides, f"runs={tmp_path}/host{index}", "name=a", "nodes=2", "devices=2"]
-        running.append(
-            subprocess.Popen(
-                _command(name, arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    for process in running:
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == 0, out + err
-    alone = [*overrides, f"runs={tmp_path}/alone", "name=a", "devices=1"]
-    subprocess.run(_command(hosts[0], alone), check=True, capture_output=True)
-    digests = {
-        json.loads((tmp_path / where / "a/summary.json").read_text())["state_sha256"] for where in ("host0", "alone")
-    }
-    assert len(digests) == 1
-    assert sorted(path.name for path in (tmp_path / "host1/a/logs").iterdir()) == ["rank-2.log", "rank-3.log"]
+    running = [Host(hosts, index, tiny, tmp_path) for index in (0, 1)]
+    for node in running:
+        code, out, err = node.end()
+        assert code == 0, out + err
+    assert summary(running[0].folder)["state_sha256"] == sha256(tiny, "name=alone", "devices=1")
+    assert sorted(path.name for path in (running[1].folder / "logs").iterdir()) == ["rank-2.log", "rank-3.log"]
+
+
+def test_a_cable_that_flaps_only_takes_its_time(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
+    """Cut for five seconds, then again and again for a moment, one way and both: nobody is lost, the bits are right."""
+    first, second = (Host(hosts, index, tiny, tmp_path, *ENDLESS) for index in (0, 1))
+    first.wait_for(at_step(2))
+    for ends, seconds in ((hosts, 5.0), (hosts[:1], 1.0), (hosts[1:], 1.0), (hosts, 0.5), (hosts, 0.5)):
+        for host in ends:
+            cut(host)
+        time.sleep(seconds)
+        for host in ends:
+            heal(host)
+        seen = len(steps(first.folder))
+        first.wait_for(at_step(seen + 3))
+    equals_one_rank(first, tiny, *ENDLESS)
+    assert second.end()[0] == 75
+    found = records(first.folder)
+    once(found)
+    assert not of_kind(found, "regroup")
+
+
+@pytest.mark.parametrize("side", [0, 1, 2], ids=["from node 0", "from node 1", "both ways"])
+def test_a_cable_that_is_cut_for_good(side: int, hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
+    """Node 0 goes on alone, node 1's ranks are ended: never two that write. When it is whole again, both take part."""
+    first, second = (Host(hosts, index, tiny, tmp_path, *ENDLESS) for index in (0, 1))
+    first.wait_for(at_step(2))
+    ranks = set(sorted(second.children())[-2:])
+    for host in hosts if side == 2 else hosts[side : side + 1]:
+        cut(host)
+    first.wait_for(lambda found: bool(of_kind(found, "regroup", world=2)))
+    assert gone(ranks, within=GONE + 5)
+    alone = len(steps(first.folder))
+    first.wait_for(at_step(alone + 3))
+    for host in hosts if side == 2 else hosts[side : side + 1]:
+        heal(host)
+    first.wait_for(lambda found: bool(of_kind(found, "regroup", world=4)))
+    equals_one_rank(first, tiny, *ENDLESS)
+    assert second.end()[0] == 75
+    found = records(first.folder)
+    once(found)
+    assert len(of_kind(found, "start")) == 1
+    lost = of_kind(found, "fault")
+    assert len(lost) == 2
+    assert all("node 1 is lost" in fault["cause"] for fault in lost)
 
 
 def test_one_host_listens_on_loopback_only(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def watched(config: Train, seat: Seat, member: int, channel: Channel, record: Pa
 
     `record`: the run's events. On a GPU there is no guard: to read its checksum would wait for the device.
     """
-    ranks = int(config.devices) * config.nodes
+    ranks = int(config.devices) * config.least_nodes
     phase = armed(plan(config), seat, ranks, member, channel, record, stored)
     if not config.recovery.guard or config.accelerator != "cpu":
         return phase

@@ -61,7 +61,7 @@ def plan(config: Train) -> tuple[Injection, ...]:
     Where the number of ranks is still `auto`, it is taken for the most that there can be.
     """
     faults, devices = config.faults, config.devices
-    world = devices * config.nodes if isinstance(devices, int) else config.batch.virtual_ranks
+    world = devices * config.least_nodes if isinstance(devices, int) else config.batch.virtual_ranks
     for key, names in (("kinds", KINDS), ("phases", PHASES)):
         for name in getattr(faults, key):
             choice(name, f"faults.{key}", tuple(names))

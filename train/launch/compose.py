@@ -31,7 +31,7 @@ def _submission(job: Job) -> Submission:
 
 
 def services(job: Job) -> dict[str, Any]:
-    target, nodes = job.config.target, job.config.nodes
+    target, nodes = job.config.target, job.config.most_nodes
     require(bool(target.image), "target.image", "build one first: docker/Dockerfile")
     require(job.config.runs in ("runs", RUNS), "runs", f"is {RUNS} there, in a volume a node: leave it out")
     arguments = elsewhere(job, kept=True)

@@ -45,7 +45,7 @@ def objects(job: Job) -> list[dict[str, Any]]:
         "kind": "TrainingRuntime",
         "metadata": {**metadata, "labels": {"trainer.kubeflow.org/framework": "torch"}},
         "spec": {
-            "mlPolicy": {"numNodes": job.config.nodes, "torch": {}},
+            "mlPolicy": {"numNodes": job.config.most_nodes, "torch": {}},
             "template": {
                 "spec": {
                     "failurePolicy": {
@@ -59,7 +59,7 @@ def objects(job: Job) -> list[dict[str, Any]]:
             },
         },
     }
-    trainer = {"numNodes": job.config.nodes, "image": target.image, "args": ["train", *verbatim(arguments)]}
+    trainer = {"numNodes": job.config.most_nodes, "image": target.image, "args": ["train", *verbatim(arguments)]}
     if resources:
         trainer["resourcesPerNode"] = {"requests": resources, "limits": dict(resources)}
     reference = {"apiGroup": API.partition("/")[0], "kind": "TrainingRuntime", "name": metadata["name"]}

@@ -10,6 +10,6 @@ from train.launch.job import PYTHON, Job, Submission
 
 def submissions(jobs: list[Job]) -> list[Submission]:
     require(len(jobs) == 1, "--multirun", "colossus train --multirun does that here")
-    require(jobs[0].config.nodes == 1, "nodes", "this machine is one: use devices=N, or target=compose")
+    require(jobs[0].config.most_nodes == 1, "nodes", "this machine is one: use devices=N, or target=compose")
     command = [*PYTHON, *jobs[0].arguments]
     return [Submission("", shlex.join(command) + "\n", command)]

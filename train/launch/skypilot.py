@@ -44,7 +44,7 @@ def task(job: Job) -> dict[str, Any]:
     resources = {key: value for key, value in resources.items() if value}
     resources |= {"use_spot": target.spot, "job_recovery": {"recover_on_exit_codes": [STOPPED]}}
     command = ["colossus" if target.image else ".venv/bin/colossus", "train", *arguments]
-    spec: dict[str, Any] = {"name": named(job), "num_nodes": job.config.nodes, "resources": resources}
+    spec: dict[str, Any] = {"name": named(job), "num_nodes": job.config.most_nodes, "resources": resources}
     if target.mounts:
         spec["file_mounts"] = {there: source for source, _, there in (m.rpartition(":") for m in target.mounts)}
     if not target.image:

@@ -1,0 +1,218 @@
+"""Several nodes: they meet, are lost, come back and leave; whatever they do changes no bit.
+
+The nodes are processes on this host, each with a run folder of its own. Networks that are cut: tests/system.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_recovery import equals_one_rank, of_kind, once, records
+from tests.test_resume import ENDLESS
+from tests.test_train import Running, at_step, descendants, gone
+from train import compose, nodes, remote
+from train.checks import REFUSED, Refused
+from train.fleet import Fleet
+from train.processes import Here
+
+GROUPS = ("start", "regroup")  # events that say who there is
+SLOW = "forward:0:40:1000000"  # most of the time is waited for processes to start: let it be few steps, for the twin
+
+
+@pytest.fixture
+def port() -> int:
+    with nodes.listen(nodes.here(1)) as listener:
+        return int(listener.getsockname()[1])
+
+
+class Nodes:
+    """The nodes of a run, started one by one."""
+
+    def __init__(self, overrides: list[str], folder: Path, port: int, *more: str) -> None:
+        self.overrides = [one for one in overrides if not one.startswith("runs=")]
+        self.folder, self.more = folder, more
+        self.where = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port), "COLOSSUS_TOKEN": "of this test"}
+
+    def start(self, index: int, *more: str, folder: str = "") -> Running:
+        runs = f"runs={self.folder / (folder or f'node{index}')}"
+        return Running([*self.overrides, runs], "name=a", *self.more, *more, **self.where, PET_NODE_RANK=str(index))
+
+
+def members(found: list[dict[str, Any]]) -> list[int]:
+    """Who belongs together, as the record has it."""
+    ranks = [range(r["world"]) if r["kind"] == "start" else r["members"] for r in found if r["kind"] in GROUPS]
+    return list(ranks[-1]) if ranks else []
+
+
+def grown(world: int, above: int = -1) -> Any:
+    """Whether there are so many ranks, one of them newer than a member."""
+    return lambda found: len(members(found)) == world and max(members(found)) > above
+
+
+def test_ranks_and_nodes_are_lost_and_come_back(tiny: list[str], tmp_path: Path, port: int) -> None:
+    """A rank on another node; that node; all ranks on node 0, so that none is left where the run's folder is.
+
+    Nothing starts again, and one rank alone comes to the same bits.
+    """
+    both = Nodes(tiny, tmp_path, port, *ENDLESS, "nodes=2", "devices=2", f"faults.at=[slow:1@{SLOW}]")
+    head, other = both.start(0), both.start(1)
+    head.wait_for(at_step(2))
+    assert members(records(head.folder)) == [0, 1, 2, 3]
+    ranks = sorted(other.children())[-2:]
+    os.kill(ranks[0], signal.SIGKILL)
+    head.wait_for(grown(4, above=3))
+    other.process.kill()
+    assert gone(set(ranks), within=5), "a node's ranks die with its agent"
+    head.wait_for(lambda found: len(members(found)) == 2)
+    other.end()
+    other = both.start(1, folder="a fresh disk")
+    head.wait_for(grown(4, above=5))
+    newest = max(members(records(head.folder)))
+    for rank in sorted(head.children())[-2:]:
+        os.kill(rank, signal.SIGKILL)
+    head.wait_for(grown(4, above=newest + 1))
+    other.process.send_signal(signal.SIGINT)
+    assert other.end()[0] == 75, "the run was asked to stop there, which stops all of it"
+    equals_one_rank(head, both.overrides, f"runs={tmp_path}/alone", *ENDLESS)
+    found = records(head.folder)
+    once(found)
+    assert len(of_kind(found, "start")) == 1
+    causes = [fault["cause"] for fault in of_kind(found, "fault")]
+    assert any("killed by SIGKILL" in cause for cause in causes)
+    assert any("node 1 is lost" in cause for cause in causes)
+
+
+def test_nodes_come_and_go(tiny: list[str], tmp_path: Path, port: int) -> None:
+    """nodes=1-3: one begins, others join at the end of a step, and leave when they are asked to; the run goes on."""
+    some = Nodes(tiny, tmp_path, port, *ENDLESS, "nodes=1-3", f"faults.at=[slow:0@{SLOW}]")
+    head = some.start(0, "devices=1")
+    head.wait_for(at_step(2))
+    second, third = some.start(1, "devices=2"), some.start(2, "devices=1")
+    head.wait_for(grown(4))
+    second.process.send_signal(signal.SIGTERM)
+    assert second.end()[0] == 75
+    head.wait_for(grown(2))
+    equals_one_rank(head, some.overrides, f"runs={tmp_path}/alone", *ENDLESS)
+    assert third.end()[0] == 75
+    found = records(head.folder)
+    once(found)
+    assert not of_kind(found, "fault")
+    assert {r["why"] for r in of_kind(found, "regroup")} == {"joined", "resized"}
+
+
+def test_a_node_with_other_settings_is_refused(tiny: list[str], tmp_path: Path, port: int) -> None:
+    """Before anything starts, on both, by the key that differs."""
+    both = Nodes(tiny, tmp_path, port, "nodes=2", "devices=1")
+    for node in [both.start(0), both.start(1, "eval.every=7")]:
+        code, _, err = node.end()
+        assert code == REFUSED
+        assert "eval.every is 3 on node 0, 7 there" in err
+        assert not list(descendants(node.process.pid))
+
+
+@pytest.fixture
+def lobby(port: int, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """Node 0 of a run of two nodes, without any ranks."""
+    monkeypatch.setenv("COLOSSUS_TOKEN", "secret")
+    config = compose.config("train", [*tiny, "name=a", "nodes=2", "devices=1"])
+    here = Here(nodes.Node(0, "127.0.0.1", port), config, tmp_path, tmp_path / "events.jsonl", None, 1)  # type: ignore[arg-type]
+    with Fleet(here, 2, {"agrees": {"seed": 0}}) as found:
+        yield found
+
+
+def arrived(lobby: Fleet) -> list[remote.There]:
+    until = time.monotonic() + 10
+    while not (changed := lobby.meet()) and time.monotonic() < until:
+        time.sleep(0.01)
+    return changed
+
+
+def test_who_does_not_know_the_token_is_not_let_in(lobby: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does he who says nothing, or nonsense, keep the others waiting."""
+    node = lobby.here.node
+    with socket.create_connection((node.host, node.port)), socket.create_connection((node.host, node.port)) as noise:
+        noise.sendall(b"\0\0\0\4kill" * 9)
+        monkeypatch.setenv("COLOSSUS_TOKEN", "guessed")
+        with pytest.raises(Refused, match="another token: set COLOSSUS_TOKEN"):
+            remote.call(node)
+        assert lobby.meet() == []
+        monkeypatch.setenv("COLOSSUS_TOKEN", "secret")
+        link = remote.call(node)
+        assert link is not None
+        link.send(node=1, devices=2, agrees={"seed": 0})
+        (there,) = arrived(lobby)
+        assert (there.index, there.devices, lobby.devices) == (1, 2, 3)
+        link.close()
+
+
+@pytest.mark.parametrize(
+    ("hello", "why"),
+    [
+        ({"node": 1, "devices": 1, "agrees": {"seed": 1}}, "seed is 0 on node 0, 1 there"),
+        ({"node": 2, "devices": 1, "agrees": {"seed": 0}}, "nodes 0 … 1"),
+        ({"node": 1, "devices": 0, "agrees": {"seed": 0}}, "nodes 0 … 1"),
+        ({"record": {}}, "nodes 0 … 1"),
+    ],
+)
+def test_who_would_do_something_else_is_turned_away(hello: dict[str, Any], why: str, lobby: Fleet) -> None:
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(**hello)
+    with pytest.raises(Refused, match=why):
+        lobby.gather(2, lambda text: None)
+    assert lobby.others == {}
+    until = time.monotonic() + 10
+    while not (answers := list(link.receive())) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert answers[0]["over"] == REFUSED
+    assert why in answers[0]["why"]
+
+
+def test_a_node_that_is_silent_is_lost_and_its_ranks_with_it(lobby: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its connection stands: on both sides, since each goes by what it hears."""
+    monkeypatch.setattr(remote, "BEAT", 3600.0)
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    (there,) = arrived(lobby)
+    rank = there.fork(0, {"member": 5, "joins": True})
+    assert lobby.meet() == []
+    assert link.lost == ""
+    monkeypatch.setattr(remote, "GONE", 0.2)
+    assert arrived(lobby) == [there]
+    assert (lobby.others, rank.alive) == ({}, False)
+    assert re.match(r"node 1 is lost: nothing heard for \d+ s", rank.died_of())
+    list(link.receive())
+    assert "closed" in link.lost
+
+
+def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
+    """Its words, its port, its silence, its end, and the log that lies on another disk."""
+    (tmp_path / "logs").mkdir()
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    (there,) = arrived(lobby)
+    rank = there.fork(0, {"member": 5, "joins": True})
+    for said in ({"word": "mark"}, {"word": "{}"}, {"port": 77}, {"silent": 4.5, "phase": "reduce"}):
+        link.send(**{"from": 5, **said})
+    link.send(**{"from": 99, "word": "whoever that is"})
+    link.send(**{"from": 5, "exit_code": -9, "log": "stuck in reduce"})
+    until = time.monotonic() + 10
+    while rank.alive and time.monotonic() < until:
+        there.hear()
+        assert rank.silent() in (None, (4.5, "reduce"))
+    assert list(rank.words()) == [b"mark", b"{}"]
+    assert (rank.port, rank.silent(), rank.killed) == (77, None, True)
+    assert "killed by SIGKILL" in rank.died_of()
+    assert (tmp_path / "logs" / "rank-5.log").read_text() == "stuck in reduce"
+    link.close()

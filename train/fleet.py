@@ -1,0 +1,150 @@
+"""The nodes of a run, as node 0 has them: how they arrive, who is let in, how they go.
+
+A node may take part if it shows the run's token, and if all that it would do is what node 0 does: settings, corpus,
+faults on order. It may come at any time, and go: what that means for the ranks is the supervisor's affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import AuthenticationError
+from typing import Any, Self
+
+from train import nodes
+from train.checks import DONE, FAILED, REFUSED, STOPPED, Refused, require
+from train.folder import differences
+from train.processes import Here
+from train.remote import BLOCKED, TOKEN, Link, There, key
+from train.slots import Spot
+
+PATIENCE = 600.0  # seconds in which the nodes of a run must find each other
+
+
+class Lobby:
+    """Where the agents of other nodes arrive. Threads see to it that nobody who has no token takes our time."""
+
+    def __init__(self, node: nodes.Node) -> None:
+        self.arrived: queue.Queue[tuple[Link, dict[str, Any]]] = queue.Queue()
+        self._key, self._socket = key(), nodes.listen(node, node.port)
+        threading.Thread(target=self._open, daemon=True, name="lobby").start()
+
+    def _open(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                cable, _ = self._socket.accept()
+                threading.Thread(target=self._greet, args=(cable,), daemon=True, name="greet").start()
+
+    def _greet(self, cable: socket.socket) -> None:
+        with contextlib.suppress(OSError, EOFError, AuthenticationError):
+            link = Link.over(cable, self._key, calls=False)
+            until = time.monotonic() + BLOCKED
+            while time.monotonic() < until and not link.lost:
+                for hello in link.receive():
+                    self.arrived.put((link, hello))
+                    return
+                time.sleep(0.01)
+            link.close()
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+class Fleet:
+    """The nodes of a run: this one, node 0, and those that have come."""
+
+    def __init__(self, here: Here, most: int, hello: dict[str, Any]) -> None:
+        """At most so many nodes. `hello`: what this one would say, and others must say too."""
+        self.here, self.others = here, dict[int, There]()
+        self.verdict: tuple[int, str] | None = None  # the run's exit code and why, for all nodes
+        self._most, self._hello = most, hello
+        self._lobby = None if here.node.alone else Lobby(here.node)
+        self._turned_away = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Tell all how it ended."""
+        codes = {Refused: REFUSED, KeyboardInterrupt: STOPPED}
+        code, why = self.verdict or (codes.get(kind, FAILED) if kind else DONE, str(error or ""))
+        for there in self.others.values():
+            there.link.send(over=code, why=why)
+            there.link.close()
+        if self._lobby is not None:
+            self._lobby.close()
+
+    def gather(self, least: int, say: Callable[[str], None]) -> None:
+        """Wait until there are so many nodes. Raises Refused where one of them cannot take part, or does not come."""
+        until = time.monotonic() + PATIENCE
+        if least > 1 and not os.environ.get(TOKEN):
+            say(f"{TOKEN} is not set: whoever reaches port {self.here.node.port} of this machine can take part")
+        while len(self.others) + 1 < least:
+            missing = least - 1 - len(self.others)
+            if not self.meet():
+                require(not self._turned_away, "nodes", self._turned_away)
+                require(time.monotonic() < until, "nodes", f"{missing} of {least} have not come in {PATIENCE:.0f} s")
+                time.sleep(0.05)
+            elif missing > 1:
+                say(f"waiting for {missing - 1} more of {least} nodes")
+
+    def at(self, index: int) -> Here | There:
+        return self.others[index] if index else self.here
+
+    def spots(self, spares: int) -> list[Spot]:
+        """Where ranks can live: those that shall, node by node, and behind them those that are to stand by."""
+        others = [there for _, there in sorted(self.others.items()) if not there.leaves]
+        staying: list[Here | There] = [self.here, *others]
+        ranks = [(node.index, slot) for node in staying for slot in range(node.devices)]
+        return ranks + [(node.index, node.devices + spare) for node in staying for spare in range(spares)]
+
+    @property
+    def devices(self) -> int:
+        """How many ranks shall live on them."""
+        return self.here.devices + sum(there.devices for there in self.others.values() if not there.leaves)
+
+    def sources(self) -> list[Any]:
+        return [source for there in self.others.values() for source in there.link.sources()]
+
+    def meet(self) -> list[There]:
+        """Hear them all, and see who has come or gone: those nodes. The ranks of a node that has gone are dead."""
+        changed = []
+        while self._lobby is not None and not self._lobby.arrived.empty():
+            link, hello = self._lobby.arrived.get()
+            if why := self._unfit(hello):
+                self._turned_away = f"node {hello.get('node')} at {link.peer} cannot take part: {why}"
+                link.send(over=REFUSED, why=self._turned_away)
+                link.close()
+                continue
+            there = There(hello["node"], hello["devices"], link, self.here.folder / "logs")
+            if there.index in self.others:  # it has come back before we noticed that it was gone
+                self.others[there.index].drop()
+            self.others[there.index] = there
+            changed.append(there)
+        for there in list(self.others.values()):
+            there.hear()
+            if there.leaves and not any(rank.alive for rank in there.ranks.values()):
+                there.link.send(over=STOPPED, why="")
+                there.drop()
+            if there.link.lost:
+                there.drop()
+                del self.others[there.index]
+                changed.append(there)
+        return changed
+
+    def _unfit(self, hello: dict[str, Any]) -> str:
+        index, devices = hello.get("node"), hello.get("devices")
+        if not isinstance(index, int) or not 0 < index < self._most or not isinstance(devices, int) or devices < 1:
+            return f"there are nodes 0 … {self._most - 1}"
+        different = differences(self._hello["agrees"], hello.get("agrees", {}))
+        return ", ".join(f"{key} is {here} on node 0, {there} there" for key, (here, there) in different.items())
+
+    def can_spare(self, index: int, least: int) -> bool:
+        """Whether a node may go: at least so many stay."""
+        return sum(not there.leaves for there in self.others.values() if there.index != index) + 1 >= least
