@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.running import Running, at_step
 from tests.test_resume import ENDLESS, numbers, ranks
-from tests.test_train import Running, at_step, summary, train
+from tests.test_train import summary, train
 from train import cli, compose, events, plan, pulse, slots, supervisor
 from train.channel import Requests
 from train.console import Console
@@ -73,7 +74,7 @@ def survived(folder: Path, tiny: list[str], twins: Twins, *more: str) -> list[Re
 
 def equals_one_rank(running: Running, overrides: list[str], *more: str) -> None:
     """Stop a run that has no end, and show that one rank alone comes to the same losses and the same state there."""
-    running.process.send_signal(signal.SIGINT)
+    running.send(signal.SIGINT)
     code, _, err = running.end()
     assert code == 75, err
     end = summary(running.folder)

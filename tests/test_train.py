@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.running import Fresh, Running, at_step, gone
 from train import cli, events, manifest, nodes
 
 
@@ -126,7 +124,7 @@ def test_ranks_that_compute_other_bits_are_told_apart(tiny: list[str], tmp_path:
         port = str(listener.getsockname()[1])
     overrides = [argument for argument in tiny if not argument.startswith("runs=")]
     started = [
-        Running(
+        Fresh(
             [*overrides, f"runs={tmp_path}/node{index}", "name=a", "nodes=2", "devices=1", "batch.weights=auto"],
             PET_NODE_RANK=str(index),
             PET_MASTER_ADDR="127.0.0.1",
@@ -297,72 +295,14 @@ def test_a_dataset_of_several_files_is_trained_on(tiny: list[str], corpus: Path,
 # ----------------------------------------------------------------------------------- processes and signals
 
 
-class Running:
-    """`colossus train` in a process of its own."""
-
-    def __init__(self, overrides: list[str], *more: str, **environment: str) -> None:
-        settings = dict(argument.split("=", 1) for argument in [*overrides, *more])
-        self.folder = Path(settings["runs"]) / settings["name"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "train", *overrides, *more],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-
-    def wait_for(self, condition: Callable[[list[dict[str, Any]]], bool]) -> None:
-        until = time.monotonic() + 120
-        while not condition(list(events.read(self.folder / "events.jsonl"))):
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < until, "the run does not get there"
-            time.sleep(0.02)
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out, err
-
-    def children(self) -> set[int]:
-        """All processes below this one, whatever session they are in."""
-        return set(descendants(self.process.pid))
-
-
-def descendants(pid: int) -> Iterator[int]:
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            yield child
-            yield from descendants(child)
-
-
-def runs(pid: int) -> bool:
-    """Whether there is such a process; one that has ended and only waits to be reaped by init is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def gone(pids: set[int], within: float) -> bool:
-    until = time.monotonic() + within
-    while time.monotonic() < until:
-        if not any(runs(pid) for pid in pids):
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def at_step(number: int) -> Callable[[list[dict[str, Any]]], bool]:
-    return lambda records: any(record["kind"] == "step" and record["step"] >= number for record in records)
-
-
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(tiny: list[str]) -> None:
     """SIGINT to the whole foreground group, as a terminal sends it: exit 75, nothing left, equal state in the end."""
     more = ("name=a", "devices=2", "steps=80", "eval.every=0", "checkpoint.every=0")
-    running = Running(tiny, *more)
+    running = Fresh(tiny, *more)
     running.wait_for(at_step(5))
     pids = running.children()
     assert len(pids) >= 3  # the forkserver and two ranks
-    running.process.send_signal(signal.SIGINT)
+    running.send(signal.SIGINT)
     code, out, err = running.end()
     assert code == 75, err
     assert "asked to stop" in out
@@ -420,7 +360,7 @@ def test_a_second_writer_is_refused(tiny: list[str]) -> None:
     code, _, err = second.end()
     assert code == 2
     assert "another process" in err
-    running.process.send_signal(signal.SIGTERM)
+    running.send(signal.SIGTERM)
     assert running.end()[0] == 75
 
 

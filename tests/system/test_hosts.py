@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.running import Running
 from tests.system.packages import need, need_root
-from tests.test_train import Running, sha256, summary
+from tests.test_train import sha256, summary
 
 pytestmark = pytest.mark.system
 
