@@ -58,10 +58,10 @@ def sha256(overrides: list[str], *more: str) -> str:
 def test_the_result_does_not_depend_on_ranks_or_sharding(
     more: list[str], cells: list[tuple[int, str]], tiny: list[str]
 ) -> None:
-    """Losses, gradient norms, evaluation and state over 30 steps, to the bit. `make bench-exact`: the whole table."""
+    """Losses, gradient norms, evaluation and state over 12 steps, to the bit. `make bench-exact`: the whole table."""
     runs = {}
     for world, sharding in cells:
-        settings = [f"name=w{world}", f"devices={world}", f"sharding={sharding}", "steps=30", "eval.every=10"]
+        settings = [f"name=w{world}", f"devices={world}", f"sharding={sharding}", "steps=12", "eval.every=4"]
         code, folder = train(tiny, *more, *settings)
         assert code == 0
         numbers = [(step["loss_hex"], step["grad_norm"], step["lr"], step["tokens"]) for step in steps(folder)]
@@ -72,7 +72,7 @@ def test_the_result_does_not_depend_on_ranks_or_sharding(
             if r["kind"] == "digests"
         ]
         runs[world] = (summary(folder)["state_sha256"], numbers, scores, evidence)
-        assert (len(numbers), len(scores), len(evidence)) == (30, 3, 30)
+        assert (len(numbers), len(scores), len(evidence)) == (12, 3, 12)
     assert all(run == runs[1] for run in runs.values())
 
 
@@ -89,7 +89,7 @@ FAMILIES = {
 )
 def test_every_family_keeps_the_law(family: str, precision: str, cells: list[tuple[int, str]], tiny: list[str]) -> None:
     """With dropout, on odd shapes, in every way of sharding; `tiny` without what it says of llama's."""
-    small = [setting for setting in tiny if not setting.startswith("model")]
+    small = [*(setting for setting in tiny if not setting.startswith("model")), "steps=3"]
     more = [*FAMILIES[family], "model.context=32", "model.dropout=0.1", f"precision={precision}"]
     runs = []
     for world, sharding in cells:
@@ -98,7 +98,7 @@ def test_every_family_keeps_the_law(family: str, precision: str, cells: list[tup
         evaluated = [r for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"]
         scores = [(r["loss"], r["experts"], r["balance"], r["router_z"]) for r in evaluated]
         runs.append((summary(folder)["state_sha256"], [step["loss_hex"] for step in steps(folder)], scores))
-    assert len(runs[0][1]) == 6
+    assert len(runs[0][1]) == 3
     assert all(run == runs[0] for run in runs)
     for evaluation in evaluated:  # each of two layers has sent each token to two of five
         assert [len(layer) for layer in evaluation["experts"]] == ([5, 5] if family == "grok" else [])
@@ -124,12 +124,12 @@ def test_ranks_that_compute_other_bits_are_told_apart(tiny: list[str], tmp_path:
         port = str(listener.getsockname()[1])
     overrides = [argument for argument in tiny if not argument.startswith("runs=")]
     started = [
-        Fresh(
+        Running(
             [*overrides, f"runs={tmp_path}/node{index}", "name=a", "nodes=2", "devices=1", "batch.weights=auto"],
             PET_NODE_RANK=str(index),
             PET_MASTER_ADDR="127.0.0.1",
             PET_MASTER_PORT=port,
-            ATEN_CPU_CAPABILITY=capability,
+            ATEN_CPU_CAPABILITY=capability,  # which torch heeds when it first computes
         )
         for index, capability in enumerate(("default", "avx2"))
     ]
@@ -147,11 +147,12 @@ def test_ranks_that_compute_other_bits_are_told_apart(tiny: list[str], tmp_path:
 
 def test_another_seed_or_the_fast_reduction_is_another_result(tiny: list[str]) -> None:
     """Were everything equal to everything, the test above could not fail."""
+    short = [*tiny, "steps=3"]
     digests = {
-        sha256(tiny, "name=a", "devices=3"),
-        sha256(tiny, "name=b", "devices=3", "seed=1"),
-        sha256(tiny, "name=c", "devices=3", "reduce=fast"),
-        sha256(tiny, "name=d", "devices=1", "reduce=fast"),
+        sha256(short, "name=a", "devices=3"),
+        sha256(short, "name=b", "devices=3", "seed=1"),
+        sha256(short, "name=c", "devices=3", "reduce=fast"),
+        sha256(short, "name=d", "devices=1", "reduce=fast"),
     }
     assert len(digests) == 4
 
@@ -306,7 +307,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(tiny: list[s
     code, out, err = running.end()
     assert code == 75, err
     assert "asked to stop" in out
-    assert gone(pids, within=5)
+    assert gone(pids, within=20)
     stopped = summary(running.folder)
     assert stopped["stopped"]
     assert 5 <= stopped["steps"] < 80
@@ -349,7 +350,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(tiny: list[str]) -> None:
     assert "SIGKILL" in err
     assert "out of memory" in err
     assert len(err.splitlines()) == 1
-    assert gone(pids, within=5)
+    assert gone(pids, within=20)
     assert any(r["kind"] == "fault" and r["rank"] == 2 for r in events.read(running.folder / "events.jsonl"))
 
 
