@@ -73,12 +73,17 @@ class Running:
 class Fresh(Running):
     def _start(self, overrides: list[str], environment: dict[str, str], says: list[str]) -> Any:
         command = [sys.executable, "-m", "train", *overrides]
-        with open(says[0], "w") as out, open(says[1], "w") as err:
-            return subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **environment})
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env={**os.environ, **environment}, **pipes)  # type: ignore[call-overload]
 
     def code(self) -> int | None:
         code: int | None = self.process.poll()
         return code
+
+    def end(self) -> tuple[int, str, str]:
+        """The same, and that of all its children, who hold the pipes."""
+        out, err = self.process.communicate(timeout=TIMEOUT)
+        return self.process.returncode, out, err
 
 
 def _live(overrides: list[str], environment: dict[str, str], says: list[str]) -> None:
