@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -316,12 +317,10 @@ class Launch(Train):
 
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
 SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize, "export": Export}
-SCHEMAS |= {"scale": Scale, "probe": Probe, "report": Report, "watch": Watch}
+SCHEMAS |= {"scale": Scale, "probe": Probe, "launch": Launch, "report": Report, "watch": Watch}
 
 
-SCHEMAS |= {"scale": Scale, "probe": Probe, "launch": Launch}
-
-
+@functools.cache
 def register() -> None:
     """Tell Hydra the schemas; the YAML files name them in their defaults."""
     store = ConfigStore.instance().store

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.running import Fresh, Running, at_step, gone
 from tests.system.packages import need, need_root
 from tests.test_fleet import SLOW
 from tests.test_recovery import equals_one_rank, of_kind, once, records
 from tests.test_resume import ENDLESS
-from tests.test_train import Running, at_step, gone, sha256, steps, summary
+from tests.test_train import sha256, steps, summary
 from train.remote import GONE
 
 pytestmark = pytest.mark.system
@@ -57,7 +58,7 @@ def _command(name: str, overrides: list[str]) -> list[str]:
     return ["ip", "netns", "exec", name, sys.executable, "-m", "train", *overrides]
 
 
-class Host(Running):
+class Host(Fresh):
     """A node of a run of two, on one of the hosts."""
 
     def __init__(self, hosts: list[str], index: int, tiny: list[str], folder: Path, *more: str) -> None:
