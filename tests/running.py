@@ -47,7 +47,8 @@ class Running:
         return code
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.process.pid, number)
 
     def wait_for(self, condition: Callable[[list[dict[str, Any]]], bool]) -> None:
         until = time.monotonic() + TIMEOUT
