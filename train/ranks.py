@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # see _World: has to be imported before there is a group
 from torch import Tensor
 
 Wait = Callable[[], object]
@@ -65,6 +66,9 @@ class _World:
 
     A group that is held outlives `destroy_process_group` with its threads, and when the interpreter ends under one of
     gloo's that still has a tensor in hand, the process aborts ("terminate called without an active exception").
+
+    Torch itself holds the group where `torch.distributed.nn` is imported after `init_process_group`: it is the default
+    argument of ten functions there. Every optimizer imports that when it is built, unless it has been imported.
     """
 
     def __getattr__(self, name: str) -> Any:
