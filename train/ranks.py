@@ -66,9 +66,8 @@ class _World:
 
     A group that is held outlives `destroy_process_group` with its threads, and when the interpreter ends under one of
     gloo's that still has a tensor in hand, the process aborts ("terminate called without an active exception").
-
-    Torch itself holds the group where `torch.distributed.nn` is imported after `init_process_group`: it is the default
-    argument of ten functions there. Every optimizer imports that when it is built, unless it has been imported.
+    Torch's own `torch.distributed.nn`, which optimizers import when they are built, has it as a default argument for
+    good if it is imported after `init_process_group`.
     """
 
     def __getattr__(self, name: str) -> Any:
