@@ -94,6 +94,7 @@ class Supervisor:
 
     def _start(self, resume: bool, again: bool = False) -> None:
         """All ranks anew, from the newest checkpoint or from the beginning."""
+        self._fleet.meet()
         self._lay_out()
         for there in self._fleet.others.values():
             there.brief(self._run.events())
@@ -155,8 +156,6 @@ class Supervisor:
         for rank in self._ranks:
             rank.end()
         self._ranks = []
-
-    # ------------------------------------------------------------------------------------------- watching
 
     def _watch(self) -> int | None:
         """Until the run is over; returns its exit code. None: all ranks must be started again."""
@@ -264,6 +263,8 @@ class Supervisor:
 
     def _let_go(self, there: There) -> None:
         """A node was asked to stop: it may, if enough others stay; else all do."""
+        if not any(rank.member in self._members and rank.spot[0] != there.index for rank in self._ranks):
+            return  # the others are being replaced just now
         self.record(events.Asked(rank=None, by=f"{there.asked} on node {there.index}"))
         there.asked = ""
         if self._heals and self._fleet.can_spare(there.index, self._config.least_nodes):
@@ -276,8 +277,6 @@ class Supervisor:
         self._asked = True
         for rank in self._ranks:
             rank.tell(STOP)
-
-    # ------------------------------------------------------------------------------------ losses, and after
 
     def _bury(self, lost: list[Rank | RemoteRank]) -> int | None:
         """What becomes of the run now that these ranks are gone: GOES_ON, None for a new start, or an exit code."""
