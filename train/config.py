@@ -310,7 +310,7 @@ class Recovery:
     spike: float = 0.0  # times the spread of the last losses above them, from where on one is gone back from; 0: off
     audit: float = 0.0  # the share of virtual ranks' gradients that another rank computes again, and compares
     guard: bool = True  # each rank on a CPU checks that no bit of its state changes between steps
-    spares: int = 0  # processes that stand by, warm, each to take a lost rank's place at once; on one node's CPU
+    spares: int = 0  # processes that stand by, warm, each to take a lost rank's place at once; on each node
     restarts: int = 3  # of all ranks, from the last checkpoint, with no step in between, before the run fails
 
     def __post_init__(self) -> None:
