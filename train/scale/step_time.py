@@ -24,11 +24,13 @@ CALIBRATION = TABLES / "calibration.csv"
 TILE = 64  # a product's side at which a tile's edges cost as much as its inside
 STEP = 5e-3  # seconds a step that are nobody's: the loop, the clipped norm, the loss
 SPREAD = 0.003  # of the ranks' times for the same work; the slowest of N nodes sets the pace
+STRAGGLE = 0.1  # how much slower a slow node is: MegaScale's "about 10 %", arXiv 2402.15627, section 6.3
 SHORT = 200  # tokens of context at which attention's start and end cost as much as its middle
 OPTIMIZER = 32  # bytes a parameter: fp32 weight and two moments, read and written, a gradient read, a weight written
-ACCUMULATE = {"fused": 8, "separate": 5, "deepspeed": 10}  # bytes a parameter and micro-batch; deepspeed, bf16: on top
-ROUTED = 15  # passes over a token sent to an expert and back
-CASTS = 0.6  # more passes over memory in fp8: the casts and their scales
+# Bytes a parameter and micro-batch. DeepSpeed in bf16: the gradient is added to a cleared one (6), cleared (2), cast to
+# fp32 (6) and added to the sum in fp32 (12).
+ACCUMULATE = {"fused": 8, "separate": 5, "deepspeed": 26}
+AGAIN = 0.75  # of what the host does for a layer, forward is that much, which recomputing does again
 PIPELINE, CONTEXT = 0.35, 0.3  # shares of their transfers that are not hidden
 BUFFERS = 24  # passes over the residual stream that a layer makes, forward and backward, if each op runs by itself
 
@@ -76,6 +78,7 @@ def breakdown(j: Jobs, c: Calibration) -> dict[str, Array]:
     parts["pipeline"] = micro_batches * np.where(j.pp > 1, sent / wire * hidden, 0)
     parts["bubble"] = (j.pp - 1) / chunks * (j.layers * seconds + head) / j.pp
     slow = SPREAD * np.sqrt(2 * np.log(np.maximum(j.gpus / 8, 1)))  # the mean of the slowest of N normal ones
+    slow += STRAGGLE * (1 - (1 - c.slow_nodes) ** (j.gpus / 8))  # and whether one of them is slow for good
     parts["slowest"] = slow * np.asarray(sum(parts.values()))
     return parts | _once(j, c)
 
@@ -120,14 +123,15 @@ def _layer(j: Jobs, c: Calibration) -> tuple[dict[str, Array], dict[str, Array]]
     residual = BUFFERS * j.width * np.where(j.parallel_norms > 0, 1 / j.tp, 1)
     hidden = (5 + 3 * j.gated) * j.ffn / j.tp * np.where(moe, j.chosen, 1)
     moved = 2 * tokens * (residual + 8 * qkv / j.tp + hidden) * passes
-    moved += np.where(moe, 2 * tokens * ROUTED * j.chosen * j.width / j.tp, 0)
-    memory = moved * (1 + CASTS * j.fp8) / j.bandwidth
+    moved += np.where(moe, 2 * tokens * c.routed * j.chosen * j.width, 0)
+    memory = moved * (1 + c.casts * j.fp8) / j.bandwidth
 
     inside = np.where(j.tp <= j.domain, j.bus, j.nic)
     torch = c.exposed_tensor_torch * np.where(j.async_tp > 0, c.async_tensor, 1)
     exposed = np.select([j.stack == Stack.ENGINE, j.stack == Stack.MEGATRON], [c.exposed_tensor, 1.0], torch)
     reduce = 2 * (j.tp - 1) / j.tp * tokens * j.width * 2 / inside * exposed + 2 * TENSOR_HOP * (j.tp - 1)
-    tensor = np.where(j.tp > 1, 2 * reduce, 0)  # one after attention, one after the feed-forward layer
+    # one after attention, one after the feed-forward layer: of every token sent to an expert
+    tensor = np.where(j.tp > 1, reduce * (1 + np.where(moe, j.chosen, 1)), 0)
 
     wide = bus(j.ep, j.tp * j.cp, j.domain, j.bus, j.nic)
     routed = np.where(j.ep > 1, 4 * tokens * j.chosen * j.width / j.tp * (j.ep - 1) / j.ep / wide, 0)
@@ -143,9 +147,9 @@ def _layer(j: Jobs, c: Calibration) -> tuple[dict[str, Array], dict[str, Array]]
 def _attention(j: Jobs, c: Calibration, bf16: Array) -> tuple[Array, Array]:
     """Forward and backward. Flash attention skips what causality masks and computes its forward again."""
     share = np.select(
-        [j.architecture < 2, j.stack == Stack.ENGINE, j.stack == Stack.COMPILED],
-        [c.flash_ampere, c.flash_engine, c.flash_compiled],
-        c.flash_eager,
+        [j.architecture < 2, j.stack == Stack.ENGINE, j.first_flash > 0],
+        [c.flash_ampere, c.flash_engine, c.flash_first],
+        c.flash_second,
     )
     scores = 4 * j.micro_batch * j.context**2 / j.cp * j.width / j.tp
     flash = scores / 2 / (share * j.matmul) * (1 + SHORT / j.context)
@@ -158,16 +162,18 @@ def _attention(j: Jobs, c: Calibration, bf16: Array) -> tuple[Array, Array]:
 
 def _waits(j: Jobs, c: Calibration, layer: Array) -> dict[str, Array]:
     """What a layer waits for: the host that launches it, parameters on their way, its gradient's accumulation."""
-    host = c.launch * np.where(j.recompute == Recompute.FULL, 1.4, 1) * np.where(j.experts > 1, 2, 1)
+    host = c.launch * np.where(j.recompute == Recompute.FULL, 1 + AGAIN, 1) * np.where(j.experts > 1, 2, 1)
     launched = (layer**4 + host**4) ** 0.25  # the longer one, rounded where they are close
     mine = j.layer_parameters / j.ep / j.tp
     collectives = np.select([j.sharding == Sharding.WEIGHTS, j.sharding == Sharding.GRADIENTS], [3.0, 2.0], 0.0)
+    # stages of a pipeline stay gathered, and sum their gradients with the last micro-batch
+    collectives = np.where(j.pp > 1, np.minimum(collectives, 2) * j.dp * j.micro_batch / j.batch, collectives)
     wide = bus(j.dp, j.tp * j.cp, j.domain, j.bus, j.nic)
     ring = mine * 2 * (j.dp - 1) / j.dp / wide + RING_HOP * nodes(j.dp, j.tp * j.cp, j.domain)
     gathers = np.where(j.dp > 1, collectives * ring, 0)
     gathered = (launched**4 + gathers**4) ** 0.25 + c.interference * gathers
     each = np.where(j.stack == Stack.ENGINE, ACCUMULATE["fused"], ACCUMULATE["separate"])
-    each += np.where((j.deepspeed > 0) & (j.bf16 > 0), ACCUMULATE["deepspeed"], 0)
+    each = np.where((j.deepspeed > 0) & (j.bf16 > 0), ACCUMULATE["deepspeed"], each)
     added = np.where(collectives == 0, mine * each / j.bandwidth, 0)
     return {"host": launched - layer, "gathers": gathered - launched, "accumulation": added}
 
@@ -198,7 +204,8 @@ def _once(j: Jobs, c: Calibration) -> dict[str, Array]:
     mine = j.layer_parameters / j.ep / j.tp * j.layers / j.pp + both
     replicas = j.dp * j.cp
     wide = bus(replicas, j.tp, j.domain, j.bus, j.nic)
-    each = np.where(j.sharding == Sharding.OPTIMIZER, 6, 4)  # fp32 gradients and bf16 weights; bf16 both ways
+    # bytes: fp32 gradients and bf16 weights; fp32 gradients both ways and weights; bf16 gradients both ways
+    each = np.select([j.sharding == Sharding.OPTIMIZER, (j.deepspeed > 0) & (j.bf16 > 0)], [6, 10], 4)
     summed = (replicas - 1) / replicas * mine * each / wide
     exposed = np.where(j.sharding == Sharding.OPTIMIZER, c.exposed_gradients, 1)
     kept = mine / np.where(j.sharding >= Sharding.OPTIMIZER, replicas, 1)

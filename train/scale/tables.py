@@ -150,6 +150,8 @@ def _software(row: Mapping[str, str]) -> dict[str, float]:
         stack = Stack.MEGATRON
     elif "llama3" in framework or "maxtext" in framework or "trainy" in evidence or "compile" in notes:
         stack = Stack.COMPILED
+    elif "torchtitan" in framework and "fp8" in (row.get("precision") or "").lower():  # whose casts need a compiler
+        stack = Stack.COMPILED
     else:
         stack = Stack.EAGER
     if "eager" in notes:
@@ -162,6 +164,7 @@ def _software(row: Mapping[str, str]) -> dict[str, float]:
         "sharding": sharding,
         "recompute": {"f": Recompute.FULL, "s": Recompute.SELECTIVE}.get(recompute[:1], Recompute.NOTHING),
         "deepspeed": "deepspeed" in framework,
+        "first_flash": "foundry" in framework,
         "async_tp": "async" in notes,
         "parallel_norms": stack != Stack.MEGATRON or "sp" in recompute.split("+"),
     }

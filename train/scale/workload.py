@@ -108,7 +108,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 FIELDS = ("layers", "width", "heads", "kv_heads", "ffn", "gated", "vocab", "context", "experts", "chosen")
 PLAN = ("batch", "gpus", "tp", "pp", "cp", "ep", "chunks", "micro_batch", "recompute", "sharding", "stack", "fp8")
-KIND = ("rowwise", "async_tp", "deepspeed", "bf16", "parallel_norms")
+KIND = ("rowwise", "async_tp", "deepspeed", "bf16", "parallel_norms", "first_flash")
 DEVICE = ("peak", "matmul", "fp8_matmul", "bandwidth", "bus", "nic", "domain", "architecture")
 
 
