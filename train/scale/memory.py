@@ -33,12 +33,12 @@ def state(j: Jobs) -> Array:
 def activations(j: Jobs) -> Array:
     """Kept for the backward pass, and the logits, bytes."""
     tokens = j.micro_batch * j.context / j.cp
-    kv = 2 * j.width / j.heads * j.kv_heads
+    kv = 2 * j.head * j.kv_heads
     fused = j.stack == Stack.ENGINE  # keeps no dropout masks, and of SwiGLU gate, up and their product only
     residual = np.where(fused, 8, 10) * j.width * np.where(j.parallel_norms > 0, 1 / j.tp, 1)
     # of Megatron's other 24 attention has 8, and a feed-forward layer four times as wide 16
     ffn = (2 + np.where(fused, 1, 2) * j.gated) * 2 * j.ffn * np.where(j.experts > 1, j.chosen, 1)
-    inner = (6 * j.width + kv + ffn) / j.tp
+    inner = (2 * j.width + 4 * j.heads * j.head + kv + ffn) / j.tp
     scores = np.where(j.stack == Stack.MEGATRON, 5 * j.heads * j.context / j.tp, 0)
     layer = residual + inner + np.where(j.recompute == Recompute.SELECTIVE, 0, scores)
     torch = j.stack <= Stack.COMPILED

@@ -24,7 +24,7 @@ CALIBRATION = TABLES / "calibration.csv"
 TILE = 64  # a product's side at which a tile's edges cost as much as its inside
 STEP = 5e-3  # seconds a step that are nobody's: the loop, the clipped norm, the loss
 SPREAD = 0.003  # of the ranks' times for the same work; the slowest of N nodes sets the pace
-STRAGGLE = 0.1  # how much slower a slow node is: MegaScale's "about 10 %", arXiv 2402.15627, section 6.3
+STRAGGLE = 0.06  # how much slower a slow node is: MegaScale's "about 10 %", arXiv 2402.15627, section 6.3
 SHORT = 200  # tokens of context at which attention's start and end cost as much as its middle
 OPTIMIZER = 32  # bytes a parameter: fp32 weight and two moments, read and written, a gradient read, a weight written
 # Bytes a parameter and micro-batch. DeepSpeed in bf16: the gradient is added to a cleared one (6), cleared (2), cast to
@@ -107,14 +107,14 @@ def _down(j: Jobs, c: Calibration) -> Array:
 def _layer(j: Jobs, c: Calibration) -> tuple[dict[str, Array], dict[str, Array]]:
     """Seconds of a layer's forward and backward pass over a micro-batch, without waiting for anybody."""
     tokens, moe = j.micro_batch * j.context / j.cp, j.experts > 1
-    qkv = j.width + 2 * j.width / j.heads * j.kv_heads
+    qkv = j.head * (j.heads + 2 * j.kv_heads)
     bf16, rate = _rates(j, c)
     local = j.experts / j.ep
     each = tokens * j.chosen / local
     experts = local * (
         _product(each, j.width, (1 + j.gated) * j.ffn / j.tp, rate) + _product(each, j.ffn / j.tp, j.width, rate)
     )
-    products = _product(tokens, j.width, qkv / j.tp, rate) + _product(tokens, j.width / j.tp, j.width, rate)
+    products = _product(tokens, j.width, qkv / j.tp, rate) + _product(tokens, j.heads * j.head / j.tp, j.width, rate)
     products += experts * np.where(moe, c.imbalance, 1)
 
     attention, attention_back = _attention(j, c, bf16)
@@ -122,9 +122,9 @@ def _layer(j: Jobs, c: Calibration) -> tuple[dict[str, Array], dict[str, Array]]
     passes = _passes(j, c)
     residual = BUFFERS * j.width * np.where(j.parallel_norms > 0, 1 / j.tp, 1)
     hidden = (5 + 3 * j.gated) * j.ffn / j.tp * np.where(moe, j.chosen, 1)
-    moved = 2 * tokens * (residual + 8 * qkv / j.tp + hidden) * passes
-    moved += np.where(moe, 2 * tokens * c.routed * j.chosen * j.width, 0)
-    memory = moved * (1 + c.casts * j.fp8) / j.bandwidth
+    moved = 2 * tokens * (residual + 8 * qkv / j.tp + hidden) * (passes + c.casts * j.fp8)
+    moved += np.where(moe, 2 * tokens * c.routed * (1 + c.casts * j.fp8) * j.chosen * j.width, 0)
+    memory = moved / j.bandwidth
 
     inside = np.where(j.tp <= j.domain, j.bus, j.nic)
     torch = c.exposed_tensor_torch * np.where(j.async_tp > 0, c.async_tensor, 1)
@@ -136,7 +136,7 @@ def _layer(j: Jobs, c: Calibration) -> tuple[dict[str, Array], dict[str, Array]]
     wide = bus(j.ep, j.tp * j.cp, j.domain, j.bus, j.nic)
     routed = np.where(j.ep > 1, 4 * tokens * j.chosen * j.width / j.tp * (j.ep - 1) / j.ep / wide, 0)
     wide = np.where(j.tp * j.cp <= j.domain, j.bus, j.nic)
-    keys = 4 * j.kv_heads * j.width / j.heads / j.tp * tokens * (j.cp - 1) / wide * CONTEXT
+    keys = 4 * j.kv_heads * j.head / j.tp * tokens * (j.cp - 1) / wide * CONTEXT
 
     forward = (products, attention, 0.4 * memory, tensor, routed, keys)
     backward = (2 * products, attention_back, 0.6 * memory, tensor, routed, 2 * keys)
@@ -151,10 +151,10 @@ def _attention(j: Jobs, c: Calibration, bf16: Array) -> tuple[Array, Array]:
         [c.flash_ampere, c.flash_engine, c.flash_first],
         c.flash_second,
     )
-    scores = 4 * j.micro_batch * j.context**2 / j.cp * j.width / j.tp
+    scores = 4 * j.micro_batch * j.context**2 / j.cp * j.heads * j.head / j.tp
     flash = scores / 2 / (share * j.matmul) * (1 + SHORT / j.context)
     heads = j.micro_batch * j.heads / j.tp
-    two = 2 * heads * _product(j.context, j.width / j.heads, j.context, bf16)
+    two = 2 * heads * _product(j.context, j.head, j.context, bf16)
     written = 2 * heads * j.context**2 * c.score_passes / j.bandwidth
     kept = j.stack == Stack.MEGATRON
     return np.where(kept, two + written / 3, flash), np.where(kept, 2 * two + written * 2 / 3, 2.5 * flash)
@@ -166,8 +166,8 @@ def _waits(j: Jobs, c: Calibration, layer: Array) -> dict[str, Array]:
     launched = (layer**4 + host**4) ** 0.25  # the longer one, rounded where they are close
     mine = j.layer_parameters / j.ep / j.tp
     collectives = np.select([j.sharding == Sharding.WEIGHTS, j.sharding == Sharding.GRADIENTS], [3.0, 2.0], 0.0)
-    # stages of a pipeline stay gathered, and sum their gradients with the last micro-batch
-    collectives = np.where(j.pp > 1, np.minimum(collectives, 2) * j.dp * j.micro_batch / j.batch, collectives)
+    # stages of a pipeline sum their gradients with the last micro-batch only
+    collectives = np.where(j.pp > 1, np.minimum(collectives, 2), collectives)
     wide = bus(j.dp, j.tp * j.cp, j.domain, j.bus, j.nic)
     ring = mine * 2 * (j.dp - 1) / j.dp / wide + RING_HOP * nodes(j.dp, j.tp * j.cp, j.domain)
     gathers = np.where(j.dp > 1, collectives * ring, 0)
