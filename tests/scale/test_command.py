@@ -69,6 +69,7 @@ GOOD = "x,32,4096,32,8,8192,128256,14336,1,128,64,H100-80GB-SXM,2,4,1,1,1,,bf16,
     [
         (("H100-80GB-SXM", "TPUv5"), "gpu_type: 'TPUv5'"),
         ((",bf16,", ",int4,"), "precision: 'int4'"),
+        ((",bf16,", ",nvfp4,"), "precision: 'nvfp4'"),
         (("32,4096", ",4096"), "does not say layers"),
         (("32,4096", "many,4096"), "layers: 'many' is no number"),
         (("32,4096", "-3,4096"), "layers: -3 is out of range"),
@@ -141,6 +142,29 @@ def test_rows_of_other_kinds_are_predicted_and_what_is_assumed_is_said(tmp_path:
     assert times[4] == times[0]
     assert found[0]["assumed"] == "recompute none; VP 8"
     assert "microbatch 1" in found[1]["assumed"]
+
+
+@pytest.mark.parametrize("name", ["FP8-CS", "MXFP8", "fp8 (current scaling)", "bf16 mixed, te fp8", "Float8"])
+def test_precisions_as_they_are_written(name: str, tmp_path: Path) -> None:
+    plain, odd, none = predicted(tmp_path, HEAD + "\n".join(GOOD.replace(",bf16,", f",{p},") for p in ("fp8", f'"{name}"', "")))
+    assert odd["predicted_step_time_s"] == plain["predicted_step_time_s"]
+    assert "precision bf16" in none["assumed"]
+    assert float(none["predicted_step_time_s"]) > float(plain["predicted_step_time_s"])
+
+
+def test_a_known_model_fills_what_a_row_leaves_open(tmp_path: Path) -> None:
+    head = HEAD.replace("source,", "source,model,")
+    whole, none, other = predicted(
+        tmp_path,
+        head
+        + "x,Llama 3.1 8B," + GOOD[2:] + "\n"
+        + "x,Llama 3.1 8B,,,,,8192,,,,128,64,H100-80GB-SXM,2,4,1,1,1,,bf16,nemo,,,,3\n"
+        + "x,Llama 3.1 8B,,5120,,,8192,,,,128,64,H100-80GB-SXM,2,4,1,1,1,,bf16,nemo,,,,3\n",
+    )
+    assert none["predicted_step_time_s"] == whole["predicted_step_time_s"]
+    assert "layers, hidden" in none["assumed"].replace("layers, width", "layers, hidden")
+    assert "llama3_8b" in none["assumed"]
+    assert "does not say layers" in other["not_predicted"], "a Llama of another width is not that one"
 
 
 @pytest.mark.parametrize("text", ["", "\n", '"a'])

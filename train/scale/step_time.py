@@ -167,7 +167,7 @@ def _waits(j: Jobs, c: Calibration, layer: Array) -> dict[str, Array]:
     mine = j.layer_parameters / j.ep / j.tp
     collectives = np.select([j.sharding == Sharding.WEIGHTS, j.sharding == Sharding.GRADIENTS], [3.0, 2.0], 0.0)
     # stages of a pipeline sum their gradients with the last micro-batch only
-    collectives = np.where(j.pp > 1, np.minimum(collectives, 2), collectives)
+    collectives = np.where(j.pp > 1, np.where(j.sharding == Sharding.WEIGHTS, 2, 0), collectives)
     wide = bus(j.dp, j.tp * j.cp, j.domain, j.bus, j.nic)
     ring = mine * 2 * (j.dp - 1) / j.dp / wide + RING_HOP * nodes(j.dp, j.tp * j.cp, j.domain)
     gathers = np.where(j.dp > 1, collectives * ring, 0)
@@ -204,13 +204,14 @@ def _once(j: Jobs, c: Calibration) -> dict[str, Array]:
     mine = j.layer_parameters / j.ep / j.tp * j.layers / j.pp + both
     replicas = j.dp * j.cp
     wide = bus(replicas, j.tp, j.domain, j.bus, j.nic)
-    # bytes: fp32 gradients and bf16 weights; fp32 gradients both ways and weights; bf16 gradients both ways
-    each = np.select([j.sharding == Sharding.OPTIMIZER, (j.deepspeed > 0) & (j.bf16 > 0)], [6, 10], 4)
+    # bytes: DeepSpeed's fp32 gradients both ways and weights; fp32 gradients and bf16 weights; bf16 gradients both ways
+    cut = (j.sharding == Sharding.OPTIMIZER) | ((j.sharding == Sharding.GRADIENTS) & (j.pp > 1))
+    each = np.select([j.deepspeed > 0, cut], [np.where(j.bf16 > 0, 10, 4), 6], 4)
     summed = (replicas - 1) / replicas * mine * each / wide
-    exposed = np.where(j.sharding == Sharding.OPTIMIZER, c.exposed_gradients, 1)
+    exposed = np.where(cut & (j.deepspeed == 0), c.exposed_gradients, 1)
     kept = mine / np.where(j.sharding >= Sharding.OPTIMIZER, replicas, 1)
     return {
-        "gradients": np.where(j.sharding < Sharding.GRADIENTS, summed * exposed, 0),
+        "gradients": np.where(cut | (j.sharding == Sharding.NOTHING), summed * exposed, 0),
         "optimizer": kept * OPTIMIZER / j.bandwidth,
         "rest": np.full(len(j), STEP),
     }

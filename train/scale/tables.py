@@ -21,7 +21,7 @@ from train.scale.workload import FIELDS, TABLES, Recompute, Shape, Sharding, Sta
 COLUMNS = {"width": "hidden", "context": "seq", "chosen": "topk"}  # by our names, where they are not the table's
 NEEDED = ("layers", "hidden", "heads", "seq", "vocab", "ffn", "global_batch_seqs", "gpus")
 # As they are written: mxfp8, FP8-CS, amp_bf16, te-fp8, bfloat16, bf16 mixed, … What is narrower or wider has no model.
-PRECISIONS = {r"(mx)?fp8|float8|e4m3": 1, r"bf16|bfloat16|fp16|float16|half": 0}
+PRECISIONS = {r"(mx|te)?fp8|float8|e4m3": 1, r"bf16|bfloat16|fp16|float16|half": 0}
 
 
 @dataclass(slots=True)
@@ -114,9 +114,12 @@ def _describe(run: Run) -> None:
         raise _NotThis("hidden and heads, or topk and experts, do not fit each other")
     precision = (row.get("precision") or "").strip().lower()
     narrow = next((is8 for words, is8 in PRECISIONS.items() if re.search(rf"(?<![a-z0-9])({words})", precision)), None)
+    if not precision:
+        narrow = 0
+        run.assumed.append("precision bf16")
     if narrow is None or re.search("fp4|int", precision):
         raise _NotThis(f"precision: '{precision}' is none of bf16, fp16, fp8")
-    plan: dict[str, float] = {"fp8": narrow, "rowwise": "row" in precision, "bf16": "16" in precision and "b" in precision}
+    plan: dict[str, float] = {"fp8": narrow, "rowwise": "row" in precision, "bf16": not re.search(r"(?<!b)(fp|float)16|half|fp8", precision)}
     if plan["fp8"] and not gpu.fp8:
         raise _NotThis(f"precision: {gpu.name} has no fp8")
     plan |= _software(row)
@@ -160,8 +163,8 @@ def _filled(run: Run) -> tuple[dict[str, str], list[str]]:
 
 def _software(row: Mapping[str, str]) -> dict[str, float]:
     """Whose kernels, what is sharded, what is computed again: from `framework`, `recompute` and `notes`."""
-    framework, notes = (row.get("framework") or "").lower(), (row.get("notes") or "").lower()
-    recompute, evidence = (row.get("recompute") or "").lower(), (row.get("evidence") or "").lower()
+    keys = ("framework", "notes", "recompute", "evidence", "precision")
+    framework, notes, recompute, evidence, precision = ((row.get(key) or "").lower() for key in keys)
     pytorch = "fsdp" in framework or "torchtitan" in framework
     if "nemo" in framework or "bridge" in framework or "megatron-core" in framework:
         stack = Stack.ENGINE
@@ -169,13 +172,16 @@ def _software(row: Mapping[str, str]) -> dict[str, float]:
         stack = Stack.MEGATRON
     elif "llama3" in framework or "maxtext" in framework or "trainy" in evidence or "compile" in notes:
         stack = Stack.COMPILED
-    elif "torchtitan" in framework and "fp8" in (row.get("precision") or "").lower():  # whose casts need a compiler
+    elif "torchtitan" in framework and "fp8" in precision:  # whose casts need a compiler
         stack = Stack.COMPILED
     else:
         stack = Stack.EAGER
     if "eager" in notes:
         stack = Stack.EAGER
-    sharding = Sharding.NOTHING if stack == Stack.MEGATRON else Sharding.OPTIMIZER
+    zero = "deepspeed" in framework and "bf16" in precision  # its bf16 optimizer is always cut
+    sharding = Sharding.NOTHING if stack == Stack.MEGATRON and not zero else Sharding.OPTIMIZER
+    if "llama3" in framework:
+        sharding = Sharding.GRADIENTS  # and weights stay gathered, arXiv 2407.21783, section 3.3.2
     if pytorch or re.search(r"fsdp=[1-9]", notes):
         sharding = Sharding.GRADIENTS if "grad_op" in framework else Sharding.WEIGHTS
     return {
