@@ -22,7 +22,7 @@ LAYERS = [
     ("keeper", "balance", "engine", "audit"),
     ("recovery", "run", "rerun"),
     ("supervisor", "report"),
-    ("job", "runs", "replay", "diff", "resize", "probe", "watch"),
+    ("job", "runs", "replay", "diff", "resize", "probe", "watch", "projector"),
     ("drill",),
     ("launch",),
     ("cli", "__main__"),

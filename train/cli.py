@@ -44,7 +44,7 @@ COMMANDS = {
     "resize": Command("more or fewer ranks for a run under way", "train.resize:resize", "run=llama_nano devices=4"),
     "probe": Command("what this node's devices can do; is one sick or slow?", "train.probe:probe", "check=true"),
     "launch": Command("train somewhere else", "train.launch.submit:launch", "target=slurm nodes=2 target.gpus=8"),
-    "scale": Command("what a job would be on a large cluster", "train.scale.command:scale", "cluster=llama3_16k"),
+    "scale": Command("what a job would be on a large cluster", "train.projector:scale", "cluster=llama3_16k"),
     "report": Command("a run, or several, as one page to look at", "train.report.command:report", "run=[w1,w2]"),
     "watch": Command("a run while it goes on; web=true: in a browser", "train.watch:watch", "run=llama_nano"),
     "runs": Command("list the runs", "train.runs:runs", "format=json"),

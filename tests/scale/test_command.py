@@ -146,7 +146,9 @@ def test_rows_of_other_kinds_are_predicted_and_what_is_assumed_is_said(tmp_path:
 
 @pytest.mark.parametrize("name", ["FP8-CS", "MXFP8", "fp8 (current scaling)", "bf16 mixed, te fp8", "Float8"])
 def test_precisions_as_they_are_written(name: str, tmp_path: Path) -> None:
-    plain, odd, none = predicted(tmp_path, HEAD + "\n".join(GOOD.replace(",bf16,", f",{p},") for p in ("fp8", f'"{name}"', "")))
+    plain, odd, none = predicted(
+        tmp_path, HEAD + "\n".join(GOOD.replace(",bf16,", f",{p},") for p in ("fp8", f'"{name}"', ""))
+    )
     assert odd["predicted_step_time_s"] == plain["predicted_step_time_s"]
     assert "precision bf16" in none["assumed"]
     assert float(none["predicted_step_time_s"]) > float(plain["predicted_step_time_s"])
@@ -157,7 +159,9 @@ def test_a_known_model_fills_what_a_row_leaves_open(tmp_path: Path) -> None:
     whole, none, other = predicted(
         tmp_path,
         head
-        + "x,Llama 3.1 8B," + GOOD[2:] + "\n"
+        + "x,Llama 3.1 8B,"
+        + GOOD[2:]
+        + "\n"
         + "x,Llama 3.1 8B,,,,,8192,,,,128,64,H100-80GB-SXM,2,4,1,1,1,,bf16,nemo,,,,3\n"
         + "x,Llama 3.1 8B,,5120,,,8192,,,,128,64,H100-80GB-SXM,2,4,1,1,1,,bf16,nemo,,,,3\n",
     )

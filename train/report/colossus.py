@@ -2,58 +2,94 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import yaml
 
-from train.checks import Refused
+from train.batch import shares
+from train.checks import Refused, require
 from train.commands import Scale
-from train.config import CONFIGS
+from train.config import CONFIGS, Train
 from train.folder import read_json, read_train
 from train.report.record import Run
 from train.report.words import esc, lasting, number, percent, si, table
-from train.scale.project import held_out, project
+from train.scale import here
+from train.scale.project import Anchor, held_out, project
 from train.scale.tables import published
-from train.scale.workload import FIELDS, Shape
+from train.scale.workload import FIELDS, Shape, of_model
 
 CLUSTER = "colossus_200k"
 
 
+def asked(run: Run, scale: Scale | None = None) -> tuple[Train, Scale]:
+    """A run's settings, and as a question to the projector: what `scale` leaves open is the run's. Raises Refused."""
+    data = read_json(run.path / "data.json")
+    require(data is not None, "run", f"{run.path} has no data.json: a run must have begun before it can be projected")
+    assert data is not None
+    config = read_train(run.path / "config.yaml")
+    if scale is None:
+        scale = Scale(model=config.model, cluster=yaml.safe_load((CONFIGS / f"cluster/{CLUSTER}.yaml").read_text()))
+    tokens = scale.tokens or float(config.steps * config.tokens_per_step)
+    batch = scale.batch or config.batch.sequences
+    return config, replace(scale, model=config.model, vocab=data["vocab"], batch=batch, tokens=tokens)
+
+
+def anchor(run: Run, config: Train, vocab: int) -> Anchor:
+    """The run's own step time, and what is predicted of it where it ran. Raises Refused where that is not known."""
+    start, speed = run.last("start"), run.summary["tokens_per_s"]
+    require(bool(start and speed), "run", f"{run.path} has measured no throughput yet: it needs log.every steps")
+    assert start is not None
+    ranks, leaves = start["world"], config.batch.virtual_ranks
+    fullest = max(len(one) for one in shares(leaves, ranks))  # all wait for the rank with the most
+    seconds = here.seconds(
+        here.of(start["device"]),
+        of_model(config.model, vocab),
+        ranks=ranks,
+        batch=fullest * ranks * config.batch.sequences // leaves,
+        micro_batch=int(config.batch.micro_batch),
+        precision=start["precision"],
+        sharding=config.sharding.value,
+        compiled=start["compiled"],
+    )
+    return Anchor(run.name, ranks, start["device"], config.tokens_per_step / speed, seconds)
+
+
 def projected(run: Run) -> str:
     """A table and what to make of it; where the projector refuses the model, why. Empty for a run without settings."""
-    steps = run.summary["steps"]
-    data = read_json(run.path / "data.json")
-    if not run.config or not steps or data is None:
+    if not run.config or not run.summary["steps"] or not (run.path / "data.json").exists():
         return ""
     try:
-        config = read_train(run.path / "config.yaml")
-        there = yaml.safe_load((CONFIGS / "cluster" / f"{CLUSTER}.yaml").read_text())
-        whole = config.steps * config.tokens_per_step
-        scale = Scale(
-            model=config.model, cluster=there, vocab=data["vocab"], batch=config.batch.sequences, tokens=float(whole)
-        )
+        config, scale = asked(run)
         answer = project(scale)
     except Refused as refusal:
         return f"<p>The projector has no answer: {esc(refusal)}</p>"
+    try:
+        here_too = (
+            f"This machine takes {number(anchor(run, config, scale.vocab).ratio, 3)} times what is predicted of it. "
+        )
+    except Refused as refusal:
+        here_too = f"Not compared with this machine ({esc(refusal)}). "
     wrong, bias = held_out()
-    speed, job, step = run.summary["tokens_per_s"], answer["job"], answer["step"]
+    whole, speed, job, step = int(scale.tokens), run.summary["tokens_per_s"], answer["job"], answer["step"]
     seconds, used = step["seconds"]["value"], job["gpus_used"]
-    here = config.tokens_per_step / speed if speed else None
+    mine = config.tokens_per_step / speed if speed else None
     size = used + job["gpus_idle"]
     money, days = answer["whole"]["money"]["value"] * 1e6, answer["whole"]["days"]["value"]
     rows = [
         ["GPUs", f"{run.summary['world_sizes'][-1]} ranks", f"{used:,} of {size:,}"],
-        ["a step", lasting(here), f"{lasting(seconds)} <span class=pm>± {percent(wrong)}</span>"],
-        [f"{config.steps:,} steps, {si(whole)} tokens", lasting(here and here * config.steps), lasting(days * 86400)],
+        ["a step", lasting(mine), f"{lasting(seconds)} <span class=pm>± {percent(wrong)}</span>"],
+        [f"{config.steps:,} steps, {si(whole)} tokens", lasting(mine and mine * config.steps), lasting(days * 86400)],
         ["MFU", percent(run.summary["mfu"]), f"{number(step['mfu']['value'], 2)} %"],
         ["a failure every", "", lasting(answer["failures"]["between"]["value"] * 3600)],
         ["price", "", f"{number(money, 2)} USD"],
     ]
-    return table(["", "here, measured|", "Colossus, predicted|"], rows) + _worth(wrong, bias, answer, used / size)
+    worth = _worth(wrong, bias, answer, used / size, here_too)
+    return table(["", "here, measured|", "Colossus, predicted|"], rows) + worth
 
 
-def _worth(wrong: float, bias: float, answer: dict[str, Any], share: float) -> str:
+def _worth(wrong: float, bias: float, answer: dict[str, Any], share: float, here_too: str) -> str:
     least, mine = _smallest(), answer["job"]["parameters"]["value"]
     text = f"± {percent(wrong)} is the mean error of step time on published runs that the projector was not fitted to; "
     text += f"on the mean it says {100 * bias:+.0f} %. "
@@ -62,7 +98,8 @@ def _worth(wrong: float, bias: float, answer: dict[str, Any], share: float) -> s
         text += f"{si(mine)}: here it is mostly what a step costs before it computes, and the error is not known. "
     if share < 0.5:
         text += "A batch of this size cannot be cut for more GPUs: the others would stand idle. "
-    return f"<p class=note>{text}<code>colossus scale</code> asks for other models, batches and clusters.</p>"
+    text += here_too
+    return f"<p class=note>{text}<code>colossus scale run=…</code> asks for other models, batches and clusters.</p>"
 
 
 @cache

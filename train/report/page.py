@@ -96,9 +96,14 @@ def page(runs: list[Run], refresh: int = 0) -> str:
         parts = {title: _guarded(title, section, runs[0]) for title, section in ONE.items()}
     else:
         parts = {title: _guarded(title, section, runs) for title, section in SEVERAL.items()}
+    return sheet(" · ".join(run.name for run in runs), parts, refresh)
+
+
+def sheet(name: str, parts: dict[str, str], refresh: int = 0) -> str:
+    """A page of sections by their titles, whose content is HTML."""
     heads = {title: f"<h2>{title}</h2>" if title else "" for title in parts}
     body = "".join(f"<section>{heads[title]}{content}</section>" for title, content in parts.items() if content)
-    name = esc(" · ".join(run.name for run in runs))
+    name = esc(name)
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

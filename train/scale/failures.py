@@ -22,7 +22,10 @@ def mean_time(gpus: int, per_million: float) -> float:
 
 
 def causes() -> list[dict[str, Any]]:
-    """Llama 3's interruptions by cause (configs/faults/llama3.yaml): count, rate a GPU hour, what goes: a GPU, node, switch or power domain."""
+    """Llama 3's interruptions by cause (configs/faults/llama3.yaml): count, rate a GPU hour, and what goes:
+
+    a GPU, a node, what is behind a switch, or a power domain.
+    """
     table = yaml.safe_load((CONFIGS / "faults" / "llama3.yaml").read_text())["table"]
     hours = table["gpus"] * table["days"] * 24
     rows = table["causes"].items()

@@ -29,7 +29,7 @@ class Best:
     kinds: list[Jobs]
     seconds: Array
     need: Array
-    order: Array  # what fits first, the fastest of it first
+    order: list[int]  # what fits first, the fastest of it first
 
     @property
     def jobs(self) -> list[Jobs]:
@@ -67,7 +67,7 @@ def best(config: Scale, there: Cluster, shape: Shape, limit: int) -> Best:
     kinds = [_jobs(config, shape, there, gpu, plans) for gpu, _ in there.gpus]
     seconds = np.max([step_time(jobs, calibration()) for jobs in kinds], axis=0)
     need = np.max([memory.total(jobs) / gpu.memory for jobs, (gpu, _) in zip(kinds, there.gpus, strict=True)], axis=0)
-    return Best(kinds, seconds, need, np.lexsort((seconds, need > FULL)))
+    return Best(kinds, seconds, need, np.lexsort((seconds, need > FULL)).tolist())
 
 
 def _plans(config: Scale, shape: Shape, limit: int) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from train.checks import Refused, choice, require
 from train.commands import Scale
-from train.scale import failures, law, memory, validation
+from train.scale import failures, here, law, memory, validation
 from train.scale.calibrate import SOURCES
 from train.scale.hardware import Cluster, Figure, cluster
 from train.scale.network import exact_sum
@@ -47,7 +47,9 @@ class Anchor:
 
 def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     config = replace(config, batch=config.batch or BATCH)
-    there, (shape, unknown) = cluster(config.cluster), _workload(config)
+    own = config.cluster["gpus"] == "here"
+    there = here.cluster(config.cluster["name"]) if own else cluster(config.cluster)
+    shape, unknown = _workload(config)
     limit = min(config.gpus or there.size, there.size)
     require(config.gpus <= there.size, "gpus", f"{config.gpus:,} are more than the {there.size:,} of {there.name}")
     found, ratio = best(config, there, shape, limit), anchor.ratio if anchor else 1.0
@@ -56,34 +58,36 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     about = f"±{100 * wrong:.0f} %, {100 * bias:+.0f} % on the mean"
     shares = np.array([n for _, n in there.gpus]) / there.size
     paces = np.array([float(step_time(j, calibration())[0]) for j in jobs]) * ratio
-    mfu = found.mfu(there)
-    tokens = config.tokens or 20.0 * shape.active
-    steps = tokens / (config.batch * shape.context)
-    origin = "published" if config.workload else "configured"
+    mfu, tokens = found.mfu(there), config.tokens or 20.0 * shape.active
+    steps, origin = tokens / (config.batch * shape.context), "published" if config.workload else "configured"
     answer: dict[str, Any] = {
-        "job": {
-            "parameters": said(shape.parameters, "", origin),
-            "active_parameters": said(shape.active, "", origin),
+        "job": figures(
+            parameters=(shape.parameters, "", origin),
+            active_parameters=(shape.active, "", origin),
+            tokens=(tokens, "", *(("configured",) if config.tokens else ("assumed", "20 an active parameter"))),
+        )
+        | {
             "unknown": unknown or "–",
-            "tokens": said(tokens, "", *(("configured",) if config.tokens else ("assumed", "20 an active parameter"))),
             "cluster": there.name + ": " + ", ".join(f"{n:,} {g.name}" for g, n in there.gpus),
             "gpus_used": used,
             "gpus_idle": there.size - used,
         },
         "anchor": _anchored(anchor, found.step),
-        "plan": found.described(int(found.order[0])) | {"fits": found.fits},
-        "step": {
-            "seconds": said(step, "s", "predicted", about),
-            "mfu": said(100 * mfu / ratio, "%", "predicted", about),
-            "constant_mfu": said(found.step * mfu / config.utilization, "s", "assumed", f"at {config.utilization:.0%}"),
-            "shares_by_speed": said(1 / (shares @ (1 / paces)), "s", "predicted", about),
-            "memory_a_gpu": said(memory.total(jobs[0])[0] / memory.GIB, "GiB", "predicted", "see show=validation"),
-        },
-        "where_it_goes": {
-            k: said(v * ratio, f"s, {100 * v / found.step:.1f} %", "predicted")
-            for k, v in found.parts().items()
-            if v > 0
-        },
+        "plan": found.described(found.order[0]) | {"fits": found.fits},
+        "step": figures(
+            seconds=(step, "s", "predicted", about),
+            mfu=(100 * mfu / ratio, "%", "predicted", about),
+            constant_mfu=(found.step * mfu / config.utilization, "s", "assumed", f"at {config.utilization:.0%}"),
+            shares_by_speed=(1 / (shares @ (1 / paces)), "s", "predicted", about),
+            memory_a_gpu=(memory.total(jobs[0])[0] / memory.GIB, "GiB", "predicted", "see show=validation"),
+        ),
+        "where_it_goes": figures(
+            **{
+                k: (v * ratio, f"s, {100 * v / found.step:.1f} %", "predicted")
+                for k, v in found.parts().items()
+                if v > 0
+            }
+        ),
         "other_plans": [
             found.described(i) | {"seconds": float(found.seconds[i] * ratio), "fits": bool(found.need[i] <= FULL)}
             for i in found.order[1:6]
@@ -93,9 +97,7 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
         "by_size": _ladder(config, there, shape, limit, tokens, ratio),
         "by_batch": _batches(config, there, shape, limit, tokens, ratio),
     }
-    if there.figures:
-        answer |= _toll(there, shape, found, step, steps, about)
-    return answer
+    return answer | (_toll(there, shape, found, step, steps, about) if there.figures else {})
 
 
 def _workload(config: Scale) -> tuple[Shape, str]:
@@ -114,22 +116,22 @@ def held_out() -> tuple[float, float]:
     return float(np.mean([validation.error(r) for r in ratios])), float(np.mean([r.mean() - 1 for r in ratios]))
 
 
-def said(value: Any, unit: str, tag: str, about: str = "") -> dict[str, Any]:
-    """A figure of the answer."""
-    value = value if isinstance(value, int) else float(value)
-    return {"value": value, "unit": unit, "tag": tag} | ({"about": about} if about else {})
+def figures(**found: tuple[Any, ...]) -> dict[str, Any]:
+    """Figures of the answer by name: value, unit, tag and perhaps what is to be known of it."""
+    names = ("value", "unit", "tag", "about")
+    plain = {k: (v[0] if isinstance(v[0], int) else float(v[0]), *v[1:]) for k, v in found.items()}
+    return {k: {n: x for n, x in zip(names, v, strict=False) if x or n != "about"} for k, v in plain.items()}
 
 
 def _anchored(anchor: Anchor | None, step: float) -> dict[str, Any]:
     if anchor is None:
         return {}
-    return {
-        "run": f"{anchor.run}: {anchor.ranks} x {anchor.device}",
-        "measured": said(anchor.measured, "s a step", "measured"),
-        "predicted_there": said(anchor.predicted, "s a step", "predicted"),
-        "ratio": said(anchor.ratio, "", "measured", "scales all times below; assumed to hold on other devices"),
-        "without_it": said(step, "s a step", "predicted"),
-    }
+    return {"run": f"{anchor.run}: {anchor.ranks} x {anchor.device}"} | figures(
+        measured=(anchor.measured, "s a step", "measured"),
+        predicted_there=(anchor.predicted, "s a step", "predicted"),
+        ratio=(anchor.ratio, "", "measured", "scales all times below; assumed to hold on other devices"),
+        without_it=(step, "s a step", "predicted"),
+    )
 
 
 def _sums(found: Best, shape: Shape, there: Cluster) -> dict[str, Any]:
@@ -139,27 +141,30 @@ def _sums(found: Best, shape: Shape, there: Cluster) -> dict[str, Any]:
     local = max(1, int(gpu.domain / (j.tp[0] * j.cp[0])))
     one = exact_sum(mine, ranks, float(j.nic[0]), gpu.bus, local)
     alone = exact_sum(shape.parameters / float(j.ep[0]), int(j.gpus[0]), float(j.nic[0]), gpu.bus, gpu.domain)
-    unit = {True: "messages", False: "s"}
+    about = f"{ranks:,} replicas of this plan", f"data parallel alone on {int(j.gpus[0]):,} GPUs"
+    both = {"": (one, about[0]), "_without_tp_pp": (alone, about[1])}
     return {
-        k + where: said(v, unit["messages" in k], "predicted", about)
-        for where, about, part in (
-            ("", f"{ranks:,} replicas of this plan; unmeasured at this size", one),
-            ("_without_tp_pp", f"data parallel alone on {int(j.gpus[0]):,} GPUs; unmeasured", alone),
-        )
-        for k, v in part.items()
+        key: figure
+        for where, (part, words) in both.items()
+        for key, figure in figures(
+            **{
+                k + where: (v, "messages" if "messages" in k else "s", "predicted", f"{words}; unmeasured")
+                for k, v in part.items()
+            }
+        ).items()
     }
 
 
 def _learning(config: Scale, shape: Shape, tokens: float, seconds: float, about: str) -> dict[str, Any]:
     batch, nats = config.batch * shape.context, law.loss(shape.active, tokens)
     needed = law.tokens_needed(tokens, batch, nats)
-    return {
-        "batch": said(batch, "tokens", "configured"),
-        "loss": said(nats, "nats a token", "published", law.SOURCE),
-        "critical_batch": said(law.critical_batch(nats), "tokens", "published", law.SOURCE),
-        "tokens_to_that_loss": said(needed, "", "published", "with this batch; law.py"),
-        "days_to_that_loss": said(needed / tokens * seconds / 86400, "d", "predicted", f"nothing fails; {about}"),
-    }
+    return figures(
+        batch=(batch, "tokens", "configured"),
+        loss=(nats, "nats a token", "published", law.SOURCE),
+        critical_batch=(law.critical_batch(nats), "tokens", "published", law.SOURCE),
+        tokens_to_that_loss=(needed, "", "published", "with this batch, by the same laws"),
+        days_to_that_loss=(needed / tokens * seconds / 86400, "d", "predicted", f"nothing fails; {about}"),
+    )
 
 
 def _ladder(
@@ -229,48 +234,43 @@ def _toll(there: Cluster, shape: Shape, found: Best, step: float, steps: float, 
         draw["busy" if level == 1 else "memory" if level > IDLE else "waiting"] += seconds / found.step
     mean = megawatts * (draw["busy"] + 0.8 * draw["memory"] + IDLE * draw["waiting"])
     weakest, most = _weakest(power, pue), f"waiting nodes draw {100 * IDLE:.0f} % of the most"
+    meta = failures.ettr(1 / between, back["restart"], tau, save)
+    best_tau = failures.best_by_simulation(save, back["restart"], between)
     return {
-        "failures": {
-            "between": said(between / 3600, "h", rate.tag, rate.source),
-            "save": said(save, "s", "assumed"),
-            "interval_young": said(failures.young(save, between), "s", "predicted"),
-            "interval_daly": said(tau, "s", "predicted"),
-            "interval_simulated": said(
-                failures.best_by_simulation(save, back["restart"], between), "s", "predicted", "a grid of tenths"
-            ),
-            "restart": said(back["restart"], "s", "assumed"),
-            "goodput_restart": said(100 * share, "%", "predicted"),
-            "goodput_meta": said(
-                100 * failures.ettr(1 / between, back["restart"], tau, save),
-                "%",
-                "predicted",
-                "first order, arXiv 2410.21680",
-            ),
-            "goodput_simulated": said(100 * float(simulated.mean()), "%", "predicted", "200 runs of 54 days"),
-            "in_place": said(back["in_place"], "s", "assumed"),
-            "goodput_in_place": said(100 * failures.in_place(step, back["in_place"], between), "%", "predicted"),
-            "goodput_correlated": said(
-                100 * mixed, "%", "predicted", f"in place, but {100 * wide:.0f} % take switches or power and restart"
-            ),
-        },
-        "interruptions_a_day": {
-            f"{c['cause']} ({c['takes']})": said(c["rate"] * used * 24, "", "published", "Llama 3's rate")
-            for c in failures.causes()
-        },
-        "power": {
-            "most": said(megawatts, "MW", weakest, "the GPUs' nodes and cooling"),
-            "products": said(megawatts, f"MW, {100 * draw['busy']:.0f} % of a step", weakest),
-            "memory": said(0.8 * megawatts, f"MW, {100 * draw['memory']:.0f} % of a step", "assumed"),
-            "waiting": said(IDLE * megawatts, f"MW, {100 * draw['waiting']:.0f} % of a step", "assumed", most),
-            "mean": said(mean, "MW", "assumed"),
-            "swing": said(megawatts / pue.value * (1 - IDLE), "MW", "assumed", "all nodes at once, within a step"),
-        },
-        "whole": {
-            "steps": said(steps, "", "predicted"),
-            "days": said(days, "d", "predicted", about),
-            "energy": said(mean * days * 24 / 1e3, "GWh", "assumed", about),
-            "money": said(used * days * 24 * price.value / 1e6, "M USD", price.tag, about),
-        },
+        "failures": figures(
+            between=(between / 3600, "h", rate.tag, rate.source),
+            save=(save, "s", "assumed"),
+            interval_young=(failures.young(save, between), "s", "predicted"),
+            interval_daly=(tau, "s", "predicted"),
+            interval_simulated=(best_tau, "s", "predicted", "a grid of tenths"),
+            restart=(back["restart"], "s", "assumed"),
+            goodput_restart=(100 * share, "%", "predicted"),
+            goodput_meta=(100 * meta, "%", "predicted", "first order, arXiv 2410.21680"),
+            goodput_simulated=(100 * float(simulated.mean()), "%", "predicted", "200 runs of 54 days"),
+            in_place=(back["in_place"], "s", "assumed"),
+            goodput_in_place=(100 * failures.in_place(step, back["in_place"], between), "%", "predicted"),
+            goodput_correlated=(100 * mixed, "%", "predicted", f"{100 * wide:.0f} % take switches or power: restart"),
+        ),
+        "interruptions_a_day": figures(
+            **{
+                f"{c['cause']} ({c['takes']})": (c["rate"] * used * 24, "", "published", "Llama 3's rate")
+                for c in failures.causes()
+            }
+        ),
+        "power": figures(
+            most=(megawatts, "MW", weakest, "the GPUs' nodes and cooling"),
+            products=(megawatts, f"MW, {100 * draw['busy']:.0f} % of a step", weakest),
+            memory=(0.8 * megawatts, f"MW, {100 * draw['memory']:.0f} % of a step", "assumed"),
+            waiting=(IDLE * megawatts, f"MW, {100 * draw['waiting']:.0f} % of a step", "assumed", most),
+            mean=(mean, "MW", "assumed"),
+            swing=(megawatts / pue.value * (1 - IDLE), "MW", "assumed", "all nodes at once, within a step"),
+        ),
+        "whole": figures(
+            steps=(steps, "", "predicted"),
+            days=(days, "d", "predicted", about),
+            energy=(mean * days * 24 / 1e3, "GWh", "assumed", about),
+            money=(used * days * 24 * price.value / 1e6, "M USD", price.tag, about),
+        ),
     }
 
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from train.scale.network import RING_HOP, TENSOR_HOP, bus, nodes
-from train.scale.workload import TABLES, Array, Jobs, Recompute, Sharding, Stack, read
+from train.scale.workload import HOPPER, TABLES, Array, Jobs, Recompute, Sharding, Stack, read
 
 CALIBRATION = TABLES / "calibration.csv"
 TILE = 64  # a product's side at which a tile's edges cost as much as its inside
@@ -85,7 +85,7 @@ def breakdown(j: Jobs, c: Calibration) -> dict[str, Array]:
 
 def _rates(j: Jobs, c: Calibration) -> tuple[Array, Array]:
     """FLOP/s of large products, in bf16 and in the job's precision."""
-    share = np.where(j.architecture >= 2, c.matmul_hopper, c.matmul_ampere)
+    share = np.where(j.architecture >= HOPPER, c.matmul_hopper, c.matmul_ampere)
     fp8 = j.fp8_matmul * share * c.fp8 * np.where(j.rowwise > 0, c.rowwise, 1)
     return j.matmul * share, np.where(j.fp8 > 0, fp8, j.matmul * share)
 
@@ -147,7 +147,7 @@ def _layer(j: Jobs, c: Calibration) -> tuple[dict[str, Array], dict[str, Array]]
 def _attention(j: Jobs, c: Calibration, bf16: Array) -> tuple[Array, Array]:
     """Forward and backward. Flash attention skips what causality masks and computes its forward again."""
     share = np.select(
-        [j.architecture < 2, j.stack == Stack.ENGINE, j.first_flash > 0],
+        [j.architecture < HOPPER, j.stack == Stack.ENGINE, j.first_flash > 0],
         [c.flash_ampere, c.flash_engine, c.flash_first],
         c.flash_second,
     )
@@ -163,6 +163,7 @@ def _attention(j: Jobs, c: Calibration, bf16: Array) -> tuple[Array, Array]:
 def _waits(j: Jobs, c: Calibration, layer: Array) -> dict[str, Array]:
     """What a layer waits for: the host that launches it, parameters on their way, its gradient's accumulation."""
     host = c.launch * np.where(j.recompute == Recompute.FULL, 1 + AGAIN, 1) * np.where(j.experts > 1, 2, 1)
+    host = np.where(j.architecture > 0, host, 0)  # a CPU is the host
     launched = (layer**4 + host**4) ** 0.25  # the longer one, rounded where they are close
     mine = j.layer_parameters / j.ep / j.tp
     collectives = np.select([j.sharding == Sharding.WEIGHTS, j.sharding == Sharding.GRADIENTS], [3.0, 2.0], 0.0)
@@ -204,9 +205,11 @@ def _once(j: Jobs, c: Calibration) -> dict[str, Array]:
     mine = j.layer_parameters / j.ep / j.tp * j.layers / j.pp + both
     replicas = j.dp * j.cp
     wide = bus(replicas, j.tp, j.domain, j.bus, j.nic)
-    # bytes: DeepSpeed's fp32 gradients both ways and weights; fp32 gradients and bf16 weights; bf16 gradients both ways
+    # bytes: DeepSpeed's fp32 gradients both ways and weights; fp32 gradients and bf16 weights; both ways in fp32, bf16
     cut = (j.sharding == Sharding.OPTIMIZER) | ((j.sharding == Sharding.GRADIENTS) & (j.pp > 1))
-    each = np.select([j.deepspeed > 0, cut], [np.where(j.bf16 > 0, 10, 4), 6], 4)
+    each = np.select(
+        [j.deepspeed > 0, cut], [np.where(j.bf16 > 0, 10, 4), 6], np.where(j.stack <= Stack.COMPILED, 8, 4)
+    )
     summed = (replicas - 1) / replicas * mine * each / wide
     exposed = np.where(cut & (j.deepspeed == 0), c.exposed_gradients, 1)
     kept = mine / np.where(j.sharding >= Sharding.OPTIMIZER, replicas, 1)

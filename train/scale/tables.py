@@ -119,7 +119,11 @@ def _describe(run: Run) -> None:
         run.assumed.append("precision bf16")
     if narrow is None or re.search("fp4|int", precision):
         raise _NotThis(f"precision: '{precision}' is none of bf16, fp16, fp8")
-    plan: dict[str, float] = {"fp8": narrow, "rowwise": "row" in precision, "bf16": not re.search(r"(?<!b)(fp|float)16|half|fp8", precision)}
+    plan: dict[str, float] = {
+        "fp8": narrow,
+        "rowwise": "row" in precision,
+        "bf16": not re.search(r"(?<!b)(fp|float)16|half|fp8", precision),
+    }
     if plan["fp8"] and not gpu.fp8:
         raise _NotThis(f"precision: {gpu.name} has no fp8")
     plan |= _software(row)
@@ -170,9 +174,12 @@ def _software(row: Mapping[str, str]) -> dict[str, float]:
         stack = Stack.ENGINE
     elif "megatron" in framework:
         stack = Stack.MEGATRON
-    elif "llama3" in framework or "maxtext" in framework or "trainy" in evidence or "compile" in notes:
-        stack = Stack.COMPILED
-    elif "torchtitan" in framework and "fp8" in precision:  # whose casts need a compiler
+    elif (
+        re.search("llama3|maxtext", framework)
+        or "trainy" in evidence
+        or "compile" in notes
+        or ("torchtitan" in framework and "fp8" in precision)  # whose casts need a compiler
+    ):
         stack = Stack.COMPILED
     else:
         stack = Stack.EAGER

@@ -26,7 +26,8 @@ from train.scale.hardware import Gpu
 Array = NDArray[np.float64]
 TABLES = Path(__file__).parent / "tables"
 
-ARCHITECTURES = ("ampere", "ada", "hopper", "blackwell")
+ARCHITECTURES = ("cpu", "ampere", "ada", "hopper", "blackwell")
+HOPPER = ARCHITECTURES.index("hopper")
 
 
 class Stack(IntEnum):
@@ -110,7 +111,9 @@ def known(name: str) -> tuple[Shape, dict[str, str]] | None:
     Beside a name with more behind it, a size perhaps, stands the row's own figure, which goes before this one.
     """
     plain = re.sub("[^a-z0-9]", "", name.lower()).removeprefix("meta")
-    names = {also.replace("_", ""): key for key, (_, row) in published().items() for also in (key, *row["also"].split())}
+    names = {
+        also.replace("_", ""): key for key, (_, row) in published().items() for also in (key, *row["also"].split())
+    }
     fitting = [key for key in names if plain.startswith(key)]
     return published()[names[max(fitting, key=len)]] if fitting else None
 
