@@ -33,7 +33,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a model, or go on with a run of its name", "train.job:train", "model=llama_mini"),
-    "plan": Command("what a training run would be: parameters, FLOPs, memory", "train.plan:plan", "model=llama_1b"),
+    "plan": Command("what a training run would be: memory, time, disk, money", "train.outlook:plan", "model=llama_1b"),
     "drill": Command("a run under faults and its twin without: are the bits equal?", "train.drill:drill", "devices=4"),
     "sample": Command("continue a prompt with a run's model", "train.sample:sample", "run=llama_nano prompt='def f('"),
     "eval": Command("bits per byte of a run's model, beside gzip's", "train.evaluate:main", "run=llama_nano"),

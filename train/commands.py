@@ -197,7 +197,8 @@ class Probe:
     """`colossus probe`: what this node's devices can do, measured on all of them at once.
 
     `check=true` is for before a run: exit code 1, and a line for each device that is slow, or computes other bits than
-    the others or than it did a moment ago.
+    the others or than it did a moment ago. Else a CPU's figures, with its ranks' sums and disk, are kept for
+    `colossus scale cluster=here`.
     """
 
     devices: int | str = "auto"  # as many as `colossus train` would use

@@ -69,7 +69,7 @@ def page(answer: dict[str, Any]) -> str:
 
 
 def _plots(answer: dict[str, Any]) -> str:
-    """MFU, goodput and the fabric's share against the number of GPUs; where a step's time goes; what a batch is worth."""
+    """MFU, goodput and the fabric's share against the number of GPUs and the batch; where a step's time goes."""
     sizes, batches = answer["by_size"], answer["by_batch"]
 
     def curve(rows: list[dict[str, Any]], key: str, x: str, name: str, color: int) -> Series:
@@ -91,10 +91,9 @@ def _plots(answer: dict[str, Any]) -> str:
         bars += f'<rect style="fill:var(--c{i % 6})" {place}><title>{words}</title></rect>'
         key += f'<span class="k c{i % 6}">{words}</span>' if share > 0.01 else ""
         left += share
-    bar = (
-        f'<svg class="bar" viewBox="0 0 1000 40" preserveAspectRatio="none" role="img" aria-label="a step">{bars}</svg>'
-    )
-    return f'{drawn}<figure class="chart"><figcaption><b>A step</b> <span class="key">{key}</span></figcaption>{bar}</figure>'
+    head = f'<figcaption><b>A step</b> <span class="key">{key}</span></figcaption>'
+    box = 'class="bar" viewBox="0 0 1000 40" preserveAspectRatio="none" role="img" aria-label="a step"'
+    return f'{drawn}<figure class="chart">{head}<svg {box}>{bars}</svg></figure>'
 
 
 def _table(part: Part) -> str:

@@ -8,17 +8,17 @@ from typing import Any
 
 import yaml
 
-from train.batch import shares
 from train.checks import Refused, require
 from train.commands import Scale
 from train.config import CONFIGS, Train
 from train.folder import read_json, read_train
+from train.outlook import step_seconds
 from train.report.record import Run
 from train.report.words import esc, lasting, number, percent, si, table
 from train.scale import here
 from train.scale.project import Anchor, held_out, project
 from train.scale.tables import published
-from train.scale.workload import FIELDS, Shape, of_model
+from train.scale.workload import FIELDS, Shape
 
 CLUSTER = "colossus_200k"
 
@@ -41,19 +41,9 @@ def anchor(run: Run, config: Train, vocab: int) -> Anchor:
     start, speed = run.last("start"), run.summary["tokens_per_s"]
     require(bool(start and speed), "run", f"{run.path} has measured no throughput yet: it needs log.every steps")
     assert start is not None
-    ranks, leaves = start["world"], config.batch.virtual_ranks
-    fullest = max(len(one) for one in shares(leaves, ranks))  # all wait for the rank with the most
-    seconds = here.seconds(
-        here.of(start["device"]),
-        of_model(config.model, vocab),
-        ranks=ranks,
-        batch=fullest * ranks * config.batch.sequences // leaves,
-        micro_batch=int(config.batch.micro_batch),
-        precision=start["precision"],
-        sharding=config.sharding.value,
-        compiled=start["compiled"],
-    )
-    return Anchor(run.name, ranks, start["device"], config.tokens_per_step / speed, seconds)
+    ran = replace(config, precision=start["precision"], compile=start["compiled"])
+    seconds = step_seconds(ran, vocab, here.of(start["device"]), start["world"])
+    return Anchor(run.name, start["world"], start["device"], config.tokens_per_step / speed, seconds)
 
 
 def projected(run: Run) -> str:

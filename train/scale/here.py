@@ -16,14 +16,13 @@ from train.scale.step_time import calibration, step_time
 from train.scale.workload import Jobs, Shape, Sharding, Stack, job
 
 
-def measured() -> tuple[str, Gpu] | None:
-    """The processor's name and a core of it, as the probe left them; None where it never ran."""
+def measured() -> Gpu | None:
+    """A core of this machine's processor, as the probe left it; None where it never ran."""
     path = hardware.kept()
     if not path.exists():
         return None
     try:
-        entry = yaml.safe_load(path.read_text())
-        return str(entry["device"]), gpu_of(path, entry)
+        return gpu_of(path, yaml.safe_load(path.read_text()))
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, Refused) as error:
         raise Refused("cluster", f"{path} cannot be read: run `colossus probe` again") from error
 
@@ -39,23 +38,20 @@ def cluster(name: str) -> Cluster:
             "nvidia-smi shows no GPU here: `colossus probe` measures the CPU, or name another cluster",
         )
         assert found is not None
-        return Cluster(name=name, gpus=((found[1], found[1].domain),), figures={})
+        return Cluster(name=name, gpus=((found, found.domain),), figures={})
     return Cluster(name=name, gpus=tuple((of(one), there.count(one)) for one in dict.fromkeys(there)), figures={})
 
 
 def of(device: str) -> Gpu:
-    """A device by the name that a driver or /proc prints; raises Refused where it has no figures."""
+    """What a run says that it ran on: a GPU by its name; of a CPU it knows no name, so this machine's is taken."""
     known, table = {gpu.name: gpu for gpu in gpus().values()}, hardware.devices()
     if device in table and table[device].name in known:
         return known[table[device].name]
+    require(device.startswith("cpu"), "cluster", f"'{device}' has no figures: add it to configs/hardware")
     core = measured()
-    require(
-        core is not None and core[0] == device,
-        "cluster",
-        f"'{device}' has no figures: probe a CPU with `colossus probe`, add a GPU to configs/hardware",
-    )
+    require(core is not None, "run", "nothing is known of this machine's CPU yet: `colossus probe` measures it")
     assert core is not None
-    return core[1]
+    return core
 
 
 def seconds(
@@ -78,4 +74,5 @@ def seconds(
     cut = {"none": Sharding.NOTHING, "optimizer": Sharding.OPTIMIZER, "full": Sharding.WEIGHTS}[sharding]
     plan = {"sharding": cut, "micro_batch": micro_batch, "stack": Stack.COMPILED if compiled else Stack.EAGER}
     jobs = Jobs([job(shape, device, gpus=ranks, batch=batch, **plan)])  # type: ignore[arg-type]
-    return float(step_time(jobs, calibration())[0])
+    hop = gpu.figures["hop_us"].value / 1e6 if "hop_us" in gpu.figures else 0.0  # of a GPU it is in the model
+    return float(step_time(jobs, calibration())[0]) + 2 * (ranks - 1) * hop * crowd

@@ -49,17 +49,18 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     config = replace(config, batch=config.batch or BATCH)
     own = config.cluster["gpus"] == "here"
     there = here.cluster(config.cluster["name"]) if own else cluster(config.cluster)
-    shape, unknown = _workload(config)
+    shape, unknown, origin = _workload(config)
     limit = min(config.gpus or there.size, there.size)
     require(config.gpus <= there.size, "gpus", f"{config.gpus:,} are more than the {there.size:,} of {there.name}")
     found, ratio = best(config, there, shape, limit), anchor.ratio if anchor else 1.0
     jobs, step, used = found.jobs, found.step * ratio, int(found.jobs[0].gpus[0])
     wrong, bias = held_out()
-    about = f"±{100 * wrong:.0f} %, {100 * bias:+.0f} % on the mean"
+    cpu = there.gpus[0][0].architecture == "cpu"
+    about = "not validated on CPUs" if cpu else f"±{100 * wrong:.0f} %, {100 * bias:+.0f} % on the mean"
     shares = np.array([n for _, n in there.gpus]) / there.size
     paces = np.array([float(step_time(j, calibration())[0]) for j in jobs]) * ratio
     mfu, tokens = found.mfu(there), config.tokens or 20.0 * shape.active
-    steps, origin = tokens / (config.batch * shape.context), "published" if config.workload else "configured"
+    steps = tokens / (config.batch * shape.context)
     answer: dict[str, Any] = {
         "job": figures(
             parameters=(shape.parameters, "", origin),
@@ -100,12 +101,13 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     return answer | (_toll(there, shape, found, step, steps, about) if there.figures else {})
 
 
-def _workload(config: Scale) -> tuple[Shape, str]:
+def _workload(config: Scale) -> tuple[Shape, str, str]:
+    """Its shape, what of it is not known, and what its figures are."""
     if not config.workload:
-        return of_model(config.model, config.vocab, config.context or None), ""
+        return of_model(config.model, config.vocab, config.context or None), "", "configured"
     choice(config.workload, "workload", tuple(published()))
     shape, row = published()[config.workload]
-    return (replace(shape, context=config.context) if config.context else shape), row["unknown"]
+    return (replace(shape, context=config.context) if config.context else shape), row["unknown"], row["tag"]
 
 
 @cache
