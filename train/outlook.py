@@ -128,7 +128,7 @@ def _show(facts: dict[str, Any]) -> None:
                 for one in value
             ]
         elif key == "would_fit":
-            rows = [f"with {change}" for change in value]
+            rows = [f"with {change}" for change in value] or ["nothing that is known" * (not facts["fits"])]
         elif key == "bytes":
             rows = [f"{size:,} {name}" for name, size in value.items()]
         elif value is None:

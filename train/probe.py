@@ -54,14 +54,15 @@ def probe(config: Config) -> int:
     progress = console.progress if config.format is Format.table else lambda *_: None
     rows = _measured([f"cuda:{i}" if gpus else "cpu" for i in range(count)], config.seconds, progress)
     faults = findings(rows)
-    links = {} if gpus or faults or config.check else _links(progress)
+    silent = any("error" in row for row in rows)
+    between = {} if gpus or silent or config.check else _links(progress)
     console.close()
-    if links:
-        _keep(rows, links)
+    if between:
+        _keep(rows, between)
     if config.format is Format.json:
-        print(json.dumps({"devices": rows, "findings": faults} | links))
+        print(json.dumps({"devices": rows, "findings": faults} | between))
     else:
-        _show(rows, links)
+        _show(rows, between)
     for fault in faults:
         console.error(fault)
     if config.format is Format.table and not faults:
@@ -79,7 +80,7 @@ def _links(progress: Callable[[str, int, int], None]) -> Row:
     return {"sums": found, "hop_s": hop, "bus_bytes_per_s": speed, "disk_write": wrote, "disk_read": read}
 
 
-def _keep(rows: Sequence[Row], links: Row) -> None:
+def _keep(rows: Sequence[Row], between: Row) -> None:
     """A core as hardware `here`: medians of all cores at work at once."""
 
     def figure(value: float) -> Row:
@@ -93,9 +94,9 @@ def _keep(rows: Sequence[Row], links: Row) -> None:
     entry |= {"domain": cores, "memory_gb": figure(hardware.memory() / cores / 1e9)}
     entry |= dict.fromkeys(("bf16_tflops", "matmul_tflops"), figure(core["matmul_flops"] / 1e12))
     entry |= {"fp32_matmul_tflops": figure(core["fp32_flops"] / 1e12)}
-    entry |= {"memory_tbs": figure(core["copy_bytes_per_s"] / 1e12), "hop_us": figure(links["hop_s"] * 1e6)}
-    entry |= dict.fromkeys(("bus_gbs", "nic_gbs"), figure(links["bus_bytes_per_s"] / 1e9))
-    entry |= {f"disk_{way}_gbs": figure(links[f"disk_{way}"] / 1e9) for way in ("write", "read")}
+    entry |= {"memory_tbs": figure(core["copy_bytes_per_s"] / 1e12), "hop_us": figure(between["hop_s"] * 1e6)}
+    entry |= dict.fromkeys(("bus_gbs", "nic_gbs"), figure(between["bus_bytes_per_s"] / 1e9))
+    entry |= {f"disk_{way}_gbs": figure(between[f"disk_{way}"] / 1e9) for way in ("write", "read")}
     path = hardware.kept()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ def _device(device: str, seconds: float, together: Callable[[float], object], co
     connection.send_bytes(json.dumps(row).encode())
 
 
-def _show(rows: Sequence[Row], links: Row) -> None:
+def _show(rows: Sequence[Row], between: Row) -> None:
     names = ("matmul TFLOP/s", "in fp32", "copy GB/s", "bits taken")
     right = [Column(name, justify="right") for name in names]
     table = Table("", Column("device", no_wrap=True), "precision", *right, Column("bits", no_wrap=True), box=None)
@@ -210,9 +211,8 @@ def _show(rows: Sequence[Row], links: Row) -> None:
                 str(i), row["device"], row["precision"], *speeds, str(row["digests_taken"]), " ".join(row["digests"])
             )
     Rich(soft_wrap=True, highlight=False).print(table)
-    if links:
-        print(
-            f"adding up: {links['hop_s'] * 1e6:.0f} us a message, {links['bus_bytes_per_s'] / 1e9:.2f} GB/s of a rank"
-        )
-        print(f"disk: {links['disk_write'] / 1e9:.2f} GB/s written, {links['disk_read'] / 1e9:.2f} read")
+    if between:
+        hop, speed = between["hop_s"] * 1e6, between["bus_bytes_per_s"] / 1e9
+        print(f"adding up: {hop:.0f} us a message, {speed:.2f} GB/s of a rank")
+        print(f"disk: {between['disk_write'] / 1e9:.2f} GB/s written, {between['disk_read'] / 1e9:.2f} read")
         print(f"kept for `colossus scale cluster=here` in {hardware.kept()}")

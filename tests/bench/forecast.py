@@ -2,7 +2,7 @@
 
 Step times of 4 and 8 CPU ranks, by the projector's model of this machine (`colossus probe` is run first), anchored on
 what 1 and 2 ranks measured; and the goodput of a drill, by what a fault cost in another drill with more of them and
-another seed. Ranks share 2 cores here, and other work is on them: what is shown is the arithmetic, not a cluster.
+another seed; the peak of a rank by `colossus plan`. Ranks share 2 cores here, and other work is on them: what is shown is the arithmetic, not a cluster.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ DRILL = [
 DRILL += ["faults=drill", "faults.kinds=[kill,exception,hang]", "faults.phases=[forward,backward,reduce,optimizer]"]
 
 
-def colossus(*arguments: str) -> None:
-    subprocess.run([Path(sys.executable).with_name("colossus"), *arguments], check=True, stdout=subprocess.DEVNULL)
+def colossus(*arguments: str) -> str:
+    command = [Path(sys.executable).with_name("colossus"), *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def ranks(folder: str, rounds: int, steps: int) -> dict[str, Any]:
@@ -60,6 +61,27 @@ def ranks(folder: str, rounds: int, steps: int) -> dict[str, Any]:
         for w, (m, p) in times.items()
     ]
     return {"ratio": ratio, "rows": rows}
+
+
+def peaks(folder: str) -> list[dict[str, Any]]:
+    """Peak bytes of a rank beside `colossus plan`'s, above those of one with next to no model."""
+    found, empty = [], 0
+    for model in ("llama_micro", "llama_124m"):
+        keys = [
+            *KEYS,
+            f"model={model}",
+            "devices=1",
+            "batch.virtual_ranks=1",
+            "batch.sequences=1",
+            "batch.micro_batch=1",
+        ]
+        keys += ["model.context=512", "steps=2", "log.every=1", f"runs={folder}", f"name={model}"]
+        planned = json.loads(colossus("plan", *keys, "format=json"))["bytes_per_rank"]
+        colossus("train", *keys)
+        peak = max(record["memory_bytes"] for record in Run(Path(folder) / model).of("throughput"))
+        empty = empty or peak - planned
+        found.append({"model": model, "planned": planned, "peak": peak, "empty": empty})
+    return found[1:]
 
 
 def drill(folder: str, name: str, count: int, seed: int) -> dict[str, Any]:
@@ -84,13 +106,17 @@ def main() -> int:
         colossus("probe", "seconds=0.5", "format=json")
         measured = ranks(folder, options.rounds, options.steps)
         for row in measured["rows"]:
-            print(row)
+            print(row, flush=True)
+        memory = peaks(folder)
+        print(memory, flush=True)
         many, few = (drill(folder, f"drill{i}", count, i) for i, count in enumerate(options.faults))
     cost = (many["wall_s"] - many["useful_s"]) / many["faults"]
     predicted = failures.in_place(0.0, cost, few["useful_s"] / few["faults"])
     print(f"a fault costs {cost:.2f} s; goodput {100 * predicted:.1f} % predicted, {100 * few['share']:.1f} % measured")
     drills = {"many": many, "few": few, "fault_s": cost, "predicted": predicted}
-    report.write("forecast", "make bench-forecast", cores=hardware.cores(), ranks=measured, drills=drills)
+    report.write(
+        "forecast", "make bench-forecast", cores=hardware.cores(), ranks=measured, drills=drills, memory=memory
+    )
     return 0
 
 

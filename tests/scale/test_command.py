@@ -235,7 +235,9 @@ def test_a_scenario_says_what_is_not_known() -> None:
         (["show=all"], ["show", "validation"]),
         (["recompute=some"], ["recompute"]),
         (["precision=fp4"], ["precision"]),
-        (["out=x.csv"], ["out", "table"]),
+        (["out=x.txt"], ["out", ".html"]),
+        (["sharding=some"], ["sharding", "gradients"]),
+        (["run=x", "workload=llama3_8b"], ["workload", "run"]),
     ],
 )
 def test_a_mistake_is_refused(overrides: list[str], words: list[str]) -> None:
@@ -258,8 +260,14 @@ def test_here_is_what_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "'NVIDIA L4' has no figures" in refused("cluster=here")
 
 
-def test_here_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_here_without_a_gpu_or_a_probe_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "colossus probe" in refused("cluster=here")
+    (tmp_path / "pocket-colossus").mkdir()
+    (tmp_path / "pocket-colossus" / "here.yaml").write_text("name: [")
+    assert "cannot be read" in refused("cluster=here")
+    (tmp_path / "pocket-colossus" / "here.yaml").unlink()
     assert "nvidia-smi" in refused("cluster=here")
 
 

@@ -8,6 +8,8 @@ leaves costs it nothing; `throughput` of a cluster is what congestion leaves of 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from train.scale.workload import Array
@@ -49,7 +51,7 @@ def exact_sum(parameters: float, ranks: int, nic: float, bus: float, domain: int
     wire = 2 * (ranks - 1) / ranks * size / nic
     parts = moved(inside, size, bus), moved(within, size / inside, nic), moved(pods, size / inside / within, nic)
     return {
-        "tree": wire + 2 * np.log2(max(ranks, 2)) * RING_HOP,
+        "tree": wire + 2 * math.log2(max(ranks, 2)) * RING_HOP,
         "exact_flat": wire + 2 * (ranks - 1) * RING_HOP,
         "exact_by_pods": sum(parts),
         "messages_flat": 2.0 * (ranks - 1),
