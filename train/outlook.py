@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,12 +17,14 @@ from rich.table import Table
 
 from train import flops, hardware
 from train.batch import shares
-from train.checks import DONE, Refused
-from train.commands import Format, Plan
+from train.checks import DONE, Refused, require
+from train.commands import Format, Plan, Scale
 from train.config import Sharding, Train
+from train.folder import read_json, read_train
 from train.plan import device_memory, memory, resolve, vocabulary
 from train.scale import here
 from train.scale.hardware import Gpu, gpus
+from train.scale.project import Anchor
 from train.scale.workload import TABLES, of_model, read
 
 RENTED = 8  # GPUs of a cloud's node
@@ -79,6 +82,27 @@ def step_seconds(config: Train, vocab: int, gpu: Gpu, ranks: int) -> float:
         sharding=config.sharding.value,
         compiled=config.compile is True,
     )
+
+
+def asked(path: Path, scale: Scale) -> tuple[Train, Scale]:
+    """A run's settings, and as a question to the projector: what `scale` leaves open is the run's. Raises Refused."""
+    data = read_json(path / "data.json")
+    require(data is not None, "run", f"{path} has no data.json: a run must have begun before it can be projected")
+    assert data is not None
+    config = read_train(path / "config.yaml")
+    tokens, batch = scale.tokens or float(config.steps * config.tokens_per_step), scale.batch or config.batch.sequences
+    return config, replace(scale, model=config.model, vocab=data["vocab"], batch=batch, tokens=tokens)
+
+
+def anchor(path: Path, start: dict[str, Any] | None, tokens_per_s: float | None) -> Anchor:
+    """A run's own step time, and what is predicted of it where it ran. `start`: its last event of that kind."""
+    require(bool(start and tokens_per_s), "run", f"{path} has measured no throughput yet: it needs log.every steps")
+    assert start is not None
+    assert tokens_per_s is not None
+    config, data = read_train(path / "config.yaml"), read_json(path / "data.json") or {}
+    ran = replace(config, precision=start["precision"], compile=start["compiled"])
+    seconds = step_seconds(ran, data["vocab"], here.of(start["device"]), start["world"])
+    return Anchor(path.resolve().name, start["world"], start["device"], config.tokens_per_step / tokens_per_s, seconds)
 
 
 def _here(config: Train, vocab: int) -> float | None:

@@ -15,8 +15,8 @@ from typing import Any
 from train.checks import DONE, Refused
 from train.commands import Scale
 from train.folder import locate, replace
+from train.outlook import anchor, asked
 from train.report.chart import Series, chart
-from train.report.colossus import anchor, asked
 from train.report.page import sheet
 from train.report.record import Run
 from train.report.words import esc, table
@@ -30,8 +30,7 @@ def scale(config: Scale) -> int:
     """Exit code 0; raises Refused for a plan that cannot be, a run that cannot be compared, a file that is no table."""
     if config.run:
         run = Run(locate(config.run))
-        settings, config = asked(run, config)
-        answer = project(config, anchor(run, settings, config.vocab))
+        answer = project(asked(run.path, config)[1], anchor(run.path, run.last("start"), run.summary["tokens_per_s"]))
     else:
         answer = command.answer(config)
     if config.out and not config.table:

@@ -2,7 +2,8 @@
 
 Step times of 4 and 8 CPU ranks, by the projector's model of this machine (`colossus probe` is run first), anchored on
 what 1 and 2 ranks measured; and the goodput of a drill, by what a fault cost in another drill with more of them and
-another seed; the peak of a rank by `colossus plan`. Ranks share 2 cores here, and other work is on them: what is shown is the arithmetic, not a cluster.
+another seed; the peak of a rank by `colossus plan`. Ranks share 2 cores here, and other work is on them: what is shown
+is the arithmetic, not a cluster.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from tests.bench import report
 from train import hardware
 from train.ledger import ledger
-from train.report.colossus import anchor, asked
+from train.outlook import anchor
 from train.report.record import Run
 from train.scale import failures
 
@@ -51,8 +52,7 @@ def ranks(folder: str, rounds: int, steps: int) -> dict[str, Any]:
             name = f"w{world}-{turn}"
             colossus("train", *KEYS, *STEP, f"devices={world}", f"steps={steps}", f"runs={folder}", f"name={name}")
             run = Run(Path(folder) / name)
-            config, scale = asked(run)
-            one = anchor(run, config, scale.vocab)
+            one = anchor(run.path, run.last("start"), run.summary["tokens_per_s"])
             found.setdefault(world, []).append((one.measured, one.predicted))
     times = {world: [statistics.median(x) for x in zip(*pairs, strict=True)] for world, pairs in found.items()}
     ratio = statistics.mean(times[w][0] / times[w][1] for w in (1, 2))

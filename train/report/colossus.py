@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import yaml
 
-from train.checks import Refused, require
+from train.checks import Refused
 from train.commands import Scale
-from train.config import CONFIGS, Train
-from train.folder import read_json, read_train
-from train.outlook import step_seconds
+from train.config import CONFIGS, Model
+from train.outlook import anchor, asked
 from train.report.record import Run
 from train.report.words import esc, lasting, number, percent, si, table
-from train.scale import here
-from train.scale.project import Anchor, held_out, project
+from train.scale.project import held_out, project
 from train.scale.tables import published
 from train.scale.workload import FIELDS, Shape
 
 CLUSTER = "colossus_200k"
-
-
-def asked(run: Run, scale: Scale | None = None) -> tuple[Train, Scale]:
-    """A run's settings, and as a question to the projector: what `scale` leaves open is the run's. Raises Refused."""
-    data = read_json(run.path / "data.json")
-    require(data is not None, "run", f"{run.path} has no data.json: a run must have begun before it can be projected")
-    assert data is not None
-    config = read_train(run.path / "config.yaml")
-    if scale is None:
-        scale = Scale(model=config.model, cluster=yaml.safe_load((CONFIGS / f"cluster/{CLUSTER}.yaml").read_text()))
-    tokens = scale.tokens or float(config.steps * config.tokens_per_step)
-    batch = scale.batch or config.batch.sequences
-    return config, replace(scale, model=config.model, vocab=data["vocab"], batch=batch, tokens=tokens)
-
-
-def anchor(run: Run, config: Train, vocab: int) -> Anchor:
-    """The run's own step time, and what is predicted of it where it ran. Raises Refused where that is not known."""
-    start, speed = run.last("start"), run.summary["tokens_per_s"]
-    require(bool(start and speed), "run", f"{run.path} has measured no throughput yet: it needs log.every steps")
-    assert start is not None
-    ran = replace(config, precision=start["precision"], compile=start["compiled"])
-    seconds = step_seconds(ran, vocab, here.of(start["device"]), start["world"])
-    return Anchor(run.name, start["world"], start["device"], config.tokens_per_step / speed, seconds)
 
 
 def projected(run: Run) -> str:
@@ -51,16 +25,11 @@ def projected(run: Run) -> str:
     if not run.config or not run.summary["steps"] or not (run.path / "data.json").exists():
         return ""
     try:
-        config, scale = asked(run)
+        there = yaml.safe_load((CONFIGS / f"cluster/{CLUSTER}.yaml").read_text())
+        config, scale = asked(run.path, Scale(model=Model(context=2, vocab=0), cluster=there))
         answer = project(scale)
     except Refused as refusal:
         return f"<p>The projector has no answer: {esc(refusal)}</p>"
-    try:
-        here_too = (
-            f"This machine takes {number(anchor(run, config, scale.vocab).ratio, 3)} times what is predicted of it. "
-        )
-    except Refused as refusal:
-        here_too = f"Not compared with this machine ({esc(refusal)}). "
     wrong, bias = held_out()
     whole, speed, job, step = int(scale.tokens), run.summary["tokens_per_s"], answer["job"], answer["step"]
     seconds, used = step["seconds"]["value"], job["gpus_used"]
@@ -75,11 +44,10 @@ def projected(run: Run) -> str:
         ["a failure every", "", lasting(answer["failures"]["between"]["value"] * 3600)],
         ["price", "", f"{number(money, 2)} USD"],
     ]
-    worth = _worth(wrong, bias, answer, used / size, here_too)
-    return table(["", "here, measured|", "Colossus, predicted|"], rows) + worth
+    return table(["", "here, measured|", "Colossus, predicted|"], rows) + _worth(wrong, bias, answer, used / size, run)
 
 
-def _worth(wrong: float, bias: float, answer: dict[str, Any], share: float, here_too: str) -> str:
+def _worth(wrong: float, bias: float, answer: dict[str, Any], share: float, run: Run) -> str:
     least, mine = _smallest(), answer["job"]["parameters"]["value"]
     text = f"± {percent(wrong)} is the mean error of step time on published runs that the projector was not fitted to; "
     text += f"on the mean it says {100 * bias:+.0f} %. "
@@ -88,7 +56,11 @@ def _worth(wrong: float, bias: float, answer: dict[str, Any], share: float, here
         text += f"{si(mine)}: here it is mostly what a step costs before it computes, and the error is not known. "
     if share < 0.5:
         text += "A batch of this size cannot be cut for more GPUs: the others would stand idle. "
-    text += here_too
+    try:
+        found = anchor(run.path, run.last("start"), run.summary["tokens_per_s"])
+        text += f"This machine takes {number(found.ratio, 3)} times what is predicted of it. "
+    except Refused as refusal:
+        text += f"Not compared with this machine ({esc(refusal)}). "
     return f"<p class=note>{text}<code>colossus scale run=…</code> asks for other models, batches and clusters.</p>"
 
 

@@ -6,6 +6,7 @@ the job (`Anchor`), what it measured over what is predicted of its own machine s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -28,6 +29,7 @@ SIZES = (8, 64, 512, 1000, 4096, 16_384, 32_768, 100_000, 200_000)
 # Of a node's power: products at its most; memory and casts; waiting for others, the network or the host. Assumed.
 POWER = {"products": 1.0, "attention": 1.0, "head": 1.0, "memory": 0.8, "accumulation": 0.8, "optimizer": 0.8}
 IDLE = 0.4
+FABRIC = ("tensor", "experts", "context", "gathers", "pipeline", "gradients")  # parts that wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     paces = np.array([float(step_time(j, calibration())[0]) for j in jobs]) * ratio
     mfu, tokens = found.mfu(there), config.tokens or 20.0 * shape.active
     steps = tokens / (config.batch * shape.context)
+    sizes = sorted({n for n in SIZES if n < limit} | {limit})
+    batches = [n for n in (int(config.batch * times) for times in (0.25, 0.5, 1, 2, 4, 8)) if n]
     answer: dict[str, Any] = {
         "job": figures(
             parameters=(shape.parameters, "", origin),
@@ -95,8 +99,8 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
         ],
         "sum_of_gradients": _sums(found, shape, there),
         "learning": _learning(config, shape, tokens, steps * step, about),
-        "by_size": _ladder(config, there, shape, limit, tokens, ratio),
-        "by_batch": _batches(config, there, shape, limit, tokens, ratio),
+        "by_size": _others(((config, n) for n in sizes), there, shape, tokens, ratio),
+        "by_batch": _others(((replace(config, batch=n), limit) for n in batches), there, shape, tokens, ratio),
     }
     return answer | (_toll(there, shape, found, step, steps, about) if there.figures else {})
 
@@ -169,44 +173,37 @@ def _learning(config: Scale, shape: Shape, tokens: float, seconds: float, about:
     )
 
 
-def _ladder(
-    config: Scale, there: Cluster, shape: Shape, limit: int, tokens: float, ratio: float
+def _others(
+    cases: Iterable[tuple[Scale, int]], there: Cluster, shape: Shape, tokens: float, ratio: float
 ) -> list[dict[str, Any]]:
-    """The same job and batch on fewer of the cluster's GPUs."""
-    rows = []
-    for size in sorted({n for n in SIZES if n < limit} | {limit}):
+    """The job with other batches or on fewer GPUs, each by its best plan: how busy, how long to the same loss."""
+    rows, nats = [], law.loss(shape.active, tokens)
+    for config, limit in cases:
         try:
-            found = best(config, there, shape, size)
+            found = best(config, there, shape, limit)
         except Refused:
             continue
         step, used, parts = found.step * ratio, int(found.jobs[0].gpus[0]), found.parts()
-        wire = sum(parts[k] for k in ("tensor", "experts", "context", "gathers", "pipeline", "gradients"))
-        row = {"gpus": used, "fits": found.fits, "seconds": step, "mfu": found.mfu(there) / ratio}
-        row |= {"fabric": wire / found.step, "days": tokens / (config.batch * shape.context) * step / 86400}
+        needed = law.tokens_needed(tokens, config.batch * shape.context, nats)
+        row = {
+            "batch": config.batch,
+            "gpus": used,
+            "fits": found.fits,
+            "seconds": step,
+            "mfu": found.mfu(there) / ratio,
+        }
+        row |= {"fabric": sum(parts[k] for k in FABRIC) / found.step, "tokens_to_loss": needed}
+        row["days"] = needed / (config.batch * shape.context) * step / 86400
         if "interruptions" in there.figures:
             tau, save, back, between = _cycle(shape, used, step, float(found.jobs[0].nic[0]), there)
             row["goodput_restart"] = failures.goodput(tau, save, back["restart"], between)
             row["goodput_in_place"] = failures.in_place(step, back["in_place"], between)
         rows.append(row)
-    return [row for i, row in enumerate(rows) if i == 0 or row["gpus"] > rows[i - 1]["gpus"]]
-
-
-def _batches(
-    config: Scale, there: Cluster, shape: Shape, limit: int, tokens: float, ratio: float
-) -> list[dict[str, Any]]:
-    """Other batches on the same GPUs: a larger one keeps them busier, and takes more tokens to the same loss."""
-    rows, nats = [], law.loss(shape.active, tokens)
-    for times in (0.25, 0.5, 1, 2, 4, 8):
-        size = int(config.batch * times)
-        try:
-            found = best(replace(config, batch=size), there, shape, limit)
-        except Refused:
-            continue
-        needed, step = law.tokens_needed(tokens, size * shape.context, nats), found.step * ratio
-        row = {"batch": size, "gpus": int(found.jobs[0].gpus[0]), "fits": found.fits, "seconds": step}
-        row |= {"mfu": found.mfu(there) / ratio, "tokens_to_loss": needed}
-        rows.append(row | {"days": needed / (size * shape.context) * step / 86400})
-    return rows
+    return [
+        row
+        for i, row in enumerate(rows)
+        if i == 0 or (row["batch"], row["gpus"]) > (rows[i - 1]["batch"], rows[i - 1]["gpus"])
+    ]
 
 
 def _cycle(
