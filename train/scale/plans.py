@@ -5,6 +5,7 @@ Plans are cut for Transformer Engine's kernels, experts spread over replicas, pi
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -83,11 +84,13 @@ def _plans(config: Scale, shape: Shape, limit: int) -> list[dict[str, float]]:
     chosen = [[getattr(config, key)] if getattr(config, key) else ranges[key] for key in KEYS]
     names = ("none", "selective", "full")
     kinds = range(3) if config.recompute == "auto" else (names.index(config.recompute),)
+    each = {n: config.batch // n if config.batch % n == 0 else 0 for n in chosen[-1]}  # micro-batches, of all replicas
+    divide = {size: [n for n in range(1, whole + 1) if whole % n == 0] for size, whole in each.items()}
     found = []
     for tp, pp, cp, ep, size in product(*chosen):
-        most = limit // (tp * pp * cp)
-        replicas = next((n for n in range(min(most, config.batch // size), 0, -1) if config.batch % (n * size) == 0), 0)
-        if not replicas or replicas % ep or shape.experts % ep or config.batch % (replicas * size):
+        room = bisect_right(divide[size], limit // (tp * pp * cp))
+        replicas = divide[size][room - 1] if room else 0
+        if not replicas or replicas % ep or shape.experts % ep:
             continue
         chunks = max(1, round(shape.layers / pp)) if pp > 1 else 1
         plan = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "micro_batch": size, "chunks": chunks}
@@ -101,4 +104,6 @@ def _jobs(config: Scale, shape: Shape, there: Cluster, gpu: Gpu, plans: list[dic
     share = there.figures["throughput"].value if "throughput" in there.figures else 1.0
     cut = Sharding[config.sharding.upper()]
     fixed = {"stack": Stack.ENGINE, "sharding": cut, "fp8": float(fp8), "nic": gpu.nic * share}
-    return Jobs([job(shape, gpu, batch=config.batch, **fixed, **plan) for plan in plans])  # type: ignore[arg-type]
+    jobs = Jobs([job(shape, gpu, gpus=1, batch=config.batch, **fixed)]).take([0] * len(plans))  # type: ignore[arg-type]
+    jobs.columns |= {key: np.array([plan[key] for plan in plans], float) for key in plans[0]}
+    return jobs

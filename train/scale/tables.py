@@ -46,10 +46,11 @@ def source(text: str) -> str:
     return re.sub(r"\s*\(.*?\)|(?<=summary) \d.*", "", text).strip() or "unnamed"
 
 
-def published() -> list[Run]:
-    """All runs of the tables that travel with the projector."""
+def published(without: tuple[str, ...] = ()) -> list[Run]:
+    """The runs of the tables that travel with the projector, but for some sources."""
     tables = [rows(path) for path in sorted(TABLES.glob("*.csv"))]
-    return [parse(row) for header, found in tables if {"gpu_type", "step_time_s"} <= set(header) for row in found]
+    found = [row for header, some in tables if {"gpu_type", "step_time_s"} <= set(header) for row in some]
+    return [parse(row) for row in found if source(row["source"]) not in without]
 
 
 def rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
