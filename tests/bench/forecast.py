@@ -1,6 +1,6 @@
 """Predicted against measured, on this machine: `make bench-forecast`.
 
-Step times of 4 and 8 CPU ranks, by the projector's model of this machine (`colossus probe` is run first), anchored on
+CPU seconds of steps on 4 and 8 ranks, by the projector's model of this machine (`colossus probe` is run first), anchored on
 what 1 and 2 ranks measured; and the goodput of a drill, by what a fault cost in another drill with more of them and
 another seed; the peak of a rank by `colossus plan`. Ranks share 2 cores here, and other work is on them: what is shown
 is the arithmetic, not a cluster.
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +45,56 @@ def colossus(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def spent(root: int) -> float:
+    """CPU seconds of a process and of all that came from it and live."""
+    stats = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        stats[int(path.parent.name)] = int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    family, more = {root}, True
+    while more:
+        more = {pid for pid, (parent, _) in stats.items() if parent in family} - family
+        family |= more
+    return sum(stats[pid][1] for pid in family if pid in stats)
+
+
+def step_cpu(folder: Path, *arguments: str) -> float:
+    """CPU seconds of a step, all ranks together: from the fourth step to the last."""
+    seen: list[tuple[float, float]] = []
+    command = [Path(sys.executable).with_name("colossus"), "train", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            seen.append((time.time(), spent(process.pid)))
+            time.sleep(0.2)
+    ends = {record["step"]: record["time"] for record in Run(folder).of("step")}
+    first, last = 4, max(ends)
+    before, after = (min(seen, key=lambda one: abs(one[0] - ends[step]))[1] for step in (first, last))
+    return (after - before) / (last - first)
+
+
 def ranks(folder: str, rounds: int, steps: int) -> dict[str, Any]:
-    """By number of ranks: seconds a step as measured and as predicted, the median of interleaved runs."""
+    """By number of ranks: CPU seconds a step, all ranks together, as measured and as predicted; interleaved medians.
+
+    Wall time would say how many others wait for the cores: with 20 of them, eight ranks are given more than two are.
+    """
     found: dict[int, list[tuple[float, float]]] = {}
     for turn in range(rounds):
         for world in (1, 2, 4, 8):
-            name = f"w{world}-{turn}"
-            colossus("train", *KEYS, *STEP, f"devices={world}", f"steps={steps}", f"runs={folder}", f"name={name}")
-            run = Run(Path(folder) / name)
-            one = anchor(run.path, run.last("start"), run.summary["tokens_per_s"])
-            found.setdefault(world, []).append((one.measured, one.predicted))
+            path = Path(folder) / f"w{world}-{turn}"
+            keys = [*KEYS, *STEP, f"devices={world}", f"steps={steps}", f"runs={folder}", f"name={path.name}"]
+            cpu, run = step_cpu(path, *keys), Run(path)
+            one = anchor(path, run.last("start"), run.summary["tokens_per_s"])
+            found.setdefault(world, []).append((cpu, one.predicted * min(world, hardware.cores())))
     times = {world: [statistics.median(x) for x in zip(*pairs, strict=True)] for world, pairs in found.items()}
     ratio = statistics.mean(times[w][0] / times[w][1] for w in (1, 2))
     rows = [
         {"ranks": w, "measured": m, "predicted": p, "anchored": ratio * p, "error": ratio * p / m - 1, "anchor": w <= 2}
         for w, (m, p) in times.items()
     ]
-    return {"ratio": ratio, "rows": rows}
+    return {"ratio": ratio, "load": os.getloadavg()[0], "rows": rows}
 
 
 def peaks(folder: str) -> list[dict[str, Any]]:
@@ -95,28 +129,34 @@ def drill(folder: str, name: str, count: int, seed: int) -> dict[str, Any]:
     return {"faults": struck, "useful_s": spent["seconds"]["steps"], "wall_s": spent["wall_s"], "share": spent["share"]}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--faults", type=int, nargs=2, default=(24, 8))
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder
-        colossus("probe", "seconds=0.5", "format=json")
-        measured = ranks(folder, options.rounds, options.steps)
-        for row in measured["rows"]:
-            print(row, flush=True)
-        memory = peaks(folder)
-        print(memory, flush=True)
-        many, few = (drill(folder, f"drill{i}", count, i) for i, count in enumerate(options.faults))
+def drills(folder: str, counts: list[int]) -> dict[str, Any]:
+    many, few = (drill(folder, f"drill{i}", count, i) for i, count in enumerate(counts))
     cost = (many["wall_s"] - many["useful_s"]) / many["faults"]
     predicted = failures.in_place(0.0, cost, few["useful_s"] / few["faults"])
-    print(f"a fault costs {cost:.2f} s; goodput {100 * predicted:.1f} % predicted, {100 * few['share']:.1f} % measured")
-    drills = {"many": many, "few": few, "fault_s": cost, "predicted": predicted}
-    report.write(
-        "forecast", "make bench-forecast", cores=hardware.cores(), ranks=measured, drills=drills, memory=memory
-    )
+    return {"many": many, "few": few, "fault_s": cost, "predicted": predicted}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--faults", type=int, nargs=2, default=(12, 5))
+    parser.add_argument("--only", choices=("ranks", "memory", "drills"))
+    options = parser.parse_args()
+    path = report.RESULTS / "forecast.json"
+    old = json.loads(path.read_text()) if options.only and path.exists() else {}
+    parts = {name: old[name] for name in ("ranks", "memory", "drills") if name in old and name != options.only}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        if "ranks" not in parts:
+            colossus("probe", "seconds=0.5", "format=json")
+            parts["ranks"] = ranks(folder, options.rounds, options.steps)
+        if "memory" not in parts:
+            parts["memory"] = peaks(folder)
+        if "drills" not in parts:
+            parts["drills"] = drills(folder, options.faults)
+    print(json.dumps(parts, indent=1))
+    report.write("forecast", "make bench-forecast", cores=hardware.cores(), **parts)
     return 0
 
 
