@@ -54,9 +54,7 @@ def plan(config: Plan) -> int:
         "bytes": asdict(needed),
         "bytes_there": there,
         "fits": needed.total <= there,
-        "would_fit": []
-        if needed.total <= there
-        else [words for words, size in _smaller(resolved, vocab) if size <= there],
+        "would_fit": [words for words, size in _smaller(resolved, vocab) if size <= there < needed.total],
         "disk_bytes": 12 * parameters * (resolved.checkpoint.keep + 1),  # fp32 weights and moments; one being written
         "step_seconds": seconds,
         "seconds": seconds and seconds * resolved.steps,

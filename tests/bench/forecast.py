@@ -1,7 +1,7 @@
 """Predicted against measured, on this machine: `make bench-forecast`.
 
-CPU seconds of steps on 4 and 8 ranks, by the projector's model of this machine (`colossus probe` is run first), anchored on
-what 1 and 2 ranks measured; and the goodput of a drill, by what a fault cost in another drill with more of them and
+CPU seconds of steps on 4 and 8 ranks, by the model of this machine (`colossus probe` is run first), anchored on what 1
+and 2 ranks measured; and the goodput of a drill, by what a fault cost in another drill with more of them and
 another seed; the peak of a rank by `colossus plan`. Ranks share 2 cores here, and other work is on them: what is shown
 is the arithmetic, not a cluster.
 """

@@ -13,7 +13,7 @@ import pytest
 from train import cli, compose
 from train.checks import Refused
 from train.scale.command import predict
-from train.scale.hardware import TAGS, cluster
+from train.scale.hardware import TAGS, cluster, named
 from train.scale.project import project
 from train.scale.tables import published
 from train.scale.workload import TABLES
@@ -142,6 +142,14 @@ def test_rows_of_other_kinds_are_predicted_and_what_is_assumed_is_said(tmp_path:
     assert times[4] == times[0]
     assert found[0]["assumed"] == "recompute none; VP 8"
     assert "microbatch 1" in found[1]["assumed"]
+
+
+@pytest.mark.parametrize("name", ["H100", "NVIDIA H100 SXM", "h100-80gb-sxm", "H100-SXM5-80GB"])
+def test_gpus_as_they_are_written(name: str) -> None:
+    found = named(name)
+    assert found is not None
+    assert found.key == "h100_sxm"
+    assert all(named(other) is None for other in ("", "H100-94GB", "H20", "TPUv5", "GB300"))
 
 
 @pytest.mark.parametrize("name", ["FP8-CS", "MXFP8", "fp8 (current scaling)", "bf16 mixed, te fp8", "Float8"])

@@ -17,7 +17,7 @@ from train.scale.project import held_out, project
 from train.scale.tables import published
 from train.scale.workload import FIELDS, Shape
 
-CLUSTER = "colossus_200k"
+CLUSTER = CONFIGS / "cluster" / "colossus_200k.yaml"
 
 
 def projected(run: Run) -> str:
@@ -25,16 +25,14 @@ def projected(run: Run) -> str:
     if not run.config or not run.summary["steps"] or not (run.path / "data.json").exists():
         return ""
     try:
-        there = yaml.safe_load((CONFIGS / f"cluster/{CLUSTER}.yaml").read_text())
-        config, scale = asked(run.path, Scale(model=Model(context=2, vocab=0), cluster=there))
+        config, scale = asked(run.path, Scale(model=Model(context=2), cluster=yaml.safe_load(CLUSTER.read_text())))
         answer = project(scale)
     except Refused as refusal:
         return f"<p>The projector has no answer: {esc(refusal)}</p>"
     wrong, bias = held_out()
     whole, speed, job, step = int(scale.tokens), run.summary["tokens_per_s"], answer["job"], answer["step"]
-    seconds, used = step["seconds"]["value"], job["gpus_used"]
-    mine = config.tokens_per_step / speed if speed else None
-    size = used + job["gpus_idle"]
+    seconds, mine = step["seconds"]["value"], config.tokens_per_step / speed if speed else None
+    used, size = job["gpus_used"], job["gpus_used"] + job["gpus_idle"]
     money, days = answer["whole"]["money"]["value"] * 1e6, answer["whole"]["days"]["value"]
     rows = [
         ["GPUs", f"{run.summary['world_sizes'][-1]} ranks", f"{used:,} of {size:,}"],

@@ -6,6 +6,7 @@ there is refused where it is needed, by name; nothing is taken from a similar pa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -99,6 +100,12 @@ def gpus() -> dict[str, Gpu]:
             gpu = gpu_of(path, entry)
             found |= dict.fromkeys((gpu.key, *entry["published_as"]), gpu)
     return found
+
+
+def named(text: str) -> Gpu | None:
+    """A GPU as somebody writes it: `NVIDIA H100 SXM`, `h100-80gb-sxm`. A name that is another part's is not taken."""
+    plain = {re.sub("[^a-z0-9]", "", name.lower()): gpu for name, gpu in gpus().items()}
+    return plain.get(re.sub("[^a-z0-9]|nvidia|gpus?$", "", text.lower()))
 
 
 def cluster(entry: Mapping[str, Any]) -> Cluster:

@@ -147,18 +147,13 @@ def _sums(found: Best, shape: Shape, there: Cluster) -> dict[str, Any]:
     local = max(1, int(gpu.domain / (j.tp[0] * j.cp[0])))
     one = exact_sum(mine, ranks, float(j.nic[0]), gpu.bus, local)
     alone = exact_sum(shape.parameters / float(j.ep[0]), int(j.gpus[0]), float(j.nic[0]), gpu.bus, gpu.domain)
-    about = f"{ranks:,} replicas of this plan", f"data parallel alone on {int(j.gpus[0]):,} GPUs"
-    both = {"": (one, about[0]), "_without_tp_pp": (alone, about[1])}
-    return {
-        key: figure
-        for where, (part, words) in both.items()
-        for key, figure in figures(
-            **{
-                k + where: (v, "messages" if "messages" in k else "s", "predicted", f"{words}; unmeasured")
-                for k, v in part.items()
-            }
-        ).items()
-    }
+
+    def told(part: dict[str, float], where: str, of: str) -> dict[str, tuple[Any, ...]]:
+        unit = {k: "messages" if "messages" in k else "s" for k in part}
+        return {k + where: (v, unit[k], "predicted", f"{of}; unmeasured") for k, v in part.items()}
+
+    lonely = told(alone, "_without_tp_pp", f"data parallel alone on {int(j.gpus[0]):,} GPUs")
+    return figures(**told(one, "", f"{ranks:,} replicas of this plan"), **lonely)
 
 
 def _learning(config: Scale, shape: Shape, tokens: float, seconds: float, about: str) -> dict[str, Any]:
@@ -185,13 +180,8 @@ def _others(
             continue
         step, used, parts = found.step * ratio, int(found.jobs[0].gpus[0]), found.parts()
         needed = law.tokens_needed(tokens, config.batch * shape.context, nats)
-        row = {
-            "batch": config.batch,
-            "gpus": used,
-            "fits": found.fits,
-            "seconds": step,
-            "mfu": found.mfu(there) / ratio,
-        }
+        row = {"batch": config.batch, "gpus": used, "fits": found.fits, "seconds": step}
+        row |= {"mfu": found.mfu(there) / ratio}
         row |= {"fabric": sum(parts[k] for k in FABRIC) / found.step, "tokens_to_loss": needed}
         row["days"] = needed / (config.batch * shape.context) * step / 86400
         if "interruptions" in there.figures:
@@ -199,11 +189,7 @@ def _others(
             row["goodput_restart"] = failures.goodput(tau, save, back["restart"], between)
             row["goodput_in_place"] = failures.in_place(step, back["in_place"], between)
         rows.append(row)
-    return [
-        row
-        for i, row in enumerate(rows)
-        if i == 0 or (row["batch"], row["gpus"]) > (rows[i - 1]["batch"], rows[i - 1]["gpus"])
-    ]
+    return list({(row["batch"], row["gpus"]): row for row in rows}.values())
 
 
 def _cycle(

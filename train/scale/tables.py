@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train.checks import Refused
-from train.scale.hardware import gpus
+from train.scale.hardware import named
 from train.scale.workload import FIELDS, TABLES, Recompute, Shape, Sharding, Stack, job, known
 
 COLUMNS = {"width": "hidden", "context": "seq", "chosen": "topk"}  # by our names, where they are not the table's
@@ -105,7 +105,7 @@ def _describe(run: Run) -> None:
     if missing:
         nobody = " and no model of this name is known" if {"layers", "hidden"} & set(missing) else ""
         raise _NotThis(f"the row does not say {', '.join(missing)}{nobody}")
-    gpu = gpus().get((row.get("gpu_type") or "").strip())
+    gpu = named(row.get("gpu_type") or "")
     if gpu is None:
         raise _NotThis(f"gpu_type: '{row.get('gpu_type', '')}' is not in configs/hardware")
     sizes = {key: whole(row, COLUMNS.get(key, key), 1) for key in FIELDS if key not in ("kv_heads", "gated", "head")}
