@@ -120,6 +120,8 @@ def memory(config: Train, vocab: int) -> flops.Memory:
     whole = flops.memory(config.model, vocab, micro_batch=size, precision=precision, accelerator=config.accelerator)
     if config.optimizer.kind is OptimizerKind.muon:  # one moment for the matrices inside layers
         whole = replace(whole, optimizer=whole.optimizer - 4 * flops.sizes(config.model, vocab).matrices)
+    if config.accelerator == "cpu":  # a GPU's lies in the host's memory; ranks deal what they write among them
+        whole = replace(whole, snapshot=(whole.gradients + whole.optimizer) // world)
     leaf, node = whole.gradients, whole.gradients // (2 if config.reduce.dtype == "bf16" else 1)
     if config.reduce.mode is ReduceMode.fast:
         return whole
