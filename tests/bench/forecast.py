@@ -41,7 +41,7 @@ DRILL += ["faults=drill", "faults.kinds=[kill,exception,hang]", "faults.phases=[
 
 
 def colossus(*arguments: str) -> str:
-    command = [Path(sys.executable).with_name("colossus"), *arguments]
+    command = [str(Path(sys.executable).with_name("colossus")), *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -54,17 +54,17 @@ def spent(root: int) -> float:
         except OSError:
             continue
         stats[int(path.parent.name)] = int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    family, more = {root}, True
+    family, more = set[int](), {root}
     while more:
-        more = {pid for pid, (parent, _) in stats.items() if parent in family} - family
         family |= more
+        more = {pid for pid, (parent, _) in stats.items() if parent in family} - family
     return sum(stats[pid][1] for pid in family if pid in stats)
 
 
 def step_cpu(folder: Path, *arguments: str) -> float:
     """CPU seconds of a step, all ranks together: from the fourth step to the last."""
     seen: list[tuple[float, float]] = []
-    command = [Path(sys.executable).with_name("colossus"), "train", *arguments]
+    command = [str(Path(sys.executable).with_name("colossus")), "train", *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             seen.append((time.time(), spent(process.pid)))
@@ -72,7 +72,7 @@ def step_cpu(folder: Path, *arguments: str) -> float:
     ends = {record["step"]: record["time"] for record in Run(folder).of("step")}
     first, last = 4, max(ends)
     before, after = (min(seen, key=lambda one: abs(one[0] - ends[step]))[1] for step in (first, last))
-    return (after - before) / (last - first)
+    return float((after - before) / (last - first))
 
 
 def ranks(folder: str, rounds: int, steps: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.report.folders import leave, lines
-from train import cli, compose, hardware, links, outlook
+from train import cli, compose, hardware, links, outlook, plan
 from train.scale import failures, here, law, memory, workload
 from train.scale.calibrate import jobs_of
 from train.scale.network import exact_sum
@@ -207,5 +207,5 @@ def test_peaks_of_runs_are_as_planned() -> None:
 
 def test_the_time_of_a_plan_is_the_projector_s(probed: Path) -> None:
     config = compose.config("train", ["model=llama_micro", "data=synthetic", "accelerator=cpu"])
-    resolved = outlook.resolve(config)
+    resolved = plan.resolve(config)
     assert outlook.step_seconds(resolved, 300, here.of("cpu"), 2) > 0

@@ -57,8 +57,9 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     found, ratio = best(config, there, shape, limit), anchor.ratio if anchor else 1.0
     jobs, step, used = found.jobs, found.step * ratio, int(found.jobs[0].gpus[0])
     wrong, bias = held_out()
-    cpu = there.gpus[0][0].architecture == "cpu"
-    about = "not validated on CPUs" if cpu else f"±{100 * wrong:.0f} %, {100 * bias:+.0f} % on the mean"
+    about = f"±{100 * wrong:.0f} %, {100 * bias:+.0f} % on the mean"
+    if anchor or there.gpus[0][0].architecture == "cpu":
+        about = "not validated on CPUs" if anchor is None else "scaled by the run's ratio; how far off is not known"
     shares = np.array([n for _, n in there.gpus]) / there.size
     paces = np.array([float(step_time(j, calibration())[0]) for j in jobs]) * ratio
     mfu, tokens = found.mfu(there), config.tokens or 20.0 * shape.active
