@@ -34,7 +34,7 @@ DRILL = [
     "model.context=32",
     "batch.sequences=16",
     "devices=2",
-    "steps=600",
+    "steps=300",
     "recovery.restarts=100",
 ]
 DRILL += ["faults=drill", "faults.kinds=[kill,exception,hang]", "faults.phases=[forward,backward,reduce,optimizer]"]
@@ -138,9 +138,9 @@ def drills(folder: str, counts: list[int]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--faults", type=int, nargs=2, default=(12, 5))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--faults", type=int, nargs=2, default=(10, 5))
     parser.add_argument("--only", choices=("ranks", "memory", "drills"))
     options = parser.parse_args()
     path = report.RESULTS / "forecast.json"
@@ -156,7 +156,9 @@ def main() -> int:
         if "drills" not in parts:
             parts["drills"] = drills(folder, options.faults)
     print(json.dumps(parts, indent=1))
-    report.write("forecast", "make bench-forecast", cores=hardware.cores(), **parts)
+    report.write(
+        "forecast", "make bench-forecast", cores=hardware.cores(), background="other work on both cores", **parts
+    )
     return 0
 
 
