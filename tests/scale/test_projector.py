@@ -129,6 +129,8 @@ def test_failures_that_take_a_switch_restart() -> None:
     both = [failures.correlated(60, 600, 200, 2, 7200, share) for share in (0.0, 0.1, 1.0)]
     assert both[0] > both[1] > both[2]
     assert both[2] == pytest.approx(failures.goodput(200, 2, 600, 7200), abs=0.01)
+    lost = 0.5 * 60 + 0.5 * (600 + 101)
+    assert failures.correlated(60, 600, 200, 2, 7200, 0.5) == pytest.approx(1 / (1 + lost / 7200) / 1.01)
 
 
 def test_llama_3_fits_its_own_plan() -> None:
