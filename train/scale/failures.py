@@ -7,6 +7,7 @@ what was lost is computed again; or it goes on in place with what the survivors 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ def mean_time(gpus: int, per_million: float) -> float:
     return 3600e6 / (gpus * per_million)
 
 
+@cache
 def causes() -> list[dict[str, Any]]:
     """Llama 3's interruptions by cause (configs/faults/llama3.yaml): count, rate a GPU hour, and what goes:
 
