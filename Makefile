@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-healthy bench-report bench-peers gpu-check clean
+.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-healthy bench-report bench-forecast bench-peers gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -78,6 +78,9 @@ bench-torchft: setup ## Measure: the same under torchft, whose survivors go on (
 
 bench-healthy: setup ## Measure: alarms in 100,000 healthy steps (half an hour)
 	@$(BIN)/python -m tests.bench.healthy $(ARGS)
+
+bench-forecast: setup ## Measure: predicted steps of 4 and 8 ranks, and a drill's goodput (six minutes)
+	@$(BIN)/python -m tests.bench.forecast $(ARGS)
 
 bench-report: setup ## Measure: what the report of 100,000 steps costs (half a minute)
 	@$(BIN)/python -m tests.bench.long_report $(ARGS)

@@ -18,11 +18,11 @@ LAYERS = [
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets", "compose"),
     ("reduce", "shard", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify", "export"),
-    ("loop",),
+    ("loop", "outlook"),
     ("keeper", "balance", "engine", "audit"),
     ("recovery", "run", "rerun"),
     ("remote", "fleet", "agent", "supervisor", "report"),
-    ("job", "runs", "replay", "diff", "resize", "probe", "watch"),
+    ("job", "runs", "replay", "diff", "resize", "probe", "watch", "projector", "links"),
     ("drill",),
     ("launch",),
     ("cli", "__main__"),
@@ -91,11 +91,11 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 16_450
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 18_000
 
 
 def test_the_projector_keeps_its_budget() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in (PACKAGE / "scale").glob("*.py")) <= 1500
+    assert sum(len(path.read_text().splitlines()) for path in (PACKAGE / "scale").glob("*.py")) <= 1900
 
 
 def test_the_report_keeps_its_budget() -> None:

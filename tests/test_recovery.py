@@ -405,6 +405,22 @@ def test_one_cause_that_takes_several_ranks_at_once_is_survived(tiny: list[str],
         assert watch._bury(lost[2:]) == 1  # type: ignore[arg-type]
 
 
+def test_restarts_that_lead_to_no_new_step_end_the_run(tiny: list[str], tmp_path: Path) -> None:
+    """Steps that are only done again are no progress: whatever ended the run each time would do so for ever."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=1", "recovery.restarts=2"]))
+    words: dict[str, Any] = {"loss": 1.0, "loss_hex": "", "lr": 0.0, "grad_norm": 1.0, "tokens": 1, "seconds": 1.0}
+    with RunFolder(tmp_path / "run") as run:
+        deaf: Any = SimpleNamespace(event=lambda record: None, say=lambda text: None, error=lambda text: None)
+        watch, verdicts = watching(config, run, deaf), []
+        for last in (3, 3, 4, 4, 4):
+            watch._last = dict.fromkeys(watch._last, 0)
+            for step in range(1, last + 1):
+                watch.record(events.Step(step=step, world=1, **words))
+            dies = SimpleNamespace(member=0, spot=(0, 0), fault=None, died_of=lambda: "killed by SIGKILL")
+            verdicts.append(watch._bury([dies]))  # type: ignore[list-item]
+        assert verdicts == [None, None, None, None, 1]
+
+
 def test_resize_under_way(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """2 -> 4 -> 1 -> 9 -> 3 ranks while it trains, of nine one stands by; asking again is harmless."""
     longer = (*ENDLESS, "batch.sequences=8", "batch.micro_batch=1")

@@ -311,7 +311,7 @@ class Recovery:
     audit: float = 0.0  # the share of virtual ranks' gradients that another rank computes again, and compares
     guard: bool = True  # each rank on a CPU checks that no bit of its state changes between steps
     spares: int = 0  # processes that stand by, warm, each to take a lost rank's place at once; on each node
-    restarts: int = 3  # of all ranks, from the last checkpoint, with no step in between, before the run fails
+    restarts: int = 3  # of all ranks, from the last checkpoint, with no new step in between, before the run fails
 
     def __post_init__(self) -> None:
         at_least(self, "recovery.", spike=0, spares=0, restarts=0)

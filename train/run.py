@@ -107,6 +107,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     config = read_train(folder / "config.yaml")
     prepared = Prepared.from_json((folder / "data.json").read_text())
     channel.pulse.first = first(config, prepared.vocab)
+    channel.pulse.heavier = {"evaluation": config.eval.micro_batch / int(config.batch.micro_batch)}
 
     def news() -> Membership | None:
         sent = channel.membership()

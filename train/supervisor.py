@@ -63,7 +63,7 @@ class Supervisor:
         self._last = {"step": 0, "digests": 0}  # of these events, the last step that has one
         self._causes: set[tuple[Any, ...]] = set()  # of faults that were survived
         self._fresh: set[tuple[Any, ...]] = set()  # of those since the ranks last went on: one may take several ranks
-        self._futile = 0  # restarts of all ranks since the last step
+        self._futile = self._furthest = 0  # restarts of all ranks since the last new step; that step
         self._losses = Losses(config.recovery.spike or float("inf"))
         self._wrong: int | None = None  # the step, counted from 1, whose loss cannot be right
         self._rolled: Counter[int] = Counter()  # how often each such step has been gone back from
@@ -222,7 +222,9 @@ class Supervisor:
         if kind in self._last:
             if record["step"] <= self._last[kind]:
                 return  # it was said by who was rank 0 before
-            self._last[kind], self._futile = record["step"], 0
+            self._last[kind] = record["step"]
+            if record["step"] > self._furthest:  # one that is only done again may lead to the same end
+                self._futile, self._furthest = 0, record["step"]
         if kind == "step" and self._losses.spikes(record):
             self._wrong = record["step"]
         elif rank is not None and kind == "left":

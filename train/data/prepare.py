@@ -9,13 +9,13 @@ keeps the second from doing the work of the first.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from train import hardware
 from train.checks import Refused
 from train.config import Data, Source, SourceKind, TokenizerKind
 from train.data import store
@@ -141,8 +141,7 @@ def _refuse_too_little(source: Source, shards: list[Manifest], held: list[Manife
 
 def cache_folder(data: Data) -> Path:
     """Where prepared tokens are kept: data.cache, $XDG_CACHE_HOME/pocket-colossus or ~/.cache/pocket-colossus."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pocket-colossus"
-    folder = Path(data.cache or base).expanduser().absolute()
+    folder = Path(data.cache or hardware.cache_folder()).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
