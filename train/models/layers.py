@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from train.models import cpu
+
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 IGNORED = -100  # a target that counts for nothing
-QUERIES = 128  # of a block of attention on CPU
 ROWS = 256  # of a chunk of the loss on CPU: 256 x 4,096 logits in fp32 are 4 MB, which stay in the cache
 
 
@@ -128,6 +129,14 @@ def rotate(x_BHTE: Tensor, table: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU (arXiv 1606.08415) in its tanh form; on a CPU in bf16 from a table."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    y: Tensor = cpu.Gelu.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
 def capped(scores: Tensor, cap: float) -> Tensor:
     """cap · tanh(scores / cap), which leaves small scores alone and lets none be larger; 0: no cap."""
     return cap * (scores / cap).tanh() if cap else scores
@@ -164,30 +173,17 @@ def causal_attention(
     The fused kernel has no cap, so a GPU takes the blocks too where there is one: the same bits each time, and scores
     that stand in memory for the backward pass (unmeasured there).
     """
-    heads, groups, T, E = q_BHTE.size(1), k_BKTE.size(1), q_BHTE.size(2), q_BHTE.size(3)
-    scale = E**-0.5 if scale is None else scale
+    scale = q_BHTE.size(-1) ** -0.5 if scale is None else scale
     if q_BHTE.device.type != "cpu" and not cap:
-        seen, shared = None, heads != groups
+        seen, shared = None, q_BHTE.size(1) != k_BKTE.size(1)
         if documents_BT is not None:
             seen = (documents_BT[:, None, :, None] == documents_BT[:, None, None]).tril()
         return F.scaled_dot_product_attention(
             q_BHTE, k_BKTE, v_BKTE, seen, is_causal=seen is None, scale=scale, enable_gqa=shared
         )
-    # Batch and key head become one dimension first: a slice of a copy is a view, a slice of a view would be a copy.
-    q = (q_BHTE * scale).reshape(-1, heads // groups, T, E)
-    k, v = k_BKTE.flatten(0, 1).transpose(1, 2), v_BKTE.flatten(0, 1)
-    future = q.new_full((QUERIES, QUERIES), float("-inf")).triu(1)
-    blocks = []
-    for start in range(0, T, QUERIES):
-        end = min(start + QUERIES, T)
-        mask = F.pad(future[: end - start, : end - start], (start, 0))
-        if documents_BT is not None:
-            other = documents_BT[:, None, start:end, None] != documents_BT[:, None, None, :end]
-            mask = mask.masked_fill(other, float("-inf"))
-        scores = capped(q[:, :, start:end].flatten(1, 2) @ k[:, :, :end], cap)
-        weights = (scores.view(-1, heads, end - start, end) + mask).softmax(-1).to(v.dtype)
-        blocks.append((weights.view(v.size(0), -1, end) @ v[:, :end]).view(-1, heads // groups, end - start, E))
-    return torch.cat(blocks, 2).view(-1, heads, T, E)
+    other = None if documents_BT is None else documents_BT[:, None, :, None] != documents_BT[:, None, None]
+    y_BHTE: Tensor = cpu.Attention.apply(q_BHTE, k_BKTE, v_BKTE, other, scale, cap)  # type: ignore[no-untyped-call]
+    return y_BHTE
 
 
 def cached_attention(
@@ -286,6 +282,15 @@ class RotaryAttention(nn.Module):
         """T new positions after `start` known ones, whose keys and values are in `kv` (2, B, K, context, E)."""
         q, k, v = self.project(x_BTD, table)
         return self.merge(cached_attention(q, k, v, kv, start, scale=self.scale, cap=self.cap))
+
+
+def scores(x_BTD: Tensor, weight: Tensor, vocab: int) -> Tensor:
+    """Logits (B, T, vocab); rows of `weight` that round the vocabulary up are left out.
+
+    A slice that leaves nothing out would still cost two passes backward over a tensor of zeros.
+    """
+    logits_BTV = F.linear(x_BTD, weight)
+    return logits_BTV if logits_BTV.size(-1) == vocab else logits_BTV[..., :vocab]
 
 
 def language_loss(
