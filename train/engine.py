@@ -118,7 +118,9 @@ def _numerics(config: Train, device: torch.device, threads: int) -> None:
     """Fix what the bits depend on: threads on a CPU, deterministic kernels where the law is promised."""
     if device.type == "cpu":
         torch.set_num_threads(threads)
-        _keep_memory()
+        if "CS_GNU_LIBC_VERSION" in os.confstr_names:  # what is freed stays ours: page faults were 3 % of a step
+            ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: smaller blocks are of the heap; its maximum
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie free at the heap's end
     else:
         torch.cuda.set_device(device)
     exact = config.reduce.mode is ReduceMode.exact
@@ -126,14 +128,6 @@ def _numerics(config: Train, device: torch.device, threads: int) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first cuBLAS call; torch demands it
     torch.use_deterministic_algorithms(exact)
     torch.utils.deterministic.fill_uninitialized_memory = not exact  # type: ignore[attr-defined]  # it writes twice
-
-
-def _keep_memory() -> None:
-    """Have glibc give no freed memory back to the system: each step would ask for it again, page by page, 3 % of it."""
-    if os.confstr("CS_GNU_LIBC_VERSION"):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: smaller blocks come from the heap; the most that it takes
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much may lie free at the end of the heap
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.models.cpu import QUERIES
+from train.models.fused import QUERIES
 from train.models.layers import (
     RMSNorm,
     cached_attention,

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.models.layers import gelu, wide
+from train.models.fused import gelu
+from train.models.layers import wide
 
 
 class Routing(NamedTuple):

@@ -11,18 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from train.flops import padded_vocab
+from train.models.fused import gelu, scores
 from train.models.language import Cache, LanguageModel
-from train.models.layers import (
-    LayerNorm,
-    Linear,
-    attention,
-    cached_attention,
-    checkpointed,
-    documents,
-    gelu,
-    language_loss,
-    scores,
-)
+from train.models.layers import LayerNorm, Linear, attention, cached_attention, checkpointed, documents, language_loss
 from train.shapes import GPT2 as Shape
 
 RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from train.flops import padded_vocab
 from train.models.experts import Experts
+from train.models.fused import scores
 from train.models.language import Cache, LanguageModel
 from train.models.layers import (
     RMSNorm,
@@ -24,7 +25,6 @@ from train.models.layers import (
     documents,
     language_loss,
     rotary_table,
-    scores,
     with_auxiliary,
 )
 from train.shapes import Grok as Shape

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from train.models import cpu
+from train.models import fused
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 IGNORED = -100  # a target that counts for nothing
@@ -129,14 +129,6 @@ def rotate(x_BHTE: Tensor, table: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU (arXiv 1606.08415) in its tanh form; on a CPU in bf16 from a table."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    y: Tensor = cpu.Gelu.apply(x)  # type: ignore[no-untyped-call]
-    return y
-
-
 def capped(scores: Tensor, cap: float) -> Tensor:
     """cap · tanh(scores / cap), which leaves small scores alone and lets none be larger; 0: no cap."""
     return cap * (scores / cap).tanh() if cap else scores
@@ -165,13 +157,9 @@ def causal_attention(
     sees those of its own document only.
 
     On a GPU the library's fused kernel. On a CPU that kernel is the slowest choice in bf16 (8 x 256 tokens, 4 heads
-    of 64: 32–43 ms; converted to fp32 and back 38; plain softmax over all scores 22–31), and half of what the plain
-    form computes is masked away. So: blocks of 128 queries that see only the keys up to their own end, 16–20 ms;
-    blocks of 64 are equal, of 256 slower. The queries that share a key are rows of one matrix, which is what
-    saves `repeat_interleave` (16 against 20 ms).
-
-    The fused kernel has no cap, so a GPU takes the blocks too where there is one: the same bits each time, and scores
-    that stand in memory for the backward pass (unmeasured there).
+    of 64: 32–43 ms; plain softmax over all scores 22–31), and half of what the plain form computes is masked away. So:
+    blocks of 128 queries (64: equal, 256: slower) that see only the keys up to their own end, 16–20 ms. The fused
+    kernel has no cap, so a GPU takes the blocks too where there is one (unmeasured there).
     """
     scale = q_BHTE.size(-1) ** -0.5 if scale is None else scale
     if q_BHTE.device.type != "cpu" and not cap:
@@ -182,7 +170,7 @@ def causal_attention(
             q_BHTE, k_BKTE, v_BKTE, seen, is_causal=seen is None, scale=scale, enable_gqa=shared
         )
     other = None if documents_BT is None else documents_BT[:, None, :, None] != documents_BT[:, None, None]
-    y_BHTE: Tensor = cpu.Attention.apply(q_BHTE, k_BKTE, v_BKTE, other, scale, cap)  # type: ignore[no-untyped-call]
+    y_BHTE: Tensor = fused.Attention.apply(q_BHTE, k_BKTE, v_BKTE, other, scale, cap)  # type: ignore[no-untyped-call]
     return y_BHTE
 
 
@@ -282,15 +270,6 @@ class RotaryAttention(nn.Module):
         """T new positions after `start` known ones, whose keys and values are in `kv` (2, B, K, context, E)."""
         q, k, v = self.project(x_BTD, table)
         return self.merge(cached_attention(q, k, v, kv, start, scale=self.scale, cap=self.cap))
-
-
-def scores(x_BTD: Tensor, weight: Tensor, vocab: int) -> Tensor:
-    """Logits (B, T, vocab); rows of `weight` that round the vocabulary up are left out.
-
-    A slice that leaves nothing out would still cost two passes backward over a tensor of zeros.
-    """
-    logits_BTV = F.linear(x_BTD, weight)
-    return logits_BTV if logits_BTV.size(-1) == vocab else logits_BTV[..., :vocab]
 
 
 def language_loss(

@@ -25,17 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train.flops import padded_vocab
+from train.models.fused import scores
 from train.models.language import Cache, LanguageModel
-from train.models.layers import (
-    Linear,
-    RMSNorm,
-    RotaryAttention,
-    checkpointed,
-    documents,
-    language_loss,
-    rotary_table,
-    scores,
-)
+from train.models.layers import Linear, RMSNorm, RotaryAttention, checkpointed, documents, language_loss, rotary_table
 from train.shapes import Llama as Shape
 
 RESIDUAL = ("attention.out.weight", "ffn.down.weight")  # names that end so write to the residual stream

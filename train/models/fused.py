@@ -1,7 +1,6 @@
-"""What a CPU computes otherwise than operation by operation, with a backward pass of its own.
+"""What is computed otherwise than operation by operation, because a CPU is faster so.
 
-Measured on one thread of an AVX-512 bf16 machine (tests/bench/NOTES.md has what else was tried). `torch.compile` takes
-the plain forms of `layers.py`, which it fuses by itself.
+Measured on one thread of an AVX-512 bf16 machine; tests/bench/NOTES.md has what else was tried.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ class Attention(torch.autograd.Function):
     """softmax(q kᵀ · scale) v over the past and present, in blocks of queries that see the keys up to their own end.
 
     q (B, H, T, E), k and v (B, K, T, E), `other` (B, 1, T, T) or None: true where a query may not see a key. Queries
-    that share a key are rows of one matrix. What autograd makes of the same operations copies each block twice more
-    and adds up gradients of slices in tensors of zeros: 6.0 ms against 4.7 for 2 x 256 tokens, 6 heads of 64, both
-    passes, the same bits where √E is a power of two. With S the scores, P their softmax: dV = Pᵀ dO, dP = dO Vᵀ,
-    dS = P · (dP - rowsum(dP · P)), dQ = dS K · scale, dK = dSᵀ Q · scale.
+    that share a key are rows of one matrix. Autograd would copy each block twice more and add up gradients of slices
+    in tensors of zeros: 6.0 ms, not 4.7, for 2 x 256 tokens, 6 heads of 64. With S the scores, P their softmax:
+    dV = Pᵀ dO, dP = dO Vᵀ, dS = P · (dP - rowsum(dP · P)), dQ = dS K · scale, dK = dSᵀ Q · scale.
     """
 
     @staticmethod
@@ -76,11 +74,18 @@ class Attention(torch.autograd.Function):
         return dq, dk.view(B, -1, T, E), dv.view(B, -1, T, E), None, None, None
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU (arXiv 1606.08415) in its tanh form; on a CPU in bf16 from a table."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    y: Tensor = Gelu.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
 class Gelu(torch.autograd.Function):
     """GELU in its tanh form, of bf16: there are 65,536 numbers, so it is looked up, as is its derivative.
 
-    0.6 ms and 0.75 for 512 x 1,536, where the library's, which computes tanh in both passes, takes 1.5 and 1.5. What
-    is looked up is the true number, rounded.
+    What is found is the true number, rounded: 0.6 + 0.75 ms for 512 x 1,536, where the library takes 1.5 + 1.5.
     """
 
     @staticmethod
@@ -107,3 +112,9 @@ def gelu_table() -> tuple[Tensor, Tensor]:
         y = F.gelu(x, approximate="tanh")
         (slope,) = torch.autograd.grad(y.sum(), x)
         return y.detach().bfloat16(), slope.bfloat16()
+
+
+def scores(x_BTD: Tensor, weight: Tensor, vocab: int) -> Tensor:
+    """Logits (B, T, vocab). A slice that leaves nothing out would still cost two passes over zeros backward."""
+    logits_BTV = F.linear(x_BTD, weight)
+    return logits_BTV if logits_BTV.size(-1) == vocab else logits_BTV[..., :vocab]
