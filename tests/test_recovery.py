@@ -413,7 +413,7 @@ def test_restarts_that_lead_to_no_new_step_end_the_run(tiny: list[str], tmp_path
         deaf: Any = SimpleNamespace(event=lambda record: None, say=lambda text: None, error=lambda text: None)
         watch, verdicts = watching(config, run, deaf), []
         for last in (3, 3, 4, 4, 4):
-            watch._last = dict.fromkeys(watch._last, 0)
+            watch._members, watch._last = [0], dict.fromkeys(watch._last, 0)
             for step in range(1, last + 1):
                 watch.record(events.Step(step=step, world=1, **words))
             dies = SimpleNamespace(member=0, spot=(0, 0), fault=None, died_of=lambda: "killed by SIGKILL")

@@ -331,6 +331,7 @@ class Train:
     backend: str = "auto"  # auto: nccl on GPUs; gloo lets several ranks share a GPU, over the host's memory
     precision: str = "auto"  # auto: bf16 on GPUs and on CPUs with bf16 instructions
     compile: Any = "auto"  # auto: on GPUs
+    profile: int = 0  # steps: rank 0 leaves a torch trace of them, and a table of where their time goes
     stop_after: str = ""  # wall time such as 50min, after which the run saves, stops and exits 75
     runs: str = "runs"  # the folder of run folders
     logger: list[str] = field(default_factory=lambda: ["tensorboard", "csv"])
@@ -356,7 +357,7 @@ class Train:
         folder = Path(self.name).name == self.name and self.name not in ("", ".", "..")
         require(folder, "name", f"'{self.name}' cannot be a folder's name under {self.runs}/")
         require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
-        at_least(self, "", steps=1)
+        at_least(self, "", steps=1, profile=0)
         why = f"'{self.nodes}' is neither a number above 0 nor two of them, as in 1-4"
         require(re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", str(self.nodes)) is not None, "nodes", why)
         require(self.least_nodes <= self.most_nodes, "nodes", f"'{self.nodes}': the least comes first")

@@ -110,6 +110,17 @@ class Ownership(Event):
 
 
 @dataclass(slots=True, kw_only=True)
+class Profiled(Event):
+    """Where the time of so many steps went on rank 0, and what to open in Perfetto."""
+
+    kind: ClassVar[str] = "profiled"
+    step: int
+    steps: int
+    parts: dict[str, float]  # seconds of a step: they add up to it
+    trace: str
+
+
+@dataclass(slots=True, kw_only=True)
 class Throughput(Event):
     """A logging step: what the steps since the last one achieved."""
 

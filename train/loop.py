@@ -7,8 +7,9 @@ them asynchronously and reads them when they have arrived.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,8 +96,9 @@ def fit(state: TrainState, parts: Parts) -> bool:
 def step(state: TrainState, parts: Parts) -> tuple[Total, float]:
     """One step of training: what the virtual ranks added up to, and the learning rate that was used."""
     config, reducer = parts.config, parts.reducer
-    for v, buffer in reducer.leaves():
-        virtual_rank(v, buffer, state, parts)
+    with casts_kept():
+        for v, buffer in reducer.leaves():
+            virtual_rank(v, buffer, state, parts)
 
     parts.phase("reduce", state.step)
     total = reducer.finish(*parts.asked())
@@ -109,6 +111,17 @@ def step(state: TrainState, parts: Parts) -> tuple[Total, float]:
     parts.phase("commit", state.step)
     state.step, state.handled = state.step + 1, 0
     return total, rate
+
+
+@contextlib.contextmanager
+def casts_kept() -> Iterator[None]:
+    """Let autocast round each weight once a step, not once a micro-batch: they do not change within one."""
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
 
 
 def virtual_rank(v: int, buffer: Buffer, state: TrainState, parts: Parts) -> None:

@@ -18,7 +18,7 @@ import traceback
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -28,7 +28,7 @@ from train.balance import Balance
 from train.channel import Channel
 from train.config import Sharding
 from train.data.prepare import Prepared
-from train.data.stream import Validation
+from train.data.stream import Stream, Validation
 from train.engine import Engine
 from train.faults import detect
 from train.fingerprint import fingerprint
@@ -37,6 +37,7 @@ from train.group import Changed, Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
 from train.loop import Due, fit
 from train.processes import die_with_parent, log_to
+from train.profile import Profiler
 from train.pulse import Pulse, first
 from train.recovery import Recovery
 from train.saver import Saver
@@ -171,6 +172,10 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         audit = Audit(config, state, parts, engine.reducer, group, channel)
         parts = replace(parts, phase=audit.phase)
         recorder.on_step.append(audit.compare)
+
+    if config.profile and order.place.member == 0:
+        profiler = Profiler(parts, channel.send, folder / f"profile-{order.writer_epoch}.json")
+        parts = replace(parts, phase=profiler.phase, stream=cast(Stream, profiler))
 
     def begin() -> None:
         restore(state, folder / "checkpoints", group, channel, order.resume, numerics)

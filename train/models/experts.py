@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train.models.fused import gelu
 from train.models.layers import wide
 
 
@@ -79,7 +80,7 @@ class _Gather(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """Σ over the chosen experts of probability · down(gelu(gate x) · up x); the tanh form of GELU."""
+    """Σ over the chosen experts of probability · down(gelu(gate x) · up x)."""
 
     def __init__(self, width: int, ffn: int, experts: int, chosen: int) -> None:
         super().__init__()
@@ -110,14 +111,14 @@ class Experts(nn.Module):
 def in_turn(rows: Tensor, counts: list[int], gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The experts one after the other: `counts[e]` rows each, in order. `gate`, `up` (E, F, D), `down` (E, D, F)."""
     stretches = zip(torch.split(rows, counts), gate.unbind(), up.unbind(), down.unbind(), strict=True)
-    parts = [F.linear(F.gelu(F.linear(x, g), approximate="tanh") * F.linear(x, u), d) for x, g, u, d in stretches]
+    parts = [F.linear(gelu(F.linear(x, g)) * F.linear(x, u), d) for x, g, u, d in stretches]
     return torch.cat(parts)
 
 
 def grouped(rows: Tensor, counts_E: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The same as three grouped products, whose groups end where the counts say: the host does not need to know."""
     ends = counts_E.cumsum(0).to(torch.int32)
-    hidden = F.gelu(F.grouped_mm(rows, gate.mT, offs=ends), approximate="tanh")
+    hidden = gelu(F.grouped_mm(rows, gate.mT, offs=ends))
     return F.grouped_mm(hidden * F.grouped_mm(rows, up.mT, offs=ends), down.mT, offs=ends)
 
 

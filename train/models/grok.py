@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from train.flops import padded_vocab
 from train.models.experts import Experts
+from train.models.fused import scores
 from train.models.language import Cache, LanguageModel
 from train.models.layers import (
     RMSNorm,
@@ -90,7 +90,7 @@ class Grok(LanguageModel):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         x_BTD = self.norm(x_BTD) * self.shape.output_multiplier  # fewer numbers than the logits
-        return F.linear(x_BTD, self.embedding.weight)[..., : self.vocab]
+        return scores(x_BTD, self.embedding.weight, self.vocab)
 
     def std(self, name: str, shape: torch.Size) -> float:
         std: float = shape[-1] ** -0.5  # the norm behind each block decides how much it adds
