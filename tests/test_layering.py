@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
     ("checks", "config", "shapes", "events", "batch", "flops", "hardware"),
-    ("commands", "ledger", "pulse", "locks", "slots", "flat", "muon"),
-    ("scale", "data", "models", "optim", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
+    ("commands", "ledger", "pulse", "locks", "slots", "flat", "ranks", "muon"),
+    ("scale", "data", "models", "optim", "nodes", "summary", "fingerprint", "channel", "manifest"),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets", "compose"),
     ("reduce", "shard", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify", "export"),
@@ -89,7 +89,7 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 15_700
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 16_000
 
 
 def test_the_projector_keeps_its_budget() -> None:

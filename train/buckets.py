@@ -86,7 +86,7 @@ class Reducer(ABC):
             parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._ready(index))  # type: ignore[no-untyped-call]
         self.lay_out()
         if sharded:
-            flat.own(self._mine)
+            flat.own(self._chunks, ranks.rank)
 
     @classmethod
     def of(cls, model: nn.Module, virtual_ranks: int = 8, micro_batches: int = 1) -> Self:
@@ -108,9 +108,9 @@ class Reducer(ABC):
         self._unready = []
         ranks, flat = self.ranks, self.flat
         self._buckets = flat.buckets(bucket_elements(self._bucket_bytes, ranks.world), ranks.world)
-        chunks = [[chunk(bucket, rank, ranks.world) for bucket in self._buckets] for rank in range(ranks.world)]
-        self._mine = chunks[ranks.rank]
-        blocks = [[block for a, b in own for block in range(a // BLOCK, b // BLOCK)] for own in chunks]
+        self._chunks = [[chunk(bucket, rank, ranks.world) for bucket in self._buckets] for rank in range(ranks.world)]
+        self._mine = self._chunks[ranks.rank]
+        blocks = [[block for a, b in own for block in range(a // BLOCK, b // BLOCK)] for own in self._chunks]
         self._most_blocks = max(map(len, blocks))
         at = {block: rank * self._most_blocks + i for rank, own in enumerate(blocks) for i, block in enumerate(own)}
         self._where = torch.tensor([at[block] for block in range(flat.size // BLOCK)], device=flat.device)

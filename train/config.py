@@ -373,8 +373,6 @@ class Train:
             require(self.devices == "auto", "devices", f"'{self.devices}' is neither auto nor a number")
         why = f"{self.sharding.name} needs reduce=exact, whose ranks each sum up a part of the gradient"
         require(self.sharding is Sharding.none or self.reduce.mode is ReduceMode.exact, "sharding", why)
-        cut = self.optimizer.kind is OptimizerKind.muon and self.sharding is not Sharding.none
-        require(not cut, "optimizer", f"muon steps whole matrices, which sharding={self.sharding.name} cuts: use none")
         full = self.sharding is Sharding.full
         require(not (full and self.compile is True), "compile", "true does not go with sharding=full: use false")
         why = "sharding=full gives every rank as many virtual ranks as it can: use even"

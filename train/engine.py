@@ -54,7 +54,7 @@ class Engine:
         )
         hf.begin(model)
         flat, reducer = laid_out(config, group, model)
-        state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
+        state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat, group))
         return cls(config, prepared, group, fabric, model, reducer, state)
 
     def parts(

@@ -103,11 +103,15 @@ class Flat:
             parameter.data = view
         # Checksums weigh every ALIGN elements with an odd number, so that no single change goes unseen.
         self._weights = torch.arange(self.length // ALIGN, device=self.device) * 2 + 1
-        self.own([(0, self.size)])
+        self.own([[(0, self.size)]])
 
-    def own(self, ranges: Iterable[Range]) -> None:
-        """Let the optimizer update these ranges only, all multiples of BLOCK. Call it before the optimizer is built."""
-        self.ranges = list(ranges)
+    def own(self, shares: Iterable[Iterable[Range]], rank: int = 0) -> None:
+        """Let the optimizers of some ranks update these ranges, multiples of BLOCK, and this one those of `rank`.
+
+        One share is everybody's. Call it before the optimizer is built.
+        """
+        self.shares = [[(a, b) for a, b in share if a < b] for share in shares]
+        self.ranges = self.shares[rank]
         halves = [[(a, min(b, self.cut)) for a, b in self.ranges], [(max(a, self.cut), b) for a, b in self.ranges]]
         self.owned = [[(a, self.stretch(a, b).requires_grad_()) for a, b in half if a < b] for half in halves]
 
