@@ -89,6 +89,7 @@ class Source:
     revision: str = "main"  # hf: pinned to its commit before anything is read
     files: str = ""  # hf: a pattern of the files to take, such as "sample/10BT/*.parquet"
     field: str = "text"  # the column or JSON key that holds a document's text
+    prompt_field: str = ""  # the one that holds what comes before it: read, and in no loss; empty: nothing does
     limit: int = 0  # hf: at most so many files; 0 takes them all
     weight: float = 1.0  # share in a mix
 
@@ -102,6 +103,8 @@ class Source:
                 require(Path(path).expanduser().exists(), "data.path", f"no such file or folder: {path}")
         if self.kind is SourceKind.hf:
             require(bool(self.name), "data.name", "data=hf needs data.name=OWNER/DATASET (or a local folder)")
+        fields = not self.prompt_field or self.kind in (SourceKind.text, SourceKind.hf)
+        require(fields, "data.prompt_field", f"data={self.kind.value} has no fields: for text (.jsonl) and hf only")
         require(self.weight > 0, "data.weight", f"{self.weight} is no weight: use a number above 0")
 
 

@@ -72,7 +72,7 @@ def evaluate(
     model.train(was_training)
     nats, balance, z = (math.fsum(column) for column in zip(*sums.tolist(), strict=True))
     means = (balance / validation.micro_batches, z / validation.micro_batches) if layers else (None, None)
-    return Score(nats, validation.tokens, validation.bytes, counts.tolist(), *means)
+    return Score(nats, validation.counted, validation.bytes, counts.tolist(), *means)
 
 
 def main(config: Evaluate) -> int:

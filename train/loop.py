@@ -114,7 +114,7 @@ def step(state: TrainState, parts: Parts) -> tuple[Total, float]:
 def virtual_rank(v: int, buffer: Buffer, state: TrainState, parts: Parts) -> None:
     """Add virtual rank v's gradient and loss to `buffer`: its k micro-batches in order.
 
-    The loss of a step is the sum over its tokens divided by their number, which is known before the forward pass.
+    The loss of a step is the sum over its targets divided by their number, which is known before the forward pass.
     """
     for i in range(parts.config.batch.micro_batches):
         micro_batch(v, i, buffer, state, parts)
@@ -127,8 +127,8 @@ def micro_batch(v: int, i: int, buffer: Buffer, state: TrainState, parts: Parts)
     read = parts.stream.micro_batch(state.step, v, i)
     tokens = torch.from_numpy(read).to(device, non_blocking=True)
     with parts.fabric.autocast():
-        nats = parts.model(tokens[:, :-1], tokens[:, 1:])
-    loss = nats / config.tokens_per_step
+        nats = parts.model(*parts.stream.sides(tokens))
+    loss = nats / parts.stream.counted(state.step)
     parts.phase("backward", state.step)
     parts.fabric.backward(loss)
     buffer.loss += loss.detach()

@@ -54,6 +54,7 @@ class Prepared:
     train: Counts
     validation: Counts
     separator: int | None = None  # `eot`, where no document is to attend to another one
+    prompts: bool = False  # a stored id from `vocab` on is a prompt's: less `vocab` it is a token, that no loss counts
     left_out: list[int] = field(default_factory=list)  # batches of a run that no step sees: their loss was no good
 
     @classmethod
@@ -88,6 +89,7 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
                 tokenizer=str(path),
                 files=files,
                 field=source.field,
+                prompt_field=source.prompt_field,
                 validation=data.validation,
                 shard_tokens=data.shard_tokens,
                 growing=growing,
@@ -111,6 +113,7 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
         vocab=tokenizer.vocab,
         eot=tokenizer.eot,
         separator=tokenizer.eot if data.mask_documents else None,
+        prompts=any(source.prompt_field for source in sources),
         tokenizer=str(path),
         complete=all(found[-1]["last"] for found in shards),
         skipped=sum(shard["skipped"] for found in shards for shard in found),
@@ -152,7 +155,9 @@ def cache_folder(data: Data) -> Path:
 
 def _identity(source: Source, files: list[File]) -> str:
     """Contents in order, and how they are read; not what the files are called or where they lie."""
-    return digest([[file.form, file.sha256, file.whole] for file in files], source.field)
+    return digest(
+        [[file.form, file.sha256, file.whole] for file in files], source.field, *filter(None, [source.prompt_field])
+    )
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer
@@ -202,7 +207,7 @@ def _sample(data: Data, sources: list[Source], pins: list[list[File]], progress:
         budget = SAMPLE * source.weight / sum(other.weight for other, _ in texts)
         size = sum(file.size for file in files)
         share = 1.0 if source.kind is SourceKind.hf else min(1.0, budget / max(1, size))
-        for raw in chain.from_iterable(documents(file, source.field) for file in files):
+        for raw in chain.from_iterable(documents(file, source.field, source.prompt_field) for file in files):
             if not raw or held_out(raw, data.validation) or not drawn(b"sample" + raw, share):
                 continue
             yield raw.decode()

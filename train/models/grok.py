@@ -5,7 +5,7 @@ scores are capped by tanh; the feed-forward layer is a mixture of experts (`expe
 the way in, and the tied matrix's logits on the way out.
 
 The load-balancing loss and the router's z-loss are of one micro-batch each, so that they are the same on any number of
-ranks. Their weights are per layer, and they are multiplied by the number of tokens as the summed cross-entropy is. The
+ranks. Their weights are per layer, and they are multiplied by the number of targets as the summed cross-entropy is. The
 loss that `forward` returns does not contain them; its gradient does.
 """
 
@@ -19,6 +19,7 @@ from train.flops import padded_vocab
 from train.models.experts import Experts
 from train.models.language import Cache, LanguageModel
 from train.models.layers import (
+    IGNORED,
     RMSNorm,
     RotaryAttention,
     checkpointed,
@@ -105,7 +106,7 @@ class Grok(LanguageModel):
         if targets_BT is None:
             return self.logits(x_BTD)
         nats = language_loss(self.logits, x_BTD, targets_BT, z=self.shape.z_loss, chunk=self.shape.loss_chunk)
-        return with_auxiliary(nats, auxiliary * tokens_BT.numel())
+        return with_auxiliary(nats, auxiliary * (targets_BT != IGNORED).sum())
 
     def cache(self, sequences: int) -> Cache:
         s = self.shape
