@@ -37,7 +37,7 @@ class Model:
     loss_chunk: int = 0  # tokens whose logits stand in memory at a time, computed twice; 0: of all tokens, once
     vocab: int = 0  # token ids that it knows; 0: those of the tokenizer
     checkpoint_activations: str = "none"  # computed again in the backward pass: selective (attention's scores), full
-    path: str = ""  # model=hf: the folder, laid out as transformers does, whose weights it begins with
+    path: str = ""  # model=hf: the folder, laid out as transformers does, or OWNER/NAME[@REVISION] on the Hub
 
     def __post_init__(self) -> None:
         at_least(self, "model.", context=2, vocab=0, z_loss=0, loss_chunk=0)

@@ -70,6 +70,7 @@ class Engine:
             config=config,
             fabric=self.fabric,
             model=torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile is True else self.model,
+            aside=self.model.aside,
             stream=stream(config, self.prepared),
             generator=_generator(self.fabric.device),
             reducer=self.reducer,

@@ -64,6 +64,7 @@ class Parts:
     config: Train
     fabric: Fabric
     model: Callable[[Tensor, Tensor], Tensor]  # inputs, targets (B, T) -> sum of nats; perhaps compiled
+    aside: Tensor  # what the model told with its last loss, (N,) or of more dimensions
     stream: Stream
     generator: torch.Generator  # the device's default one, which dropout draws from
     reducer: Reducer
@@ -132,4 +133,5 @@ def micro_batch(v: int, i: int, buffer: Buffer, state: TrainState, parts: Parts)
     parts.phase("backward", state.step)
     parts.fabric.backward(loss)
     buffer.loss += loss.detach()
+    buffer.numbers[1:] += parts.aside.view(-1)
     buffer.tokens = checksum(read.tobytes(), buffer.tokens)

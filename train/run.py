@@ -120,7 +120,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     fabric, state = engine.fabric, engine.state
     numerics = fingerprint(config, fabric.device)
     balance = Balance(config, group, engine.reducer, channel)
-    recorder = Recorder(config, fabric, channel.send, prepared.vocab, on_step=[balance.observe])
+    recorder = Recorder(config, fabric, channel.send, prepared.vocab, engine.model.aside.shape, [balance.observe])
 
     stored = optim.Stored(state.optimizer, state.flat)
     phase = detect.watched(config, group, order.place.member, channel, folder / "events.jsonl", stored)

@@ -166,12 +166,12 @@ class RoundReducer(ExactReducer):
             if self._computed:
                 self._drain()
                 self._last.tensor.zero_()
-                self._last.loss.zero_()
+                self._last.numbers.zero_()
                 self._next = 0
             self._round = own
             self._final = own[self.ranks.rank] if self.ranks.rank < len(own) else 0
             yield from self._last_leaf()
-            self._computed.append(self._last.loss.clone())
+            self._computed.append(self._last.numbers.clone())
 
     def _exchange(self, bucket: Range) -> Started:
         a, b = bucket

@@ -27,8 +27,8 @@ from train.models.experts import Routing
 from train.models.grok import Block
 from train.models.layers import Linear
 
-TURNS = 7
-CASES = {"grok_nano": 8, "grok_mini": 4}  # micro-batches of 8 sequences a step
+TURNS = 9
+CASES = {"grok_nano": 4, "grok_mini": 1}  # micro-batches of 8 sequences a step
 VOCAB, SEQUENCES = 2048, 8
 
 

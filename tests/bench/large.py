@@ -41,7 +41,7 @@ def step(name: str, keys: list[str]) -> None:
     before, started = peak(), time.perf_counter()
     engine = Engine.build(config, prepared, group, threads=1)
     built = time.perf_counter()
-    recorder = Recorder(config, engine.fabric, lambda _: None, prepared.vocab)
+    recorder = Recorder(config, engine.fabric, lambda _: None, prepared.vocab, engine.model.aside.shape)
     total, _ = loop.step(engine.state, engine.parts(recorder))
     loss, norm = float(total.loss), float(total.norm)
     assert math.isfinite(loss), loss

@@ -215,7 +215,7 @@ def _lines(stream: BinaryIO, path: Path, fields: list[str]) -> Iterator[list[str
             continue
         except ValueError:
             record = None
-        texts = []
+        texts: list[str] = []
         for field, key in zip(reversed(fields), ("data.field", "data.prompt_field"), strict=False):
             if not isinstance(record, dict) or field not in record:
                 raise Refused(f"{path}:{number}", f"is no JSON object with a '{field}' ({key})")

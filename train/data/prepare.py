@@ -18,6 +18,7 @@ from typing import Any
 
 from train.checks import Refused
 from train.config import Data, Source, SourceKind, TokenizerKind
+from train.config import Tokenizer as TokenizerConfig
 from train.data import store
 from train.data.corpus import File, Progress, documents, drawn, held_out, pin
 from train.data.store import digest
@@ -63,11 +64,17 @@ class Prepared:
         return cls(**{**value, "train": Counts(**value["train"]), "validation": Counts(**value["validation"])})
 
 
+def whole(data: Data, tokenizer: str) -> Prepared:
+    """All of a corpus to be scored, and none to be trained on, in the tokens of this tokenizer.json."""
+    data.tokenizer, data.validation = TokenizerConfig(kind=TokenizerKind.file, path=tokenizer), 1.0
+    return prepare(data, seed=0, context=0)[0]
+
+
 def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) -> tuple[Prepared, Preparer | None]:
     """Make, or find, the tokens of a corpus.
 
     Returns what the ranks read it by, and a Preparer where shards are still to come. `seed` chooses synthetic tokens;
-    `context` only serves to refuse a corpus that is shorter than one sample. Raises Refused.
+    `context` only serves to refuse a corpus that is shorter than one sample (0: that has none). Raises Refused.
     """
     cache = cache_folder(data)
     sources = list(data.parts.values()) or [data]
@@ -133,9 +140,9 @@ def _refuse_too_little(source: Source, shards: list[Manifest], held: list[Manife
     """Raise if there is not a sample to train on, or no document, in the shards that hold them, to validate on."""
     where = f"data={source.kind.value}"
     sizes = [shard["train"]["tokens"] for shard in shards]
-    if not any(sizes):
+    if context and not any(sizes):
         raise Refused(where, NO_TRAINING)
-    if shards[-1]["last"] and max(sizes) <= context:
+    if context and shards[-1]["last"] and max(sizes) <= context:
         raise Refused(where, f"its {sum(sizes)} tokens are less than one sample of {context} + 1 (model.context)")
     if not any(shard["validation"]["tokens"] for shard in held):
         how = "name a val*.bin" if source.kind is SourceKind.bin else "raise the share, or add documents"

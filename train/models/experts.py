@@ -38,6 +38,11 @@ class Routing(NamedTuple):
     z: Tensor  # (): the square of the log of the router's partition function
 
 
+def told(routing: Routing) -> Tensor:
+    """(E + 2,) float64: the counts, the balance loss, the z-loss."""
+    return torch.cat([routing.counts_E.double(), torch.stack((routing.balance, routing.z)).detach().double()])
+
+
 class Router(nn.Module):
     """The probabilities of the experts, in fp32 in any precision, and the likeliest few.
 
