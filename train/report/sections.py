@@ -153,11 +153,10 @@ def experts(run: Run) -> str:
     scores = run.of("routing") or evaluated  # runs of before have told it of evaluations only
     if not scores:
         return ""
-    last, dots = (evaluated or scores)[-1], scores is evaluated
+    last, x, dots = (evaluated or scores)[-1], [r["step"] for r in scores], scores is evaluated
     layers = [[count * len(layer) / max(1, sum(layer)) for count in layer] for layer in last["experts"]]
     head = ["layer", *(f"expert {i}|" for i in range(len(layers[0])))]
     rows = [[str(i), *(_heat(share) for share in layer)] for i, layer in enumerate(layers)]
-    x = [r["step"] for r in scores]
     shares = [[c * len(layer) / max(1, sum(layer)) for layer in r["experts"] for c in layer] for r in scores]
     extremes = [
         Series(name="most chosen", x=x, y=[max(s) for s in shares], dots=dots),
@@ -168,8 +167,8 @@ def experts(run: Run) -> str:
         for i, (name, key) in enumerate((("load balance (1: even)", "balance"), ("router z", "router_z")))
     ]
     charts = chart("Extremes", "times an even share", extremes, zero=True) + chart("Auxiliary losses", "", losses)
-    of = "validation" if evaluated else "training"
-    note = f"<p class=note>After step {last['step']:,}, in {of}; 1.00 is an even share.</p>"
+    of = "Evaluation" if evaluated else "Batch"
+    note = f"<p class=note>{of} of step {last['step']:,}; 1.00 is an even share.</p>"
     return table(head, rows, "heat") + note + f'<div class="grid2">{charts}</div>'
 
 
