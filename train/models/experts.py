@@ -118,7 +118,7 @@ def in_turn(rows: Tensor, counts: list[int], gate: Tensor, up: Tensor, down: Ten
     """The experts one after the other: `counts[e]` rows each, in order. `gate`, `up` (E, F, D), `down` (E, D, F).
 
     In bf16 each expert's rows are made a multiple of 32 with zeros. oneDNN compiles a product for each number of rows
-    that it has not met of late, and routing hardly ever repeats one: 2.0 times the time of the products without.
+    that it has not met of late, and routing hardly ever repeats one: the products took twice as long without.
     """
     unit = ROWS if rows.dtype == torch.bfloat16 else 1
     parts = [F.pad(x, (0, 0, 0, -x.size(0) % unit)) if x.size(0) % unit else x for x in torch.split(rows, counts)]
