@@ -26,7 +26,7 @@ def train(group: Group, sharding: str, virtual_ranks: int = 8, micro_batches: in
     config = configuration(sharding, virtual_ranks, micro_batches, **more)
     model = build(config.model, VOCAB, seed=1, device=torch.device("cpu"))
     flat, reducer = engine.laid_out(config, Ranks.default(), model)
-    optimizer = optim.build(config.optimizer, flat)
+    optimizer = optim.build(config.optimizer, flat, Ranks.default())
     record, resident = [], []
     for step in range(4):
         for v, buffer in reducer.leaves():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.running import Fresh, Running, at_step, gone
-from train import cli, events, manifest, nodes
+from train import cli, events, manifest, nodes, trained
 
 
 def train(overrides: list[str], *more: str) -> tuple[int, Path]:
@@ -97,15 +99,20 @@ def test_every_family_keeps_the_law(family: str, precision: str, cells: list[tup
         assert code == 0
         evaluated = [r for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"]
         scores = [(r["loss"], r["experts"], r["balance"], r["router_z"]) for r in evaluated]
-        runs.append((summary(folder)["state_sha256"], [step["loss_hex"] for step in steps(folder)], scores))
+        routed = [r for r in events.read(folder / "events.jsonl") if r["kind"] == "routing"]
+        routes = [(r["step"], r["experts"], r["balance"], r["router_z"]) for r in routed]
+        runs.append((summary(folder)["state_sha256"], [step["loss_hex"] for step in steps(folder)], scores, routes))
     assert len(runs[0][1]) == 3
     assert all(run == runs[0] for run in runs)
     for evaluation in evaluated:  # each of two layers has sent each token to two of five
         assert [len(layer) for layer in evaluation["experts"]] == ([5, 5] if family == "grok" else [])
         assert all(sum(layer) == 2 * evaluation["tokens"] for layer in evaluation["experts"])
+    assert [r["step"] for r in routed] == ([2, 3] if family == "grok" else [])  # log.every=2
+    assert all(sum(layer) == 2 * 16 * 32 for r in routed for layer in r["experts"])  # of the whole batch
     logged = (folder / "csv/start-1/metrics.csv").read_text().splitlines()[0].split(",")
     assert "val/loss" in logged
     assert ({"val/balance", "val/router_z", "experts/busiest_of_layer_1"} <= set(logged)) == (family == "grok")
+    assert ({"train/balance", "train/router_z"} <= set(logged)) == (family == "grok")
 
 
 def test_shares_may_be_uneven_and_are_recorded(tiny: list[str]) -> None:
@@ -190,6 +197,8 @@ def test_the_run_folder_holds_what_is_promised(tiny: list[str], capsys: pytest.C
     assert cli.main(["eval", f"run={folder}", "accelerator=cpu", "format=json"]) == 0
     score = json.loads(capsys.readouterr().out)
     assert score["bpb"] == found["val_bpb"]
+    assert score["perplexity"] == math.exp(score["loss"])
+    scored_elsewhere(tiny, folder, capsys)
 
     sample = ["sample", f"run={folder}", "prompt=def f(x): ", "tokens=20", "accelerator=cpu"]
     texts = []
@@ -198,6 +207,32 @@ def test_the_run_folder_holds_what_is_promised(tiny: list[str], capsys: pytest.C
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("def f(x): ")
     assert texts[0] == texts[1] != texts[2]
+
+
+def scored_elsewhere(tiny: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All documents of another corpus, by hand: nats of every token after an end of document, in the run's tokens."""
+    path = folder.parent / "other"
+    path.mkdir()
+    texts = ["def f(x):\n    return x\n" * n for n in range(1, 6)]
+    for n, text in enumerate(texts):
+        (path / f"{n}.py").write_text(text)
+    data = ["data=text", f"data.path={path}", *(one for one in tiny if one.startswith("data.cache"))]
+    asked = ["eval", f"run={folder}", "accelerator=cpu", "format=json", *data]
+    assert cli.main(asked) == 0
+    score = json.loads(capsys.readouterr().out)
+    run = trained.load(folder, -1, torch.device("cpu"))
+    ids = [run.tokenizer.eot]
+    for text in texts:
+        ids += [*run.tokenizer.encode(text), run.tokenizer.eot]
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 32):
+        window = torch.tensor([ids[start : start + 33]])
+        nats += float(run.model(window[:, :-1], window[:, 1:]).detach())
+    assert (score["tokens"], score["bytes"]) == (len(ids) - 1, sum(map(len, texts)))
+    assert score["bpb"] == pytest.approx(nats / math.log(2) / score["bytes"], rel=1e-5)
+    assert score["gzip_documents"] is not None
+    assert cli.main([*asked, "data.tokenizer.kind=bytes"]) == 2
+    assert "data.tokenizer: is the run's own" in capsys.readouterr().err
 
 
 def test_a_finished_run_says_so_and_more_steps_continue_it(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ COMMANDS = {
     "plan": Command("what a training run would be: memory, time, disk, money", "train.outlook:plan", "model=llama_1b"),
     "drill": Command("a run under faults and its twin without: are the bits equal?", "train.drill:drill", "devices=4"),
     "sample": Command("continue a prompt with a run's model", "train.sample:sample", "run=llama_nano prompt='def f('"),
-    "eval": Command("bits per byte of a run's model, beside gzip's", "train.evaluate:main", "run=llama_nano"),
+    "eval": Command("bits per byte and perplexity of a run's model", "train.evaluate:main", "run=llama_nano"),
     "export": Command("a run's model as transformers loads it", "train.export:export", "run=llama_nano format=hf"),
     "verify": Command("read every byte of a run's checkpoints", "train.verify:verify", "run=llama_nano"),
     "replay": Command("compute a step again: do the bits agree?", "train.replay:replay", "run=llama_nano step=100"),

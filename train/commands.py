@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from train.checks import Refused, at_least, choice, require, seconds
-from train.config import ACCELERATORS, GROUPS, Model, Train
+from train.config import ACCELERATORS, GROUPS, Data, Model, TokenizerKind, Train
 from train.shapes import MODELS
 
 
@@ -61,17 +61,20 @@ class Sample:
 
 @dataclass(slots=True, kw_only=True)
 class Evaluate:
-    """`colossus eval`: bits per byte of a run's model on its validation set, beside gzip's."""
+    """`colossus eval`: bits per byte and perplexity of a run's model on its validation set, or on all of `data`."""
 
     run: str = MISSING
     step: int = -1
-    tokens: int = 0  # of the validation set; 0: all
+    data: Data | None = None  # data=…: another corpus, in the run's tokens
+    tokens: int = 0  # of the validation set, or of that corpus; 0: all
     micro_batch: int = 8
     accelerator: str = "auto"
     format: Format = Format.table
 
     def __post_init__(self) -> None:
         at_least(self, "", tokens=0, micro_batch=1)
+        given = self.data is not None and self.data.tokenizer.kind in (TokenizerKind.bytes, TokenizerKind.file)
+        require(not given, "data.tokenizer", "is the run's own, which its model knows: leave it out")
         choice(self.accelerator, "accelerator", ACCELERATORS)
 
 

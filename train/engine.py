@@ -55,7 +55,7 @@ class Engine:
         )
         hf.begin(model)
         flat, reducer = laid_out(config, group, model)
-        state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat))
+        state = TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat, group))
         return cls(config, prepared, group, fabric, model, reducer, state)
 
     def parts(
@@ -71,6 +71,7 @@ class Engine:
             config=config,
             fabric=self.fabric,
             model=torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile is True else self.model,
+            aside=self.model.aside,
             stream=stream(config, self.prepared),
             generator=_generator(self.fabric.device),
             reducer=self.reducer,

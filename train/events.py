@@ -132,6 +132,17 @@ class Throughput(Event):
 
 
 @dataclass(slots=True, kw_only=True)
+class Routing(Event):
+    """A logging step of a model with experts: where all tokens of its global batch went."""
+
+    kind: ClassVar[str] = "routing"
+    step: int
+    experts: list[list[int]]  # by layer: how often each was chosen
+    balance: float  # the load-balancing loss, 1 where even; mean of layers and micro-batches
+    router_z: float  # the router's z-loss, likewise
+
+
+@dataclass(slots=True, kw_only=True)
 class Evaluated(Event):
     kind: ClassVar[str] = "eval"
     step: int

@@ -7,9 +7,8 @@ them asynchronously and reads them when they have arrived.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ from train.config import Train
 from train.data.stream import Stream
 from train.flat import Buffer, Flat, Piece
 from train.group import Changed
+from train.models.fused import casts_kept
 from train.telemetry import Recorder
 
 
@@ -65,6 +65,7 @@ class Parts:
     config: Train
     fabric: Fabric
     model: Callable[[Tensor, Tensor], Tensor]  # inputs, targets (B, T) -> sum of nats; perhaps compiled
+    aside: Tensor  # what the model told with its last loss, (N,) or of more dimensions
     stream: Stream
     generator: torch.Generator  # the device's default one, which dropout draws from
     reducer: Reducer
@@ -113,21 +114,10 @@ def step(state: TrainState, parts: Parts) -> tuple[Total, float]:
     return total, rate
 
 
-@contextlib.contextmanager
-def casts_kept() -> Iterator[None]:
-    """Let autocast round each weight once a step, not once a micro-batch: they do not change within one."""
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-
-
 def virtual_rank(v: int, buffer: Buffer, state: TrainState, parts: Parts) -> None:
     """Add virtual rank v's gradient and loss to `buffer`: its k micro-batches in order.
 
-    The loss of a step is the sum over its tokens divided by their number, which is known before the forward pass.
+    The loss of a step is the sum over its targets divided by their number, which is known before the forward pass.
     """
     for i in range(parts.config.batch.micro_batches):
         micro_batch(v, i, buffer, state, parts)
@@ -140,9 +130,10 @@ def micro_batch(v: int, i: int, buffer: Buffer, state: TrainState, parts: Parts)
     read = parts.stream.micro_batch(state.step, v, i)
     tokens = torch.from_numpy(read).to(device, non_blocking=True)
     with parts.fabric.autocast():
-        nats = parts.model(tokens[:, :-1], tokens[:, 1:])
-    loss = nats / config.tokens_per_step
+        nats = parts.model(*parts.stream.sides(tokens))
+    loss = nats / parts.stream.counted(state.step)
     parts.phase("backward", state.step)
     parts.fabric.backward(loss)
     buffer.loss += loss.detach()
+    buffer.numbers[1:] += parts.aside.view(-1)
     buffer.tokens = checksum(read.tobytes(), buffer.tokens)

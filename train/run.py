@@ -18,7 +18,7 @@ import traceback
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -32,7 +32,7 @@ from train.data.stream import Stream, Validation
 from train.engine import Engine
 from train.faults import detect
 from train.fingerprint import fingerprint
-from train.folder import identity, plain_identity, read_train
+from train.folder import plain_identity, read_train
 from train.group import Changed, Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
 from train.loop import Due, fit
@@ -122,7 +122,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     fabric, state = engine.fabric, engine.state
     numerics = fingerprint(config, fabric.device)
     balance = Balance(config, group, engine.reducer, channel)
-    recorder = Recorder(config, fabric, channel.send, prepared.vocab, on_step=[balance.observe])
+    recorder = Recorder(config, fabric, channel.send, prepared.vocab, engine.model.aside.shape, [balance.observe])
 
     stored = optim.Stored(state.optimizer, state.flat)
     phase = detect.watched(config, group, order.place.member, channel, Path(order.record), stored)
@@ -147,7 +147,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
             group,
             about={
                 "fingerprint": numerics,
-                "config": _digest(identity(config)),
+                "config": hashlib.sha256(json.dumps(plain_identity(config), sort_keys=True).encode()).hexdigest(),
                 "writer_epoch": order.writer_epoch,
                 "identity": plain_identity(config),
                 "data": prepared.digest,
@@ -200,11 +200,6 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         begin=begin,
         joined=sharded,
     )
-
-
-def _digest(keys: dict[str, Any]) -> str:
-    """sha256 of configuration keys."""
-    return hashlib.sha256(json.dumps(keys, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _cause(error: BaseException) -> tuple[str, str]:

@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.loop import casts_kept
-from train.models.fused import QUERIES, gelu, scores
+from train.models.fused import QUERIES, casts_kept, gelu, scores
 from train.models.layers import causal_attention
 
 

@@ -5,7 +5,9 @@ Measured on one thread of an AVX-512 bf16 machine; tests/bench/NOTES.md has what
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -118,3 +120,14 @@ def scores(x_BTD: Tensor, weight: Tensor, vocab: int) -> Tensor:
     """Logits (B, T, vocab). A slice that leaves nothing out would still cost two passes over zeros backward."""
     logits_BTV = F.linear(x_BTD, weight)
     return logits_BTV if logits_BTV.size(-1) == vocab else logits_BTV[..., :vocab]
+
+
+@contextlib.contextmanager
+def casts_kept() -> Iterator[None]:
+    """Let autocast round each weight once a step, not once a micro-batch: they do not change within one."""
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
