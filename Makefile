@@ -76,7 +76,7 @@ bench-torchrun: setup ## Measure: the same under torchrun, which restarts all ra
 bench-torchft: setup ## Measure: the same under torchft, whose survivors go on (minutes; needs pip install torchft)
 	@$(BIN)/python -m tests.bench.torchft $(ARGS)
 
-bench-efficiency: setup ## Measure: wall time under kills beside a twin's, for us and torchft (35 minutes, asleep; needs pip install torchft)
+bench-efficiency: setup ## Measure: wall time under kills beside a twin's, for us and torchft (an hour, asleep; needs pip install torchft)
 	@$(BIN)/python -m tests.bench.efficiency $(ARGS)
 
 bench-detection: setup ## Measure: wrong gradients that audits find, flipped bits that checksums see (a minute or two)
