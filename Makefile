@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-efficiency bench-detection bench-healthy bench-report bench-peers gpu-check clean
+.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-efficiency bench-detection bench-healthy bench-report bench-forecast bench-peers bench-startup bench-scaling bench-large bench-experts gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -85,11 +85,26 @@ bench-detection: setup ## Measure: wrong gradients that audits find, flipped bit
 bench-healthy: setup ## Measure: alarms in 100,000 healthy steps (half an hour)
 	@$(BIN)/python -m tests.bench.healthy $(ARGS)
 
+bench-forecast: setup ## Measure: predicted steps of 4 and 8 ranks, and a drill's goodput (six minutes)
+	@$(BIN)/python -m tests.bench.forecast $(ARGS)
+
 bench-report: setup ## Measure: what the report of 100,000 steps costs (half a minute)
 	@$(BIN)/python -m tests.bench.long_report $(ARGS)
 
 bench-peers: setup ## Measure: nanoGPT, transformers' Trainer, lightning's beside us at the same work (NANOGPT=PATH; a quarter of an hour)
 	@$(BIN)/python -m tests.bench.peers $(ARGS)
+
+bench-startup: setup ## Measure: from the command to the first step, cold and warm (two minutes)
+	@$(BIN)/python -m tests.bench.startup $(ARGS)
+
+bench-scaling: setup ## Measure: 1, 2, 4, 8 ranks, weak and strong (five minutes)
+	@$(BIN)/python -m tests.bench.scaling $(ARGS)
+
+bench-large: setup ## Measure: a step of a 1 B llama and of grok_small, peak memory beside the plan's (minutes; 17 GiB of memory)
+	@$(BIN)/python -m tests.bench.large $(ARGS)
+
+bench-experts: setup ## Measure: a mixture of experts beside a dense model of the same active parameters (minutes)
+	@$(BIN)/python -m tests.bench.experts $(ARGS)
 
 gpu-check: setup ## On a machine with a GPU: what of all this holds there, in under 8 minutes
 	@$(BIN)/python -m tests.bench.gpu_check $(ARGS)

@@ -195,18 +195,22 @@ def test_ten_thousand_flipped_bits_are_all_refused(tmp_path: Path) -> None:
     rng = random.Random(0)
     contents = {file: file.read_bytes() for file in sorted(path.iterdir())}
     places = [(file, place) for file, content in contents.items() for place in range(len(content))]
-    for _ in range(10_000):
-        file, place = rng.choice(places)
+
+    def put(file: Path, place: int, byte: int) -> None:  # in place: a file cut and written anew is flushed when closed
         with file.open("r+b") as stream:
             stream.seek(place)
-            stream.write(bytes([contents[file][place] ^ (1 << rng.randrange(8))]))
+            stream.write(bytes([byte]))
+
+    for _ in range(10_000):
+        file, place = rng.choice(places)
+        put(file, place, contents[file][place] ^ (1 << rng.randrange(8)))
         with pytest.raises(Damaged, match="step-00000002"):
             manifest.verify(path)
         if rng.random() < 0.01:
             found, _ = manifest.newest(tmp_path)
             assert found is not None
             assert found.step == 1
-        file.write_bytes(contents[file])
+        put(file, place, contents[file][place])
     manifest.verify(path)
 
 

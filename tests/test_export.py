@@ -22,6 +22,7 @@ from train.shapes import GPT2, Llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CPU = torch.device("cpu")
+EMBEDDING = "transformer.wte.weight"
 FAMILIES = {
     "gpt2": ["model=gpt2_micro", "model.layers=2", "model.width=32", "model.heads=2", "model.ffn=48"],
     "llama": ["model=llama_micro", "model.layers=2", "model.width=32", "model.heads=2", "model.kv_heads=1"],
@@ -135,6 +136,39 @@ def test_what_cannot_be_gone_on_from_is_refused(settings: list[str], named: str,
     with pytest.raises(Refused) as refused:
         compose.config("train", [setting.format(tmp_path) for setting in settings])
     assert named in str(refused.value)
+
+
+def test_a_name_on_the_hub_is_the_snapshot_of_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a cache laid out as the Hub's client does, without a network; a folder of that name comes first."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    for commit, width in (("a" * 40, 32), ("b" * 40, 16)):
+        shape = GPT2(layers=1, width=width, heads=2, ffn=48, context=16)
+        snapshot = tmp_path / "hub" / "models--some--tiny" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        hf.write(snapshot, build(shape, 61, seed=1, device=CPU), 60)
+    (tmp_path / "hub" / "models--some--tiny" / "refs").mkdir()
+    (tmp_path / "hub" / "models--some--tiny" / "refs" / "main").write_text("a" * 40)
+    plain = ["data=synthetic", "data.tokenizer.vocab=61"]
+    for path, width in (("some/tiny", 32), (f"some/tiny@{'b' * 40}", 16)):
+        config = compose.config("train", ["model=hf", f"model.path={path}", *plain])
+        assert (config.model.family, config.model.width, config.model.vocab) == ("gpt2", width, 61)
+        assert Path(config.model.path).parent == tmp_path / "hub" / "models--some--tiny" / "snapshots"
+        model = build(config.model, 61, seed=2, device=CPU)
+        hf.begin(model)
+        assert torch.equal(model.get_parameter("embedding.weight")[:61], hf.read(Path(config.model.path))[EMBEDDING])
+    assert cli.main(["plan", "model=hf", "model.path=nobody/knows", *plain]) == 2
+    refusal = capsys.readouterr().err
+    assert "model.path: nobody/knows is no folder here, and the Hub does not give it: " in refusal
+    assert len(refusal.splitlines()) == 1
+    (tmp_path / "some").mkdir()
+    snapshot.rename(tmp_path / "some" / "tiny")
+    assert compose.config("train", ["model=hf", "model.path=some/tiny", *plain]).model.width == 16
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:

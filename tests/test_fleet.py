@@ -5,6 +5,7 @@ The nodes are processes on this host, each with a run folder of its own. Network
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,16 +13,18 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.test_recovery import equals_one_rank, of_kind, once, records
+from tests.running import Running, at_step, gone
+from tests.test_recovery import equals_one_rank, of_kind, once, records, watching
 from tests.test_resume import ENDLESS
-from tests.test_train import Running, at_step, descendants, gone
-from train import compose, nodes, remote
+from train import compose, events, nodes, plan, remote
 from train.checks import REFUSED, Refused
 from train.fleet import Fleet
+from train.folder import RunFolder
 from train.processes import Here
 
 GROUPS = ("start", "regroup")  # events that say who there is
@@ -80,7 +83,9 @@ def test_ranks_and_nodes_are_lost_and_come_back(tiny: list[str], tmp_path: Path,
     for rank in sorted(head.children())[-2:]:
         os.kill(rank, signal.SIGKILL)
     head.wait_for(grown(4, above=newest + 1))
-    other.process.send_signal(signal.SIGINT)
+    first = members(records(head.folder))[0]
+    assert (head.folder / "logs" / f"rank-{first}.log").exists(), "rank 0, which saves, is where the run's folder is"
+    other.send(signal.SIGINT)
     assert other.end()[0] == 75, "the run was asked to stop there, which stops all of it"
     equals_one_rank(head, both.overrides, f"runs={tmp_path}/alone", *ENDLESS)
     found = records(head.folder)
@@ -98,7 +103,7 @@ def test_nodes_come_and_go(tiny: list[str], tmp_path: Path, port: int) -> None:
     head.wait_for(at_step(2))
     second, third = some.start(1, "devices=2"), some.start(2, "devices=1")
     head.wait_for(grown(4))
-    second.process.send_signal(signal.SIGTERM)
+    second.send(signal.SIGTERM)
     assert second.end()[0] == 75
     head.wait_for(grown(2))
     equals_one_rank(head, some.overrides, f"runs={tmp_path}/alone", *ENDLESS)
@@ -109,6 +114,39 @@ def test_nodes_come_and_go(tiny: list[str], tmp_path: Path, port: int) -> None:
     assert {r["why"] for r in of_kind(found, "regroup")} == {"joined", "resized"}
 
 
+def test_node_0_is_lost_and_started_again(tiny: list[str], tmp_path: Path, port: int) -> None:
+    """The other node's ranks end, and it waits; the same command there goes on from the checkpoint, with both."""
+    both = Nodes(
+        tiny, tmp_path, port, *ENDLESS, "checkpoint.every=3", "nodes=2", "devices=1", f"faults.at=[slow:0@{SLOW}]"
+    )
+    head, other = both.start(0), both.start(1)
+    head.wait_for(lambda found: bool(of_kind(found, "checkpoint")))
+    ranks = set(sorted(other.children())[-1:])
+    head.process.kill()
+    head.end()
+    assert gone(ranks, within=5)
+    again = both.start(0)
+    again.wait_for(lambda found: len(of_kind(found, "start")) == 2)
+    equals_one_rank(again, both.overrides, f"runs={tmp_path}/alone", *ENDLESS)
+    assert other.end()[0] == 75
+    assert [start["world"] for start in of_kind(records(again.folder), "start")] == [2, 2]
+
+
+def test_a_clock_that_is_wrong_elsewhere_is_harmless(tiny: list[str], tmp_path: Path) -> None:
+    """What comes from another node has the time at which it came."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=1"]))
+    said = events.Warned(rank=1, text="here", time=4e9).record()
+    with RunFolder(tmp_path / "run") as run:
+        watch = watching(config, run)
+        for node in (0, 1):
+            words = [json.dumps(said).encode()]
+            watch._ranks = [SimpleNamespace(spot=(node, 0), words=lambda words=words: words)]  # type: ignore[list-item]
+            watch._hear()
+        here, elsewhere = (record["time"] for record in run.events())
+    assert here == 4e9
+    assert abs(elsewhere - time.time()) < 60
+
+
 def test_a_node_with_other_settings_is_refused(tiny: list[str], tmp_path: Path, port: int) -> None:
     """Before anything starts, on both, by the key that differs."""
     both = Nodes(tiny, tmp_path, port, "nodes=2", "devices=1")
@@ -116,7 +154,6 @@ def test_a_node_with_other_settings_is_refused(tiny: list[str], tmp_path: Path, 
         code, _, err = node.end()
         assert code == REFUSED
         assert "eval.every is 3 on node 0, 7 there" in err
-        assert not list(descendants(node.process.pid))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from train.commands import HEEDED, Place, Target
 from train.config import Train
 from train.launch.job import Job
 from train.launch.submit import PLACES
+from train.remote import TOKEN
 
 STRANGE = 'it\'s "$HOME" $(touch pwned) `id` ${x} \\ end'
 STORE = "checkpoint.store=s3://bucket/run"
@@ -169,7 +171,7 @@ def test_skypilot_goes_on_from_75(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_kubernetes_trains_on_so_many_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     mounts = ["target.mounts=[corpus:/data]", "data=text", "data.path=/data/books", f"sample={STRANGE}"]
-    runtime, job = yaml.safe_load_all(text(capsys, "kubernetes", *mounts))
+    secret, runtime, job = yaml.safe_load_all(text(capsys, "kubernetes", *mounts))
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"] == "job"
     assert job["spec"]["trainer"]["numNodes"] == 2
     assert job["spec"]["trainer"]["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "8"}
@@ -179,6 +181,8 @@ def test_kubernetes_trains_on_so_many_nodes(capsys: pytest.CaptureFixture[str]) 
     pod = node["template"]["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert {"name": "mount-0", "persistentVolumeClaim": {"claimName": "corpus"}} in pod["volumes"]
+    assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"]}}]
+    assert node["template"]["spec"]["backoffLimit"] == 100, "a pod that is lost comes back alone"
 
 
 def test_compose_has_a_service_for_each_node(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +190,28 @@ def test_compose_has_a_service_for_each_node(capsys: pytest.CaptureFixture[str])
     assert [one["environment"]["PET_NODE_RANK"] for one in services.values()] == ["0", "1"]
     assert {one["environment"]["PET_MASTER_ADDR"] for one in services.values()} == {"node0"}
     assert f"sample={STRANGE}" in [word.replace("$$", "$") for word in services["node1"]["command"]]
+
+
+def test_nodes_share_a_token_that_nobody_else_reads(tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another one for each job; on Slurm made there, for all nodes at once. One node needs none."""
+    found: dict[str, Callable[[str], str]] = {
+        "kubernetes": lambda text: next(yaml.safe_load_all(text))["stringData"][TOKEN],
+        "skypilot": lambda text: yaml.safe_load(text)["secrets"][TOKEN],
+        "compose": lambda text: "".join(
+            {service["environment"][TOKEN] for service in yaml.safe_load(text)["services"].values()}
+        ),
+    }
+    for target, read in found.items():
+        tokens = {read(text(capsys, target)) for _ in range(2)}
+        assert [len(token) for token in tokens] == [32, 32], target
+    assert TOKEN not in text(capsys, "compose", "nodes=1")
+    script = submitted()
+    assert script.stat().st_mode & 0o077 == 0
+    shebang, rest = (tools / "srun").read_text().split("\n", 1)
+    (tools / "srun").write_text(f'{shebang}\necho "${TOKEN}" >> {tools}/tokens\n{rest}')
+    for _ in range(2):
+        ran(tools, script)
+    assert [len(token) for token in set((tools / "tokens").read_text().split())] == [32, 32]
 
 
 def test_a_sweep_elsewhere_is_a_job_each(tools: Path) -> None:

@@ -12,17 +12,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
-    ("checks", "config", "shapes", "events", "batch", "flops", "hardware"),
-    ("commands", "ledger", "pulse", "locks", "slots", "flat", "muon"),
-    ("scale", "data", "models", "optim", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
+    ("light", "checks", "config", "shapes", "events", "batch", "flops", "hardware"),
+    ("commands", "ledger", "pulse", "locks", "slots", "flat", "ranks", "muon"),
+    ("scale", "data", "models", "optim", "nodes", "summary", "fingerprint", "channel", "manifest"),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets", "compose"),
     ("reduce", "shard", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify", "export"),
-    ("loop",),
-    ("keeper", "balance", "engine", "audit"),
+    ("loop", "outlook"),
+    ("keeper", "balance", "engine", "audit", "profile"),
     ("recovery", "run", "rerun"),
     ("remote", "fleet", "agent", "supervisor", "report"),
-    ("job", "runs", "replay", "diff", "resize", "probe", "watch"),
+    ("job", "runs", "replay", "diff", "resize", "probe", "watch", "projector", "links"),
     ("drill",),
     ("launch",),
     ("cli", "__main__"),
@@ -91,11 +91,11 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 16_450
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 18_000
 
 
 def test_the_projector_keeps_its_budget() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in (PACKAGE / "scale").glob("*.py")) <= 1500
+    assert sum(len(path.read_text().splitlines()) for path in (PACKAGE / "scale").glob("*.py")) <= 1900
 
 
 def test_the_report_keeps_its_budget() -> None:
@@ -107,6 +107,14 @@ def test_the_report_keeps_its_budget() -> None:
 def test_the_sum_needs_no_lightning() -> None:
     """Somebody else's training loop pays for torch only: lightning would add 4 s to every start of it."""
     code = "import sys, train.reduce; print([m for m in ('lightning', 'lightning_fabric') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_ranks_start_without_what_lightning_brings_along() -> None:
+    """And what was left out can be imported later."""
+    left_out = "[m for m in ('torchmetrics', 'transformers', 'lightning.pytorch') if m in sys.modules]"
+    code = f"import train.light, train.run, sys; print({left_out}); import torchmetrics"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

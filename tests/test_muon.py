@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +9,15 @@ import torch
 from torch import nn
 
 from tests import dist
+from tests.test_shard import VOCAB, configuration
 from tests.test_train import sha256, summary, train
-from train import cli, events, optim
+from train import engine, events, muon, optim
 from train.config import Optimizer, OptimizerKind
 from train.flat import Flat
+from train.group import Group
 from train.models.build import build
 from train.muon import hidden
+from train.ranks import Ranks
 from train.shapes import GPT2, Grok, Llama
 
 SHAPES = {
@@ -23,6 +25,7 @@ SHAPES = {
     "llama": Llama(layers=2, width=24, heads=4, kv_heads=2, ffn=40, context=16, tied=False),
     "grok": Grok(layers=2, width=24, heads=2, kv_heads=1, head_size=8, experts=3, chosen=2, context=16),
 }
+CPU = torch.device("cpu")
 CONFIG = Optimizer(kind=OptimizerKind.muon, lr=0.01, weight_decay=0.05, clip_norm=0)
 
 
@@ -61,7 +64,7 @@ def test_four_steps_equal_torchs_own_muon_on_each_matrix_and_adamw(family: str) 
     for parameter in theirs.parameters():
         parameter.grad = torch.zeros_like(parameter)
     matrices, decayed, plain = cut_by_hand(theirs, SHAPES[family])
-    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05, momentum=0.95)
+    theirs_muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05, momentum=0.95)
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8, foreach=False)
     for step in range(4):
@@ -75,9 +78,9 @@ def test_four_steps_equal_torchs_own_muon_on_each_matrix_and_adamw(family: str) 
         rate = 0.01 / (1 + step)  # Muon's goes with it
         optim.set_learning_rate(optimizer, rate)
         flat.step(optimizer, buffer.tensor, torch.ones(()), max_norm=0)
-        optim.set_learning_rate(muon, 2 * rate)
+        optim.set_learning_rate(theirs_muon, 2 * rate)
         optim.set_learning_rate(adamw, rate)
-        muon.step()  # type: ignore[no-untyped-call]
+        theirs_muon.step()  # type: ignore[no-untyped-call]
         adamw.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if hidden(name, a.dim()):
@@ -117,34 +120,54 @@ def test_the_state_is_covered_once_by_pieces_and_by_the_checksum() -> None:
 
 
 @pytest.mark.parametrize(("virtual_ranks", "dtype"), [(8, "fp32"), (6, "bf16")])
-def test_the_result_does_not_depend_on_the_number_of_ranks(virtual_ranks: int, dtype: str) -> None:
-    more = {"sharding": "none", "virtual_ranks": virtual_ranks, "dtype": dtype}
-    worlds = [dist.run("tests.test_shard:train", world, kind="muon", **more) for world in (1, 2, 3)]
-    results = [(result["record"], result["digest"]) for world in worlds for result in world]
-    assert len(results) == 6
-    assert all(result == results[0] for result in results)
-    (adamw,) = dist.run("tests.test_shard:train", 1, **more)
-    assert adamw["digest"] != results[0][1]
+def test_the_result_does_not_depend_on_ranks_or_sharding(virtual_ranks: int, dtype: str) -> None:
+    """Ranks that divide V and not; chunks of 5 KiB, smaller than a matrix and larger."""
+    more = {"virtual_ranks": virtual_ranks, "dtype": dtype}
+    (whole,) = dist.run("tests.test_shard:train", 1, kind="muon", sharding="none", **more)
+    for world, sharding in ((2, "none"), (2, "optimizer"), (3, "optimizer"), (2, "full"), (3, "full")):
+        results = dist.run("tests.test_shard:train", world, kind="muon", sharding=sharding, **more)
+        assert all(result["record"] == whole["record"] for result in results), (world, sharding)
+        assert all(result["digest"] == whole["digest"] for result in results), (world, sharding)
+        held = sum(result["held"] for result in results)
+        assert held == whole["held"] if sharding == "full" else held < world * whole["held"] or sharding == "none"
+    (adamw,) = dist.run("tests.test_shard:train", 1, sharding="none", **more)
+    assert adamw["digest"] != whole["digest"]
+
+
+def traffic(group: Group) -> dict[str, int]:
+    """Matrices that this rank orthogonalised in a step with sharded moments, the elements of all of them, and sent."""
+    config = configuration("optimizer", 8, 2, kind="muon")
+    flat, _ = engine.laid_out(config, Ranks.default(), build(config.model, VOCAB, seed=1, device=CPU))
+    ranks, seen, sent = Ranks.default(), [], []
+    exchange, orthogonal = ranks.exchange, muon.orthogonal
+    ranks.exchange = lambda *given: sent.append(given[1].numel() * given[1].element_size()) or exchange(*given)  # type: ignore[method-assign, func-returns-value]
+    optimizer = optim.build(config.optimizer, flat, ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "orthogonal", lambda x: seen.append(x.numel()) or orthogonal(x))  # type: ignore[func-returns-value]
+        flat.step(optimizer, torch.ones(flat.length), torch.ones(()), 0)
+    total = sum(rows * columns for _, rows, columns in muon.matrices(flat))
+    return {"matrices": len(seen), "mine": sum(seen), "all": total, "sent": sum(sent)}
+
+
+def test_a_matrix_is_orthogonalised_once_and_its_work_is_shared() -> None:
+    results = dist.run("tests.test_muon:traffic", 3)
+    (whole,) = {result["all"] for result in results}
+    assert sum(result["matrices"] for result in results) == 2 * (3 + 1 + 3)  # q, k, v, out, gate, up, down
+    assert sum(result["mine"] for result in results) == whole
+    assert max(result["mine"] for result in results) < 0.5 * whole
+    assert sum(result["sent"] for result in results) == 2 * 2 * whole  # bf16, there and back
 
 
 def test_a_run_goes_on_to_the_same_bits(tiny: list[str]) -> None:
-    """Experts, bf16: six steps on one rank; three on two, and three on three, one of which is lost."""
+    """Experts, bf16: six steps on one rank; on two, then one on three with all sharded, then on three, one is lost."""
     tiny = [one for one in tiny if not one.startswith(("model=", "model.ffn", "model.tied"))]
     tiny += ["model=grok_micro", "model.head_size=16", "model.experts=3", "precision=bf16"]
     tiny += ["optimizer=muon", "schedule=constant", "eval.every=0", "checkpoint.every=0"]
     whole = sha256(tiny, "name=one", "devices=1")
-    assert sha256(tiny, "name=cut", "devices=2", "steps=3") != whole
-    code, folder = train(tiny, "name=cut", "devices=3", "resume.allow=steps", "faults.at=[kill:1@commit:3]")
+    assert sha256(tiny, "name=cut", "devices=2", "steps=3", "sharding=optimizer") != whole
+    assert sha256(tiny, "name=cut", "devices=3", "steps=4", "sharding=full", "resume.allow=steps") != whole
+    code, folder = train(tiny, "name=cut", "devices=3", "resume.allow=steps", "faults.at=[kill:1@commit:4]")
     assert code == 0
     assert summary(folder)["state_sha256"] == whole
     handed_over = [one for one in events.read(folder / "events.jsonl") if one["kind"] == "regroup"]
-    assert [one["step"] for one in handed_over][:1] == [4]
-
-
-@pytest.mark.parametrize("sharding", ["optimizer", "full"])
-def test_what_would_cut_matrices_is_refused(
-    tiny: list[str], capsys: pytest.CaptureFixture[str], sharding: str, tmp_path: Path
-) -> None:
-    assert cli.main(["train", *tiny, "name=cut", "optimizer=muon", f"sharding={sharding}"]) == 2
-    assert f"optimizer: muon steps whole matrices, which sharding={sharding} cuts: use none" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+    assert [one["step"] for one in handed_over][:1] == [5]

@@ -102,7 +102,7 @@ def test_ranks_that_own_parts_update_them_to_the_same_bits() -> None:
     assert whole.length == 9 * BLOCK
     for ranges in ([(0, 3 * BLOCK)], [(3 * BLOCK, 4 * BLOCK), (8 * BLOCK, 9 * BLOCK)], [(4 * BLOCK, 8 * BLOCK)]):
         flat = Flat(wide())
-        flat.own(ranges)
+        flat.own([ranges])
         own = optim.build(Optimizer(kind=OptimizerKind.adamw), flat)
         for gradient in gradients:
             flat.step(own, gradient.clone(), norm, max_norm=1.0)

@@ -70,6 +70,7 @@ def test_sharding_takes_its_part_off_the_plan(monkeypatch: pytest.MonkeyPatch) -
     sizes = flops.sizes(config.model, 32_000)
     assert needs["sharding=none"].gradients == 3 * 4 * n
     assert needs["sharding=none"].weights == 4 * n
+    assert {need.snapshot for need in needs.values()} == {12 * n // 8}
     assert needs["reduce.dtype=bf16"].gradients == 4 * n + 2 * 2 * n
     assert needs["reduce=fast"].gradients == 4 * n
     assert needs["sharding=optimizer"].optimizer == n

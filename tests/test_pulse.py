@@ -64,6 +64,16 @@ def test_a_known_phase_may_last_some_times_the_longest_seen(
     assert silent(LEAST + 0.1) == (pytest.approx(LEAST + 0.1), "backward")  # type: ignore[comparison-overlap]
 
 
+def test_evaluation_may_last_by_its_size(heart: tuple[Pulse, Silence], clock: SimpleNamespace) -> None:
+    """Its first sign comes before anything is computed; then 8 sequences at once take longer than 2 in training."""
+    rank, silent = heart
+    rank.heavier = {"evaluation": 8 / 2}
+    live(rank, clock, ("forward", 1.0), ("backward", 2.0), ("evaluation", 0.01))
+    rank.beat()
+    assert silent(OFTEN * 4 * 2.0 - 0.1) is None
+    assert silent(OFTEN * 4 * 2.0 + 0.1) is not None
+
+
 def test_a_wait_is_no_silence(heart: tuple[Pulse, Silence], clock: SimpleNamespace) -> None:
     """However long it lasts; and it does not make the phase's limit longer."""
     rank, silent = heart

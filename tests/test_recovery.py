@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.running import Running, at_step
 from tests.test_resume import ENDLESS, numbers, ranks
-from tests.test_train import Running, at_step, summary, train
+from tests.test_train import summary, train
 from train import cli, compose, events, nodes, plan, pulse, slots, supervisor
 from train.channel import Requests
 from train.config import Train
@@ -84,7 +85,7 @@ def survived(folder: Path, tiny: list[str], twins: Twins, *more: str) -> list[Re
 
 def equals_one_rank(running: Running, overrides: list[str], *more: str) -> None:
     """Stop a run that has no end, and show that one rank alone comes to the same losses and the same state there."""
-    running.process.send_signal(signal.SIGINT)
+    running.send(signal.SIGINT)
     code, _, err = running.end()
     assert code == 75, err
     end = summary(running.folder)
@@ -126,8 +127,11 @@ def test_a_kill_in_every_phase_of_a_step(rank: int, places: tuple[str, ...], tin
 
 
 def test_survivors_keep_what_they_have_finished(tiny: list[str], twins: Twins) -> None:
-    """Of 2 leaves each of 4 ranks has finished one when the sum begins: the dead rank's and the last ones remain."""
-    code, folder = train(tiny, *LONG, "name=a", "devices=4", "faults.at=[kill:1@reduce:5]")
+    """Of 2 leaves each of 4 ranks has finished one when the sum begins: the dead rank's and the last ones remain.
+
+    Then the steps take their time, so that the replacement finds some left.
+    """
+    code, folder = train(tiny, *LONG, "name=a", "devices=4", "faults.at=[kill:1@reduce:5,slow:0@forward:6:10:20]")
     assert code == 0
     found = survived(folder, tiny, twins, *LONG)
     once(found)
@@ -174,23 +178,27 @@ def test_what_cannot_be_healed_in_place_starts_again(how: str, tiny: list[str], 
     assert not of_kind(found, "regroup")
 
 
-@pytest.mark.parametrize("kind", ["stop", "gil", "hang"])
-def test_a_rank_that_hangs_is_found_and_says_where(kind: str, tiny: list[str], twins: Twins) -> None:
-    code, folder = train(tiny, *LONG, "name=a", "devices=2", f"faults.at=[{kind}:1@backward:12]")
+def test_ranks_that_hang_are_found_and_say_where(tiny: list[str], twins: Twins) -> None:
+    """Three at once, each in its way, since each way costs seconds of silence; the fourth waits, and is left alone."""
+    kinds = {1: "stop", 2: "gil", 3: "hang"}
+    at = ",".join(f"{kind}:{rank}@backward:12" for rank, kind in kinds.items())
+    code, folder = train(tiny, *LONG, "name=a", "devices=4", f"faults.at=[{at}]")
     assert code == 0
     found = survived(folder, tiny, twins, *LONG)
     once(found)
-    (fault,) = of_kind(found, "fault")
-    (struck,) = of_kind(found, "injected")
-    assert (fault["fault"], fault["rank"], fault["phase"]) == ("hang", 1, "backward")
-    assert fault["time"] - struck["time"] < pulse.LEAST + 2.5, "the machine may be busy, hence the margin"
-    log = (folder / "logs" / "rank-1.log").read_text()
-    assert re.search(r'File ".*train/loop.py", line \d+ in micro_batch', log), "the stack of the culprit"
+    struck = {one["rank"]: one["time"] for one in of_kind(found, "injected")}
+    faults = {one["rank"]: one for one in of_kind(found, "fault")}
+    assert set(faults) == set(struck) == set(kinds)
+    for rank, fault in faults.items():
+        assert (fault["fault"], fault["phase"]) == ("hang", "backward")
+        assert fault["time"] - struck[rank] < pulse.LEAST + 2.5, "the machine may be busy, hence the margin"
+        log = (folder / "logs" / f"rank-{rank}.log").read_text()
+        assert re.search(r'File ".*train/loop.py", line \d+ in micro_batch', log), "the stack of the culprit"
 
 
 def test_a_slow_rank_is_named(tiny: list[str], twins: Twins) -> None:
     """Once that has lasted for a few seconds; and it has no say in the bits."""
-    code, folder = train(tiny, *LONG, "name=a", "devices=3", "faults.at=[slow:1@forward:4:60:16]")
+    code, folder = train(tiny, *LONG, "name=a", "devices=3", "faults.at=[slow:1@forward:4:25:16]")
     assert code == 0
     found = survived(folder, tiny, twins, *LONG)
     named = [one for one in of_kind(found, "slow") if one["rank"] == 1]
@@ -404,6 +412,22 @@ def test_one_cause_that_takes_several_ranks_at_once_is_survived(tiny: list[str],
         words: dict[str, Any] = {"why": "lost", "kept": 0, "redone": 0, "seconds": 0.0}
         watch._record(events.Regroup(step=7, epoch=2, members=[0], world=1, **words).record())
         assert watch._bury(lost[2:]) == 1  # type: ignore[arg-type]
+
+
+def test_restarts_that_lead_to_no_new_step_end_the_run(tiny: list[str], tmp_path: Path) -> None:
+    """Steps that are only done again are no progress: whatever ended the run each time would do so for ever."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=1", "recovery.restarts=2"]))
+    words: dict[str, Any] = {"loss": 1.0, "loss_hex": "", "lr": 0.0, "grad_norm": 1.0, "tokens": 1, "seconds": 1.0}
+    with RunFolder(tmp_path / "run") as run:
+        deaf: Any = SimpleNamespace(event=lambda record: None, say=lambda text: None, error=lambda text: None)
+        watch, verdicts = watching(config, run, deaf), []
+        for last in (3, 3, 4, 4, 4):
+            watch._members, watch._last = [0], dict.fromkeys(watch._last, 0)
+            for step in range(1, last + 1):
+                watch.record(events.Step(step=step, world=1, **words))
+            dies = SimpleNamespace(member=0, spot=(0, 0), fault=None, died_of=lambda: "killed by SIGKILL")
+            verdicts.append(watch._bury([dies]))  # type: ignore[list-item]
+        assert verdicts == [None, None, None, None, 1]
 
 
 def test_resize_under_way(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,10 @@ from lightning.fabric.plugins import Precision
 from torch._C._distributed_c10d import HashStore
 
 from tests import dist
+from tests.running import Running, descendants
 from tests.test_checkpoint import cut, digest, flip, pieces, restored, simple, state
 from tests.test_mirror import aws, environment, s3
-from tests.test_train import Running, descendants, sha256, summary, train
+from tests.test_train import sha256, summary, train
 from train import checkpoint, cli, events, manifest, saver
 from train.checks import Refused
 from train.config import Checkpoint
@@ -228,7 +229,7 @@ def test_a_stop_that_did_not_save_does_not_say_so(tiny: list[str]) -> None:
     running = Running(tiny, "name=a", "devices=2", "steps=100000", "checkpoint.every=5", "eval.every=0")
     running.wait_for(lambda found: any(record["kind"] == "checkpoint" for record in found))
     file_limit(list(descendants(running.process.pid)), 100_000)
-    running.process.send_signal(signal.SIGINT)
+    running.send(signal.SIGINT)
     code, out, err = running.end()
     assert code == 1
     assert "was not saved" in err
@@ -250,10 +251,10 @@ def test_the_spot_story(tiny: list[str], aws: str, s3: str, tmp_path: Path) -> N
     until = time.monotonic() + 120
     while sum(remote._fs.exists(remote._at(step, manifest.SEAL)) for step in remote.steps()) < 2:
         assert time.monotonic() < until
-        assert first.process.poll() is None, first.process.communicate()
+        assert first.code() is None, first.end()
         time.sleep(0.02)
     first.process.kill()
-    first.process.communicate()
+    first.end()
     torn, whole = remote.steps()[:2]
     remote._fs.rm_file(remote._at(torn, manifest.SEAL))
     second = Running(

@@ -38,6 +38,7 @@ class Total:
 
     gradient: Tensor  # (length,) float32; where the optimizer is sharded, only what this rank owns
     loss: Tensor  # () float64
+    aside: Tensor  # (N,) float64: what the model told besides, added up
     norm: Tensor  # () float64, L2, of the gradient
     stops: Tensor  # () float64: how many ranks were asked to stop
     changes: Tensor  # () float64: how many ranks know of a change of the ranks
@@ -86,7 +87,7 @@ class Reducer(ABC):
             parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._ready(index))  # type: ignore[no-untyped-call]
         self.lay_out()
         if sharded:
-            flat.own(self._mine)
+            flat.own(self._chunks, ranks.rank)
 
     @classmethod
     def of(cls, model: nn.Module, virtual_ranks: int = 8, micro_batches: int = 1) -> Self:
@@ -108,9 +109,9 @@ class Reducer(ABC):
         self._unready = []
         ranks, flat = self.ranks, self.flat
         self._buckets = flat.buckets(bucket_elements(self._bucket_bytes, ranks.world), ranks.world)
-        chunks = [[chunk(bucket, rank, ranks.world) for bucket in self._buckets] for rank in range(ranks.world)]
-        self._mine = chunks[ranks.rank]
-        blocks = [[block for a, b in own for block in range(a // BLOCK, b // BLOCK)] for own in chunks]
+        self._chunks = [[chunk(bucket, rank, ranks.world) for bucket in self._buckets] for rank in range(ranks.world)]
+        self._mine = self._chunks[ranks.rank]
+        blocks = [[block for a, b in own for block in range(a // BLOCK, b // BLOCK)] for own in self._chunks]
         self._most_blocks = max(map(len, blocks))
         at = {block: rank * self._most_blocks + i for rank, own in enumerate(blocks) for i, block in enumerate(own)}
         self._where = torch.tensor([at[block] for block in range(flat.size // BLOCK)], device=flat.device)
@@ -214,11 +215,11 @@ class Reducer(ABC):
 
     @abstractmethod
     def _losses(self) -> list[Tensor]:
-        """The losses of what this rank contributes."""
+        """The losses, and the numbers beside them, of what this rank contributes."""
 
     @abstractmethod
     def _loss(self, losses: Tensor) -> Tensor:
-        """(W, most) -> (): their sum over all ranks."""
+        """(W, most, 1 + N) -> (1 + N,): their sum over all ranks."""
 
     # ---------------------------------------------------------------------------------------------- buckets
 
@@ -282,7 +283,7 @@ class Reducer(ABC):
     def _zeros(self) -> Buffer:
         buffer = self._take(torch.float32)
         buffer.tensor.zero_()
-        buffer.loss.zero_()
+        buffer.numbers.zero_()
         return buffer
 
     def _give(self, buffer: Buffer) -> None:
@@ -307,19 +308,21 @@ class Reducer(ABC):
         blocks[: mine.numel()] = mine
         parts = [
             from_host,
-            torch.stack([*losses, *[torch.zeros_like(self._last.loss)] * (self._most_losses - len(losses))]),
+            torch.stack([*losses, *[torch.zeros_like(self._last.numbers)] * (self._most_losses - len(losses))]),
             torch.stack([self._evidence.leaf(v) for v in [*hosted, *[-1] * missing]]),
             self._evidence.state.view(-1),
             blocks,
         ]
-        rows = self.ranks.all_gather(torch.cat([part.view(torch.int64) for part in parts]))
+        rows = self.ranks.all_gather(torch.cat([part.view(torch.int64).flatten() for part in parts]))
         sizes = [3, widest, *(part.numel() for part in parts[1:])]
         said, tokens, loss, gradients, sums, squares_of = (part.contiguous() for part in rows.split(sizes, dim=1))  # type: ignore[no-untyped-call]
         said = said.view(torch.float64)
         total = squares_of.view(torch.float64).view(-1)[self._where].sum()
+        numbers = self._loss(loss.view(torch.float64).view(self.ranks.world, self._most_losses, -1))
         return Total(
             gradient=self._last.tensor,
-            loss=self._loss(loss.view(torch.float64)),
+            loss=numbers[0],
+            aside=numbers[1:],
             norm=total.sqrt(),
             stops=said[:, 0].sum(),
             changes=said[:, 1].sum(),

@@ -33,10 +33,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a model, or go on with a run of its name", "train.job:train", "model=llama_mini"),
-    "plan": Command("what a training run would be: parameters, FLOPs, memory", "train.plan:plan", "model=llama_1b"),
+    "plan": Command("what a training run would be: memory, time, disk, money", "train.outlook:plan", "model=llama_1b"),
     "drill": Command("a run under faults and its twin without: are the bits equal?", "train.drill:drill", "devices=4"),
     "sample": Command("continue a prompt with a run's model", "train.sample:sample", "run=llama_nano prompt='def f('"),
-    "eval": Command("bits per byte of a run's model, beside gzip's", "train.evaluate:main", "run=llama_nano"),
+    "eval": Command("bits per byte and perplexity of a run's model", "train.evaluate:main", "run=llama_nano"),
     "export": Command("a run's model as transformers loads it", "train.export:export", "run=llama_nano format=hf"),
     "verify": Command("read every byte of a run's checkpoints", "train.verify:verify", "run=llama_nano"),
     "replay": Command("compute a step again: do the bits agree?", "train.replay:replay", "run=llama_nano step=100"),
@@ -44,7 +44,7 @@ COMMANDS = {
     "resize": Command("more or fewer ranks for a run under way", "train.resize:resize", "run=llama_nano devices=4"),
     "probe": Command("what this node's devices can do; is one sick or slow?", "train.probe:probe", "check=true"),
     "launch": Command("train somewhere else", "train.launch.submit:launch", "target=slurm nodes=2 target.gpus=8"),
-    "scale": Command("what a job would be on a large cluster", "train.scale.command:scale", "cluster=llama3_16k"),
+    "scale": Command("what a job would be on a large cluster", "train.projector:scale", "cluster=llama3_16k"),
     "report": Command("a run, or several, as one page to look at", "train.report.command:report", "run=[w1,w2]"),
     "watch": Command("a run while it goes on; web=true: in a browser", "train.watch:watch", "run=llama_nano"),
     "runs": Command("list the runs", "train.runs:runs", "format=json"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -11,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from train.checks import Refused, at_least, choice, require, seconds
-from train.config import ACCELERATORS, GROUPS, Model, Train
+from train.config import ACCELERATORS, GROUPS, Data, Model, TokenizerKind, Train
 from train.shapes import MODELS
 
 
@@ -60,17 +61,20 @@ class Sample:
 
 @dataclass(slots=True, kw_only=True)
 class Evaluate:
-    """`colossus eval`: bits per byte of a run's model on its validation set, beside gzip's."""
+    """`colossus eval`: bits per byte and perplexity of a run's model on its validation set, or on all of `data`."""
 
     run: str = MISSING
     step: int = -1
-    tokens: int = 0  # of the validation set; 0: all
+    data: Data | None = None  # data=…: another corpus, in the run's tokens
+    tokens: int = 0  # of the validation set, or of that corpus; 0: all
     micro_batch: int = 8
     accelerator: str = "auto"
     format: Format = Format.table
 
     def __post_init__(self) -> None:
         at_least(self, "", tokens=0, micro_batch=1)
+        given = self.data is not None and self.data.tokenizer.kind in (TokenizerKind.bytes, TokenizerKind.file)
+        require(not given, "data.tokenizer", "is the run's own, which its model knows: leave it out")
         choice(self.accelerator, "accelerator", ACCELERATORS)
 
 
@@ -151,15 +155,18 @@ class Scale:
     """`colossus scale`: what a job would be on a cluster that is not here, with the projector's error beside it.
 
     `table=IN.csv out=OUT.csv` predicts the rows of published runs, `show=validation` says what the projector is worth,
-    `show=claims` what figures say of public statements. Of the plan, what is left out (0) is searched for.
+    `show=claims` what figures say of public statements. Of the plan, what is left out (0) is searched for. `run=` takes
+    model, batch and tokens from a finished run, and its measured step time against what this model says of the machine
+    it ran on: all that is predicted is scaled by that.
     """
 
     model: Model = MISSING
     cluster: dict[str, Any] = MISSING  # a variant of configs/cluster; cluster.gpus.h100_sxm.value=1000 changes it
+    run: str = ""  # a folder, or a name under runs/: project this run
     workload: str = ""  # a published model instead of model=: gpt3_175b, llama3_405b, grok1_314b, …
     vocab: int = 128_256  # of model=
     context: int = 0  # tokens a sequence; 0: the model's own
-    batch: int = 2048  # sequences a step, all of them
+    batch: int = 0  # sequences a step, all of them; 0: 2048, or those of run=
     tokens: float = 0.0  # of the whole training; 0: 20 an active parameter (arXiv 2203.15556)
     gpus: int = 0  # of the cluster's, at most; 0: all
     tp: int = 0  # tensor parallel
@@ -168,21 +175,25 @@ class Scale:
     ep: int = 0  # expert parallel
     micro_batch: int = 0  # sequences a forward pass
     recompute: str = "auto"  # auto | none | selective | full
+    sharding: str = "optimizer"  # what data parallelism cuts: nothing | optimizer | gradients | weights
     precision: str = "bf16"  # bf16 | fp8
     utilization: float = 0.40  # MFU of the constant-MFU estimate beside it
     show: str = "plan"  # plan | validation | claims
     table: str = ""  # a CSV of runs in the published format
-    out: str = ""  # where it goes with predictions
+    out: str = ""  # where that goes with predictions; of a plan: a page NAME.html, NAME.csv or NAME.json
     format: Format = Format.table
 
     def __post_init__(self) -> None:
-        at_least(self, "", vocab=2, context=0, batch=1, gpus=0, tp=0, pp=0, cp=0, ep=0, micro_batch=0)
+        at_least(self, "", vocab=2, context=0, batch=0, gpus=0, tp=0, pp=0, cp=0, ep=0, micro_batch=0)
         require(0 <= self.tokens < 1e18, "tokens", f"{self.tokens:g} is no number of tokens")
         require(0 < self.utilization < 1, "utilization", f"{self.utilization} is not in (0, 1)")
         choice(self.recompute, "recompute", ("auto", "none", "selective", "full"))
         choice(self.precision, "precision", ("bf16", "fp8"))
         choice(self.show, "show", ("plan", "validation", "claims"))
-        require(bool(self.table) or not self.out, "out", "is for table=IN.csv: name that too")
+        choice(self.sharding, "sharding", ("nothing", "optimizer", "gradients", "weights"))
+        plain = self.table or not self.out or self.out.endswith((".html", ".csv", ".json"))
+        require(bool(plain), "out", f"'{self.out}' is no .html, .csv or .json")
+        require(not (self.run and self.workload), "workload", "run= brings its own model: leave one of them out")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -190,7 +201,8 @@ class Probe:
     """`colossus probe`: what this node's devices can do, measured on all of them at once.
 
     `check=true` is for before a run: exit code 1, and a line for each device that is slow, or computes other bits than
-    the others or than it did a moment ago.
+    the others or than it did a moment ago. Else a CPU's figures, with its ranks' sums and disk, are kept for
+    `colossus scale cluster=here`.
     """
 
     devices: int | str = "auto"  # as many as `colossus train` would use
@@ -316,12 +328,10 @@ class Launch(Train):
 
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
 SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize, "export": Export}
-SCHEMAS |= {"scale": Scale, "probe": Probe, "report": Report, "watch": Watch}
+SCHEMAS |= {"scale": Scale, "probe": Probe, "launch": Launch, "report": Report, "watch": Watch}
 
 
-SCHEMAS |= {"scale": Scale, "probe": Probe, "launch": Launch}
-
-
+@functools.cache
 def register() -> None:
     """Tell Hydra the schemas; the YAML files name them in their defaults."""
     store = ConfigStore.instance().store

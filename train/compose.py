@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -131,7 +132,9 @@ def values(command: str) -> dict[str, Any]:
 
 def options(group: str) -> list[str]:
     """The variants of a config group, one's own in ./configs included; empty where it is none."""
-    names = set(GlobalHydra.instance().config_loader().get_group_options(group))
+    loader = GlobalHydra.instance().config_loader()
+    assert isinstance(loader, ConfigLoaderImpl)  # its own get_group_options copies all schemas first, for each key
+    names = set(loader.repository.get_group_options(group))
     names |= {path.stem for path in (Path.cwd() / "configs" / group).glob("*.yaml")}
     return sorted(name for name in names if not name.startswith("schema"))
 

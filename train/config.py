@@ -38,7 +38,7 @@ class Model:
     loss_chunk: int = 0  # tokens whose logits stand in memory at a time, computed twice; 0: of all tokens, once
     vocab: int = 0  # token ids that it knows; 0: those of the tokenizer
     checkpoint_activations: str = "none"  # computed again in the backward pass: selective (attention's scores), full
-    path: str = ""  # model=hf: the folder, laid out as transformers does, whose weights it begins with
+    path: str = ""  # model=hf: the folder, laid out as transformers does, or OWNER/NAME[@REVISION] on the Hub
 
     def __post_init__(self) -> None:
         at_least(self, "model.", context=2, vocab=0, z_loss=0, loss_chunk=0)
@@ -90,6 +90,7 @@ class Source:
     revision: str = "main"  # hf: pinned to its commit before anything is read
     files: str = ""  # hf: a pattern of the files to take, such as "sample/10BT/*.parquet"
     field: str = "text"  # the column or JSON key that holds a document's text
+    prompt_field: str = ""  # the one that holds what comes before it: read, and in no loss; empty: nothing does
     limit: int = 0  # hf: at most so many files; 0 takes them all
     weight: float = 1.0  # share in a mix
 
@@ -103,6 +104,8 @@ class Source:
                 require(Path(path).expanduser().exists(), "data.path", f"no such file or folder: {path}")
         if self.kind is SourceKind.hf:
             require(bool(self.name), "data.name", "data=hf needs data.name=OWNER/DATASET (or a local folder)")
+        fields = not self.prompt_field or self.kind in (SourceKind.text, SourceKind.hf)
+        require(fields, "data.prompt_field", f"data={self.kind.value} has no fields: for text (.jsonl) and hf only")
         require(self.weight > 0, "data.weight", f"{self.weight} is no weight: use a number above 0")
 
 
@@ -310,8 +313,8 @@ class Recovery:
     spike: float = 0.0  # times the spread of the last losses above them, from where on one is gone back from; 0: off
     audit: float = 0.0  # the share of virtual ranks' gradients that another rank computes again, and compares
     guard: bool = True  # each rank on a CPU checks that no bit of its state changes between steps
-    spares: int = 0  # processes that stand by, warm, each to take a lost rank's place at once; on one node's CPU
-    restarts: int = 3  # of all ranks, from the last checkpoint, with no step in between, before the run fails
+    spares: int = 0  # processes that stand by, warm, each to take a lost rank's place at once; on each node
+    restarts: int = 3  # of all ranks, from the last checkpoint, with no new step in between, before the run fails
 
     def __post_init__(self) -> None:
         at_least(self, "recovery.", spike=0, spares=0, restarts=0)
@@ -331,6 +334,7 @@ class Train:
     backend: str = "auto"  # auto: nccl on GPUs; gloo lets several ranks share a GPU, over the host's memory
     precision: str = "auto"  # auto: bf16 on GPUs and on CPUs with bf16 instructions
     compile: Any = "auto"  # auto: on GPUs
+    profile: int = 0  # steps: rank 0 leaves a torch trace of them, and a table of where their time goes
     stop_after: str = ""  # wall time such as 50min, after which the run saves, stops and exits 75
     runs: str = "runs"  # the folder of run folders
     logger: list[str] = field(default_factory=lambda: ["tensorboard", "csv"])
@@ -356,10 +360,10 @@ class Train:
         folder = Path(self.name).name == self.name and self.name not in ("", ".", "..")
         require(folder, "name", f"'{self.name}' cannot be a folder's name under {self.runs}/")
         require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
-        at_least(self, "", steps=1)
-        why = f"'{self.nodes}' is neither a number above 0 nor two of them, as in 1-4"
-        require(re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", str(self.nodes)) is not None, "nodes", why)
-        require(self.least_nodes <= self.most_nodes, "nodes", f"'{self.nodes}': the least comes first")
+        at_least(self, "", steps=1, profile=0)
+        why = f"'{self.nodes}' is neither a number above 0 nor two of them, the least first, as in 1-4"
+        formed = re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", str(self.nodes))
+        require(formed is not None and self.least_nodes <= self.most_nodes, "nodes", why)
         choice(self.accelerator, "accelerator", ACCELERATORS)
         choice(self.backend, "backend", ("auto", "gloo", "nccl"))
         choice(self.precision, "precision", ("auto", "fp32", "bf16"))
@@ -377,16 +381,13 @@ class Train:
             require(self.devices == "auto", "devices", f"'{self.devices}' is neither auto nor a number")
         why = f"{self.sharding.name} needs reduce=exact, whose ranks each sum up a part of the gradient"
         require(self.sharding is Sharding.none or self.reduce.mode is ReduceMode.exact, "sharding", why)
-        cut = self.optimizer.kind is OptimizerKind.muon and self.sharding is not Sharding.none
-        require(not cut, "optimizer", f"muon steps whole matrices, which sharding={self.sharding.name} cuts: use none")
         full = self.sharding is Sharding.full
         require(not (full and self.compile is True), "compile", "true does not go with sharding=full: use false")
         why = "sharding=full gives every rank as many virtual ranks as it can: use even"
         require(not full or self.batch.weights == "even", "batch.weights", why)
         seconds(self.stop_after)
         no_secret(self.resume_from, "resume_from")
-        why = "goes back on one node only: use 0, or nodes=1"
-        require(not self.recovery.spike or self.most_nodes == 1, "recovery.spike", why)
+        require(not self.recovery.spike or self.most_nodes == 1, "recovery.spike", "goes back on one node only: use 0")
         auditable = self.evidence.digests and self.reduce.mode is ReduceMode.exact and not full
         why = "compares digests of virtual ranks: not with evidence.digests=false, reduce=fast or sharding=full"
         require(not self.recovery.audit or auditable, "recovery.audit", why)

@@ -98,6 +98,13 @@ class Console:
         lost = f", {record['redone']} of {record['kept'] + record['redone']} leaves again" if record["redone"] else ""
         self.say(f"step {record['step']}: {record['why']}: {ranks} go on after {record['seconds']:.2f} s{lost}")
 
+    def _on_profiled(self, record: dict[str, Any]) -> None:
+        self.say(f"step {record['step']}: where a step's time goes, of {record['steps']} on rank 0:")
+        whole = sum(record["parts"].values())
+        for part, seconds in [*record["parts"].items(), ("a step", whole)]:
+            self.say(f"  {part:18} {1000 * seconds:9.1f} ms {seconds / whole:6.1%}")
+        self.say(f"  the trace, for https://ui.perfetto.dev: {record['trace']}")
+
     def _on_throughput(self, record: dict[str, Any]) -> None:
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.0f} %"
         self._pace = f"  {record['tokens_per_s']:,.0f} tokens/s  MFU {mfu}"

@@ -126,7 +126,7 @@ class Parting:
         for one, found, tokens in zip(streams, prepared, ids, strict=True):
             source, _, shard, window = one.places(self.step - 1, v, i)[row]
             document = one.document(source, shard, window, at)
-            text = Tokenizer.load(found.tokenizer).decode(tokens[max(0, at - BEFORE) :].tolist())
+            text = Tokenizer.load(found.tokenizer).decode((tokens[max(0, at - BEFORE) :] % one.vocab).tolist())
             place = "" if document is None else f"document {document} of shard {shard} "
             sides += f"\n  {place}{text[:EXCERPT]!r}"
         first = f"virtual rank {v}, micro-batch {i}, row {row}, from token {at} on"

@@ -19,6 +19,7 @@ from torch import nn
 
 from train import trained
 from train.commands import Evaluate, Format
+from train.data.prepare import whole
 from train.data.stream import IGNORED, Validation
 from train.folder import locate
 from train.models.experts import Router, watched
@@ -37,6 +38,11 @@ class Score:
     def loss(self) -> float:
         """Nats per token."""
         return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token; other tokens have another one."""
+        return math.exp(min(self.loss, 700.0))
 
     @property
     def bpb(self) -> float | None:
@@ -72,24 +78,31 @@ def evaluate(
     model.train(was_training)
     nats, balance, z = (math.fsum(column) for column in zip(*sums.tolist(), strict=True))
     means = (balance / validation.micro_batches, z / validation.micro_batches) if layers else (None, None)
-    return Score(nats, validation.tokens, validation.bytes, counts.tolist(), *means)
+    return Score(nats, validation.counted, validation.bytes, counts.tolist(), *means)
 
 
 def main(config: Evaluate) -> int:
-    """`colossus eval`: the score of a run's model, beside gzip's on the same bytes."""
+    """`colossus eval`: the score of a run's model, on its own validation set or all of `data`, beside gzip's."""
     on = trained.device(config.accelerator)
     run = trained.load(locate(config.run), config.step, on)
     context, size = run.config.model.context, config.micro_batch
-    validation = Validation(run.prepared, context=context, tokens=config.tokens, micro_batch=size)
+    prepared = whole(config.data, run.prepared.tokenizer) if config.data else run.prepared
+    validation = Validation(prepared, context=context, tokens=config.tokens, micro_batch=size)
     score = evaluate(run.model, validation, trained.fabric(run, on))
     facts: dict[str, Any] = {"run": config.run, "step": run.step, "loss": score.loss, "bpb": score.bpb}
+    facts |= {"perplexity": score.perplexity}
     facts |= {"tokens": score.tokens, "bytes": score.bytes, **validation.yardsticks()}
     if score.experts:
         facts |= {"balance": score.balance, "router_z": score.router_z, "experts": score.experts}
     if config.format is Format.json:
         print(json.dumps(facts))
         return 0
-    meaning = {"loss": "nats per token", "bpb": "bits per byte", "gzip_windows": "gzip -9, windows of the context"}
+    meaning = {
+        "loss": "nats per token",
+        "bpb": "bits per byte",
+        "perplexity": "perplexity of a token",
+        "gzip_windows": "gzip -9, windows of the context",
+    }
     meaning |= {"gzip_documents": "gzip -9, whole documents", "balance": "load-balancing loss (1: even)"}
     meaning |= {"router_z": "router z-loss", "experts": "experts chosen, by layer"}
     for key, value in facts.items():

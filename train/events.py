@@ -110,6 +110,17 @@ class Ownership(Event):
 
 
 @dataclass(slots=True, kw_only=True)
+class Profiled(Event):
+    """Where the time of so many steps went on rank 0, and what to open in Perfetto."""
+
+    kind: ClassVar[str] = "profiled"
+    step: int
+    steps: int
+    parts: dict[str, float]  # seconds of a step: they add up to it
+    trace: str
+
+
+@dataclass(slots=True, kw_only=True)
 class Throughput(Event):
     """A logging step: what the steps since the last one achieved."""
 
@@ -118,6 +129,17 @@ class Throughput(Event):
     tokens_per_s: float
     mfu: float | None  # model FLOP/s as a share of the devices' dense peak
     memory_bytes: int  # peak of rank 0's process on a CPU, of its allocator on a GPU
+
+
+@dataclass(slots=True, kw_only=True)
+class Routing(Event):
+    """A logging step of a model with experts: where all tokens of its global batch went."""
+
+    kind: ClassVar[str] = "routing"
+    step: int
+    experts: list[list[int]]  # by layer: how often each was chosen
+    balance: float  # the load-balancing loss, 1 where even; mean of layers and micro-batches
+    router_z: float  # the router's z-loss, likewise
 
 
 @dataclass(slots=True, kw_only=True)

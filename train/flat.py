@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -46,8 +46,12 @@ class Buffer:
 
     tensor: Tensor
     views: list[Tensor]
-    loss: Tensor  # (), float64: nats per token of the step
+    numbers: Tensor  # (1 + N,) float64: the loss, and what the model tells besides
     tokens: int = 0  # checksum of the tokens that it was computed from
+    loss: Tensor = field(init=False)  # (), the first of the numbers: nats per token of the step
+
+    def __post_init__(self) -> None:
+        self.loss = self.numbers[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Flat:
         self.size = start
         self.length = self.size + BLOCK * (most - 1)
         self.device = named[0][1].device
+        self._numbers = 1 + getattr(model, "aside", torch.empty(0)).numel()
         self.parameters = torch.zeros(self.length, dtype=torch.float32, device=self.device)
         for parameter, (begin, count, shape) in zip(self.items, self.slots.values(), strict=True):
             view = self.parameters[begin : begin + count].view(shape)
@@ -103,11 +108,15 @@ class Flat:
             parameter.data = view
         # Checksums weigh every ALIGN elements with an odd number, so that no single change goes unseen.
         self._weights = torch.arange(self.length // ALIGN, device=self.device) * 2 + 1
-        self.own([(0, self.size)])
+        self.own([[(0, self.size)]])
 
-    def own(self, ranges: Iterable[Range]) -> None:
-        """Let the optimizer update these ranges only, all multiples of BLOCK. Call it before the optimizer is built."""
-        self.ranges = list(ranges)
+    def own(self, shares: Iterable[Iterable[Range]], rank: int = 0) -> None:
+        """Let the optimizers of some ranks update these ranges, multiples of BLOCK, and this one those of `rank`.
+
+        One share is everybody's. Call it before the optimizer is built.
+        """
+        self.shares = [[(a, b) for a, b in share if a < b] for share in shares]
+        self.ranges = self.shares[rank]
         halves = [[(a, min(b, self.cut)) for a, b in self.ranges], [(max(a, self.cut), b) for a, b in self.ranges]]
         self.owned = [[(a, self.stretch(a, b).requires_grad_()) for a, b in half if a < b] for half in halves]
 
@@ -115,7 +124,7 @@ class Flat:
         """A new gradient buffer of `length` elements, all zero; only a float32 one has views to accumulate into."""
         tensor = torch.zeros(self.length, dtype=dtype, device=self.device)
         views = list(self.named(tensor).values()) if dtype == torch.float32 else []
-        return Buffer(tensor, views, torch.zeros((), dtype=torch.float64, device=self.device))
+        return Buffer(tensor, views, torch.zeros(self._numbers, dtype=torch.float64, device=self.device))
 
     def attach(self, buffer: Buffer) -> None:
         """Let backward accumulate into `buffer`."""

@@ -52,7 +52,8 @@ class Lobby:
             link.close()
 
     def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # on some systems a socket that listens is not connected
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
 

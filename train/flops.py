@@ -150,10 +150,11 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    snapshot: int = 0  # of the state, for a save in the background, where it is the device's own memory
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.snapshot
 
 
 def memory(

@@ -30,7 +30,8 @@ from train.shapes import MODELS
 
 # What may differ between the nodes of a run: each one's own affair. The rest steers what the ranks do together.
 LOCAL = (
-    *("name", "runs", "devices", "backend", "stop_after", "logger", "log", "sample", "report", "resume", "resume_from"),
+    *("name", "runs", "devices", "backend", "stop_after", "logger", "log", "profile", "sample"),
+    *("report", "resume", "resume_from"),
     *("data.cache", "data.path", "data.parts.*.path", "data.tokenizer.path"),  # the corpus's digest is compared
 )
 # What may change when a run is continued: nothing here has a say in the bits.

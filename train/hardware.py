@@ -28,6 +28,16 @@ SCALE = ("fp8_tflops", "matmul_tflops", "fp8_matmul_tflops", "memory_tbs", "bus_
 MIB = 2**20
 
 
+def cache_folder() -> Path:
+    """Where this machine keeps what it need not make again: $XDG_CACHE_HOME/pocket-colossus."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pocket-colossus"
+
+
+def kept() -> Path:
+    """What `colossus probe` measured of this machine, in the format of configs/hardware; it may not be there."""
+    return cache_folder() / "here.yaml"
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
     name: str  # as the driver prints it

@@ -22,6 +22,7 @@ from train.config import Train
 from train.data.stream import Stream
 from train.flat import Buffer, Flat, Piece
 from train.group import Changed
+from train.models.fused import casts_kept
 from train.telemetry import Recorder
 
 
@@ -64,6 +65,7 @@ class Parts:
     config: Train
     fabric: Fabric
     model: Callable[[Tensor, Tensor], Tensor]  # inputs, targets (B, T) -> sum of nats; perhaps compiled
+    aside: Tensor  # what the model told with its last loss, (N,) or of more dimensions
     stream: Stream
     generator: torch.Generator  # the device's default one, which dropout draws from
     reducer: Reducer
@@ -95,8 +97,9 @@ def fit(state: TrainState, parts: Parts) -> bool:
 def step(state: TrainState, parts: Parts) -> tuple[Total, float]:
     """One step of training: what the virtual ranks added up to, and the learning rate that was used."""
     config, reducer = parts.config, parts.reducer
-    for v, buffer in reducer.leaves():
-        virtual_rank(v, buffer, state, parts)
+    with casts_kept():
+        for v, buffer in reducer.leaves():
+            virtual_rank(v, buffer, state, parts)
 
     parts.phase("reduce", state.step)
     total = reducer.finish(*parts.asked())
@@ -114,7 +117,7 @@ def step(state: TrainState, parts: Parts) -> tuple[Total, float]:
 def virtual_rank(v: int, buffer: Buffer, state: TrainState, parts: Parts) -> None:
     """Add virtual rank v's gradient and loss to `buffer`: its k micro-batches in order.
 
-    The loss of a step is the sum over its tokens divided by their number, which is known before the forward pass.
+    The loss of a step is the sum over its targets divided by their number, which is known before the forward pass.
     """
     for i in range(parts.config.batch.micro_batches):
         micro_batch(v, i, buffer, state, parts)
@@ -127,9 +130,10 @@ def micro_batch(v: int, i: int, buffer: Buffer, state: TrainState, parts: Parts)
     read = parts.stream.micro_batch(state.step, v, i)
     tokens = torch.from_numpy(read).to(device, non_blocking=True)
     with parts.fabric.autocast():
-        nats = parts.model(tokens[:, :-1], tokens[:, 1:])
-    loss = nats / config.tokens_per_step
+        nats = parts.model(*parts.stream.sides(tokens))
+    loss = nats / parts.stream.counted(state.step)
     parts.phase("backward", state.step)
     parts.fabric.backward(loss)
     buffer.loss += loss.detach()
+    buffer.numbers[1:] += parts.aside.view(-1)
     buffer.tokens = checksum(read.tobytes(), buffer.tokens)

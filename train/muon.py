@@ -1,9 +1,14 @@
 """Muon for the matrices inside a model's layers, AdamW for everything else.
 
 Muon (Keller Jordan, kellerjordan.github.io/posts/muon) steps along the orthogonalised momentum of a matrix: five
-Newton-Schulz iterations in bf16. Orthogonal is a property of the whole matrix, so each is handed over whole and alone,
-and its bits depend on nothing else; ranks that each hold all parameters therefore agree. (Steps over matrices that are
-cut, or batched by owner, gave other bits for each number of ranks.) The arithmetic is torch's own `torch.optim.Muon`.
+Newton-Schulz iterations in bf16. Momentum is elementwise and kept wherever the parameter is; orthogonal is a property
+of the whole matrix, so each is handed over whole and alone, and its bits depend on nothing else. (Steps over matrices
+that are cut, or batched by owner, gave other bits for each number of ranks.) The arithmetic is that of
+`torch.optim.Muon`, bit for bit.
+
+Where the state is sharded a matrix has an owner. Each rank steps the momentum of its chunks and sends what becomes of
+them, in bf16 as the iterations begin; the owner puts the matrix together, orthogonalises it and sends the chunks back,
+in bf16 as they end; each rank updates its own. That is 4 bytes a parameter of traffic, and work that is done once.
 
 A tensor may hold several matrices: an expert of a layer is one, and so are the queries, keys and values of one
 projection, which Jordan found to train better apart. Embeddings, the output matrix, positions, routers, norms and
@@ -12,15 +17,21 @@ biases are AdamW's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import groupby
-from typing import Any
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from train.config import Optimizer
 from train.flat import Flat, Range, layer
+from train.ranks import Ranks
+
+STEPS, A, B, C = 5, 3.4445, -4.7750, 2.0315  # of Newton-Schulz: Jordan's, and torch's defaults
+EPS = 1e-7
 
 
 def hidden(name: str, dimensions: int) -> bool:
@@ -51,46 +62,118 @@ def runs(flat: Flat) -> list[tuple[bool, Range]]:
     return [(mine, (start, end)) for (mine, start), end in zip(first, ends, strict=True)]
 
 
+def overlap(ranges: Sequence[Range], begin: int, end: int) -> list[Range]:
+    """What of [begin, end) lies in `ranges`, which are in order."""
+    first = max(0, bisect_right(ranges, (begin, end)) - 1)
+    found = [(max(a, begin), min(b, end)) for a, b in ranges[first : bisect_left(ranges, (end, end))]]
+    return [(a, b) for a, b in found if a < b]
+
+
+def orthogonal(update: Tensor) -> Tensor:
+    """Five Newton-Schulz iterations towards the nearest orthogonal matrix, in bf16. `update` is written over."""
+    x = update.T if update.size(0) > update.size(1) else update
+    x.div_(x.norm().clamp(min=EPS))
+    for _ in range(STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return x.T if update.size(0) > update.size(1) else x
+
+
+class Round(NamedTuple):
+    """A matrix for each rank to orthogonalise, all of about one size; in the last rounds some have none."""
+
+    shapes: list[tuple[int, int]]  # of each rank's matrix
+    here: list[list[tuple[Tensor, slice]]]  # what of each lies on this rank: stretches, and where in them
+    own: list[list[slice]]  # where in this rank's matrix lies what each rank has of it
+
+
 class Muon(torch.optim.Optimizer):
-    """Both, over a layout whose every parameter this rank owns.
+    """Both, over what this rank owns of a layout.
 
     Moments stand by stretch of the layout, as AdamW's do by itself, so that checkpoints and checksums need no cases.
     """
 
     def __init__(
-        self, config: Optimizer, flat: Flat, adamw: Callable[[Optimizer, Flat], torch.optim.Optimizer]
+        self,
+        config: Optimizer,
+        flat: Flat,
+        ranks: Ranks,
+        adamw: Callable[[Optimizer, Flat], torch.optim.Optimizer],
     ) -> None:
         """Cuts `flat.owned` into Muon's stretches, and AdamW's two kinds, with decay and without."""
-        cut = [(mine, start, flat.stretch(start, end).requires_grad_()) for mine, (start, end) in runs(flat)]
-        stretches = [(start, tensor) for mine, start, tensor in cut if mine]
-        rest, vectors = [(start, tensor) for mine, start, tensor in cut if not mine], flat.owned[-1]
+        kinds = [(muon, *part) for muon, run in runs(flat) for part in overlap(flat.ranges, *run)]
+        cut = [(muon, start, flat.stretch(start, end).requires_grad_()) for muon, start, end in kinds]
+        stretches = [(start, tensor) for muon, start, tensor in cut if muon]
+        rest, vectors = [(start, tensor) for muon, start, tensor in cut if not muon], flat.owned[-1]
         flat.owned = [rest, vectors]
         self._adamw = adamw(config, flat)
         flat.owned = [rest, vectors, stretches]
-        moments = {tensor: torch.zeros_like(tensor, requires_grad=False) for _, tensor in stretches}
-        self._parts: list[tuple[Tensor, int, Tensor]] = []  # a stretch, where in it a matrix begins, the matrix
-        of_torch: dict[Tensor, Tensor] = {}
-        for begin, rows, columns in matrices(flat):
-            start, stretch = next((s, t) for s, t in stretches if s <= begin < s + t.numel())
-            inside = slice(begin - start, begin - start + rows * columns)
-            matrix = stretch.detach()[inside].view(rows, columns).requires_grad_()
-            self._parts.append((stretch, inside.start, matrix))
-            of_torch[matrix] = moments[stretch][inside].view(rows, columns)
-        self._muon = torch.optim.Muon(
-            [{"params": list(of_torch), "scale": config.muon_lr / config.lr}],
-            lr=config.muon_lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-        )
-        for matrix, moment in of_torch.items():
-            self._muon.state[matrix]["momentum_buffer"] = moment
-        super().__init__([*self._adamw.param_groups, *self._muon.param_groups], {})
+        self._ranks, self._momentum = ranks, config.momentum
+        self._moments = {tensor: torch.zeros_like(tensor, requires_grad=False) for _, tensor in stretches}
+        self._rounds = list(self._dealt(flat, stretches))
+        muon = {"params": list(self._moments), "lr": config.muon_lr, "scale": config.muon_lr / config.lr}
+        muon |= {"weight_decay": config.weight_decay}
+        super().__init__([*self._adamw.param_groups, muon], {})
         self.state.update(self._adamw.state)
-        self.state.update({tensor: {"momentum_buffer": moment} for tensor, moment in moments.items()})
+        self.state.update({tensor: {"momentum_buffer": moment} for tensor, moment in self._moments.items()})
+
+    def _dealt(self, flat: Flat, stretches: list[tuple[int, Tensor]]) -> Iterator[Round]:
+        """The matrices, the most work first, dealt to the ranks in turn; where all ranks hold all, each does all."""
+        starts, world = [start for start, _ in stretches], len(flat.shares)
+        mine = self._ranks.rank if world > 1 else 0
+
+        def here(a: int, b: int) -> tuple[Tensor, slice]:
+            start, tensor = stretches[bisect_right(starts, a) - 1]
+            return tensor, slice(a - start, b - start)
+
+        dealt = sorted(matrices(flat), key=lambda one: (-one[1] * one[2] * min(one[1:]), one[0]))
+        for first in range(0, len(dealt), world):
+            turn = dealt[first : first + world]
+            spans = [(begin, begin + rows * columns) for begin, rows, columns in turn]
+            own: list[list[slice]] = [[] for _ in flat.shares]
+            if mine < len(turn):
+                begin, _ = spans[mine]
+                own = [[slice(a - begin, b - begin) for a, b in overlap(r, *spans[mine])] for r in flat.shares]
+            parts = [[here(*part) for part in overlap(flat.ranges, *span)] for span in spans]
+            parts += [[] for _ in range(world - len(turn))]
+            yield Round([(rows, columns) for _, rows, columns in turn], parts, own)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for stretch, begin, matrix in self._parts:
+        group = self.param_groups[-1]
+        for stretch, moment in self._moments.items():
             assert stretch.grad is not None
-            matrix.grad = stretch.grad[begin : begin + matrix.numel()].view_as(matrix)
-        self._muon.step()  # type: ignore[no-untyped-call]
+            moment.lerp_(stretch.grad, 1 - self._momentum)
+            stretch.detach().mul_(1 - group["lr"] * group["weight_decay"])
+        for turn in self._rounds:
+            self._turn(turn, group["lr"])
         self._adamw.step()
+
+    def _turn(self, turn: Round, rate: float) -> None:
+        places = list(chain.from_iterable(turn.here))
+        updates = [stretch.grad[at].lerp(self._moments[stretch][at], self._momentum) for stretch, at in places]  # type: ignore[index]
+        here = [sum(at.stop - at.start for _, at in part) for part in turn.here]
+        there = [sum(at.stop - at.start for at in part) for part in turn.own]
+        mine = self._exchange([update.bfloat16() for update in updates], here, there)
+        if own := list(chain.from_iterable(turn.own)):
+            whole = torch.empty_like(mine)
+            for at, part in zip(own, mine.split([at.stop - at.start for at in own]), strict=True):  # type: ignore[no-untyped-call]
+                whole[at] = part
+            shape = turn.shapes[self._ranks.rank if len(turn.own) > 1 else 0]
+            whole = orthogonal(whole.view(shape)).flatten()
+            back = self._exchange([whole[at] for at in own], there, here)
+        else:
+            back = self._exchange([], there, here)
+        parts = iter(back.split([at.stop - at.start for _, at in places]))  # type: ignore[no-untyped-call]
+        for part, (rows, columns) in zip(turn.here, turn.shapes, strict=False):
+            for stretch, at in part:
+                stretch.detach()[at].add_(next(parts), alpha=-rate * math.sqrt(max(1, rows / columns)))
+
+    def _exchange(self, sent: list[Tensor], to_each: list[int], from_each: list[int]) -> Tensor:
+        """So many elements of `sent` to each rank; what comes from each, one after the other."""
+        device = next(iter(self._moments.values())).device if self._moments else self._ranks.wire
+        packed = torch.cat(sent) if sent else torch.empty(0, dtype=torch.bfloat16, device=device)
+        if len(to_each) == 1:
+            return packed
+        received = torch.empty(sum(from_each), dtype=torch.bfloat16, device=self._ranks.wire)
+        self._ranks.wait(self._ranks.exchange(received, packed.to(self._ranks.wire), from_each, to_each))
+        return received.to(device)

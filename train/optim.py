@@ -16,6 +16,7 @@ from torch import Tensor
 from train.config import Optimizer, OptimizerKind, Schedule, ScheduleKind
 from train.flat import Flat, Piece
 from train.muon import Muon
+from train.ranks import Ranks
 
 
 def adamw(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
@@ -31,14 +32,15 @@ def adamw(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
     return optimizer
 
 
-BUILDERS: dict[OptimizerKind, Callable[[Optimizer, Flat], torch.optim.Optimizer]] = {
-    OptimizerKind.adamw: adamw,
-    OptimizerKind.muon: lambda config, flat: Muon(config, flat, adamw),
+BUILDERS: dict[OptimizerKind, Callable[[Optimizer, Flat, Ranks], torch.optim.Optimizer]] = {
+    OptimizerKind.adamw: lambda config, flat, ranks: adamw(config, flat),
+    OptimizerKind.muon: lambda config, flat, ranks: Muon(config, flat, ranks, adamw),
 }
 
 
-def build(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
-    return BUILDERS[config.kind](config, flat)
+def build(config: Optimizer, flat: Flat, ranks: Ranks | None = None) -> torch.optim.Optimizer:
+    """`ranks` are those that share the state in `flat`; none, where this one has it all."""
+    return BUILDERS[config.kind](config, flat, ranks or Ranks(0, 1, torch.device("cpu")))
 
 
 def pieces(optimizer: torch.optim.Optimizer, flat: Flat) -> list[Piece]:

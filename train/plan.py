@@ -6,18 +6,12 @@ No torch, so an answer takes a fraction of a second, for 8 B parameters as for o
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from dataclasses import replace
 
 from train import flops, hardware
 from train.batch import Node, fold, maximal, root, shares
 from train.checks import Refused, require
-from train.commands import Format, Plan
 from train.config import OptimizerKind, ReduceMode, Sharding, TokenizerKind, Train
 from train.shapes import Grok
 
@@ -126,6 +120,8 @@ def memory(config: Train, vocab: int) -> flops.Memory:
     whole = flops.memory(config.model, vocab, micro_batch=size, precision=precision, accelerator=config.accelerator)
     if config.optimizer.kind is OptimizerKind.muon:  # one moment for the matrices inside layers
         whole = replace(whole, optimizer=whole.optimizer - 4 * flops.sizes(config.model, vocab).matrices)
+    if config.accelerator == "cpu":  # a GPU's lies in the host's memory; ranks deal what they write among them
+        whole = replace(whole, snapshot=(whole.gradients + whole.optimizer) // world)
     leaf, node = whole.gradients, whole.gradients // (2 if config.reduce.dtype == "bf16" else 1)
     if config.reduce.mode is ReduceMode.fast:
         return whole
@@ -142,41 +138,3 @@ def memory(config: Train, vocab: int) -> flops.Memory:
         gradients=leaf + buffers(leaves, range(leaves)) * node // world,  # a leaf, and chunks of the tree's sums
         optimizer=whole.optimizer // world,
     )
-
-
-def plan(config: Plan) -> int:
-    """`colossus plan`: exit code 0 whether it fits or not; `fits` says so."""
-    resolved = resolve(config)
-    vocab = vocabulary(resolved)
-    needed, there = memory(resolved, vocab), device_memory(resolved.accelerator, int(resolved.devices))
-    batch, tokens = resolved.batch, resolved.steps * resolved.tokens_per_step
-    per_token = flops.flops_per_token(resolved.model, vocab)
-    facts: dict[str, Any] = {
-        "parameters": flops.parameters(resolved.model, vocab),
-        "active_parameters": flops.active_parameters(resolved.model, vocab),
-        "flops_per_token": per_token,
-        "tokens_per_step": resolved.tokens_per_step,
-        "tokens": tokens,
-        "flops": per_token * tokens,
-        "accelerator": resolved.accelerator,
-        "ranks": int(resolved.devices) * resolved.least_nodes,
-        "virtual_ranks": batch.virtual_ranks,
-        "micro_batches": batch.micro_batches,
-        "micro_batch": batch.micro_batch,
-        "precision": resolved.precision,
-        "bytes_per_rank": needed.total,
-        "bytes": asdict(needed),
-        "bytes_there": there,
-        "fits": needed.total <= there,
-    }
-    if config.format is Format.json:
-        print(json.dumps(facts))
-        return 0
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in facts.items():
-        if key != "bytes":
-            table.add_row(key, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
-    for key, size in facts["bytes"].items():
-        table.add_row(f"  of which {key}", f"{size:,}")
-    Console(soft_wrap=True, highlight=False).print(table)
-    return 0

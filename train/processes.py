@@ -44,7 +44,7 @@ def forkserver() -> ForkServerContext:
     the ranks with it. A rank begins like that too, and unblocks nothing until there is somebody to heed them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.run", "train.supervisor"])
+    context.set_forkserver_preload(["train.light", "train.run", "train.supervisor"])
     multiprocessing.resource_tracker.ensure_running()  # here, because it leaves these signals unblocked
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
     try:

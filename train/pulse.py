@@ -64,6 +64,7 @@ class Pulse:
         self._last, self._phase = time.monotonic(), "start"
         self._longest: dict[str, float] = {}
         self.first = AT_FIRST  # what `first` says, once there is a configuration
+        self.heavier: dict[str, float] = {}  # phase -> times the sequences of a micro-batch that are computed at once
 
     def beat(self, phase: str | None = None) -> None:
         """A sign of life, in a phase that begins or, without one, in the phase that goes on."""
@@ -78,7 +79,8 @@ class Pulse:
         if self._phase in UNWATCHED:
             return float("inf")
         if self._phase in self._longest:
-            return max(LEAST, OFTEN * self._longest[self._phase])
+            pass_ = max(self._longest.get(phase, 0.0) for phase in COMPILED)
+            return max(LEAST, OFTEN * max(self._longest[self._phase], self.heavier.get(self._phase, 0.0) * pass_))
         if self._phase in COMPILED:
             return self.first
         if not self._longest:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # see _World: has to be imported before there is a group
 from torch import Tensor
 
 Wait = Callable[[], object]
@@ -65,6 +66,8 @@ class _World:
 
     A group that is held outlives `destroy_process_group` with its threads, and when the interpreter ends under one of
     gloo's that still has a tensor in hand, the process aborts ("terminate called without an active exception").
+    Torch's own `torch.distributed.nn`, which optimizers import when they are built, has it as a default argument for
+    good if it is imported after `init_process_group`.
     """
 
     def __getattr__(self, name: str) -> Any:

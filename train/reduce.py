@@ -55,7 +55,7 @@ class ExactReducer(Reducer):
         self._last = self._zeros()
         if end in self._done:
             self._last.tensor.copy_(self._done[end].tensor)
-            self._last.loss.copy_(self._done[end].loss)
+            self._last.numbers.copy_(self._done[end].numbers)
         elif end is not None:
             self._final = end.first
             yield from self._last_leaf()
@@ -80,13 +80,13 @@ class ExactReducer(Reducer):
             return buffer
         rounded = self._take(self.dtype)
         rounded.tensor.copy_(buffer.tensor)
-        rounded.loss.copy_(buffer.loss)
+        rounded.numbers.copy_(buffer.numbers)
         self._give(buffer)
         return rounded
 
     def _add(self, left: Buffer, right: Buffer) -> Buffer:
         left.tensor.add_(right.tensor)
-        left.loss.add_(right.loss)
+        left.numbers.add_(right.numbers)
         self._give(right)
         return left
 
@@ -117,10 +117,10 @@ class ExactReducer(Reducer):
             own.copy_(total)
 
     def _losses(self) -> list[Tensor]:
-        last = self._last.loss
+        last = self._last.numbers
         for left in reversed(self._lefts):
-            last = left.loss + last
-        return [part.loss for part in self._parts] + [last] * bool(self._subtrees[self.ranks.rank])
+            last = left.numbers + last
+        return [part.numbers for part in self._parts] + [last] * bool(self._subtrees[self.ranks.rank])
 
     def _loss(self, losses: Tensor) -> Tensor:
         sums = {node: losses[r, i] for r, nodes in enumerate(self._subtrees) for i, node in enumerate(nodes)}
@@ -192,8 +192,8 @@ class FastReducer(Reducer):
         return go_on
 
     def _losses(self) -> list[Tensor]:
-        return [self._last.loss]
+        return [self._last.numbers]
 
     def _loss(self, losses: Tensor) -> Tensor:
-        total: Tensor = losses.sum()
+        total: Tensor = losses.sum((0, 1))
         return total

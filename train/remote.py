@@ -30,7 +30,7 @@ from train.slots import Spot
 
 BEAT = 1.0  # seconds between signs of life
 GONE = 15.0  # seconds without one, after which a node is lost
-BLOCKED = 5  # seconds in which a message must have gone, and a newcomer have shown its token
+BLOCKED = 5.0  # seconds in which a newcomer must have shown its token
 SETTLED = 5.0  # seconds in which a node must have ended the ranks that it was told to end
 TOKEN = "COLOSSUS_TOKEN"
 
@@ -38,6 +38,13 @@ TOKEN = "COLOSSUS_TOKEN"
 def key() -> bytes:
     """What the nodes of this run know and others do not: a digest of COLOSSUS_TOKEN, where that is set."""
     return hashlib.sha256(os.environ.get(TOKEN, "").encode()).digest()
+
+
+def _limit(cable: socket.socket, seconds: float) -> None:
+    """How long a read or a write may be under way; blocking all the same, as `Connection` expects."""
+    cable.setblocking(True)
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        cable.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), 0))
 
 
 class Link:
@@ -54,17 +61,17 @@ class Link:
     @classmethod
     def over(cls, cable: socket.socket, secret: bytes, calls: bool) -> Self:
         """Once both have shown that they know the token. Raises AuthenticationError, or OSError or EOFError."""
-        cable.settimeout(None)
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            cable.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", BLOCKED, 0))
-        peer = cable.getpeername()[0]
-        connection = Connection(cable.detach())
+        connection, peer = Connection(os.dup(cable.fileno())), cable.getpeername()[0]
         try:
+            _limit(cable, BLOCKED)
             for turn in (answer_challenge, deliver_challenge) if calls else (deliver_challenge, answer_challenge):
                 turn(connection, secret)
+            _limit(cable, GONE)
         except BaseException:
             connection.close()
             raise
+        finally:
+            cable.close()
         return cls(connection, peer)
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 from train.checks import DONE, FAILED, Refused
 from train.commands import Format
 from train.commands import Replay as Config
+from train.data.stream import IGNORED
 from train.data.tokenizer import Tokenizer
 from train.evidence import word
 from train.folder import locate
@@ -36,10 +37,11 @@ def rows(again: Rerun, virtual_ranks: Iterable[int], most: int | None) -> list[d
         tokens, (source, epoch, shard, window) = stream.micro_batch(*at)[row], stream.places(*at)[row]
         ids = torch.from_numpy(tokens).unsqueeze(0).to(engine.fabric.device)
         with engine.fabric.autocast():
-            loss = float(engine.model(ids[:, :-1], ids[:, 1:])) / stream.context
+            inputs, targets = stream.sides(ids)
+            loss = float(engine.model(inputs, targets)) / max(1, int((targets != IGNORED).sum()))
         place = {"virtual_rank": v, "micro_batch": i, "row": row, "source": source, "epoch": epoch, "shard": shard}
         document = stream.document(source, shard, window)  # the window may go on into the next ones
-        text = tokenizer.decode(tokens.tolist())[:EXCERPT]
+        text = tokenizer.decode((tokens % stream.vocab).tolist())[:EXCERPT]
         found.append({**place, "window": window, "document": document, "text": text, "loss": loss})
     engine.model.train()
     return found

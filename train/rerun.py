@@ -181,7 +181,8 @@ class Rerun:
                 piece.data.copy_(old.data)
             state.restored(before.step)
         fabric = self.engine.fabric
-        recorder = Recorder(config, fabric, lambda e: take(self.computed, e.record()), self.prepared.vocab)
+        told = self.engine.model.aside.shape
+        recorder = Recorder(config, fabric, lambda e: take(self.computed, e.record()), self.prepared.vocab, told)
         self.parts = self.engine.parts(recorder)
         self._settings = config, threads
         here, there = fingerprint(config, fabric.device), start.get("fingerprint", {})

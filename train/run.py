@@ -18,7 +18,7 @@ import traceback
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -28,15 +28,16 @@ from train.balance import Balance
 from train.channel import Channel
 from train.config import Sharding
 from train.data.prepare import Prepared
-from train.data.stream import Validation
+from train.data.stream import Stream, Validation
 from train.engine import Engine
 from train.faults import detect
 from train.fingerprint import fingerprint
-from train.folder import identity, plain_identity, read_train
+from train.folder import plain_identity, read_train
 from train.group import Changed, Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
 from train.loop import Due, fit
 from train.processes import die_with_parent, log_to
+from train.profile import Profiler
 from train.pulse import Pulse, first
 from train.recovery import Recovery
 from train.saver import Saver
@@ -107,6 +108,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     config = read_train(folder / "config.yaml")
     prepared = Prepared.from_json((folder / "data.json").read_text())
     channel.pulse.first = first(config, prepared.vocab)
+    channel.pulse.heavier = {"evaluation": config.eval.micro_batch / int(config.batch.micro_batch)}
 
     def news() -> Membership | None:
         sent = channel.membership()
@@ -120,7 +122,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     fabric, state = engine.fabric, engine.state
     numerics = fingerprint(config, fabric.device)
     balance = Balance(config, group, engine.reducer, channel)
-    recorder = Recorder(config, fabric, channel.send, prepared.vocab, on_step=[balance.observe])
+    recorder = Recorder(config, fabric, channel.send, prepared.vocab, engine.model.aside.shape, [balance.observe])
 
     stored = optim.Stored(state.optimizer, state.flat)
     phase = detect.watched(config, group, order.place.member, channel, Path(order.record), stored)
@@ -145,7 +147,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
             group,
             about={
                 "fingerprint": numerics,
-                "config": _digest(identity(config)),
+                "config": hashlib.sha256(json.dumps(plain_identity(config), sort_keys=True).encode()).hexdigest(),
                 "writer_epoch": order.writer_epoch,
                 "identity": plain_identity(config),
                 "data": prepared.digest,
@@ -171,6 +173,10 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         parts = replace(parts, phase=audit.phase)
         recorder.on_step.append(audit.compare)
 
+    if config.profile and order.place.member == 0:
+        profiler = Profiler(parts, channel.send, folder / f"profile-{order.writer_epoch}.json")
+        parts = replace(parts, phase=profiler.phase, stream=cast(Stream, profiler))
+
     def begin() -> None:
         restore(state, folder / "checkpoints", group, channel, order.resume, numerics)
         recorder.peak, source = telemetry.peak(config, fabric, group)
@@ -194,11 +200,6 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         begin=begin,
         joined=sharded,
     )
-
-
-def _digest(keys: dict[str, Any]) -> str:
-    """sha256 of configuration keys."""
-    return hashlib.sha256(json.dumps(keys, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _cause(error: BaseException) -> tuple[str, str]:

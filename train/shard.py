@@ -12,6 +12,7 @@ flat layout at the same multiples of BLOCK, and the bits are the same.
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -81,8 +82,8 @@ class ShardedFlat(Flat):
             for parameter, at, n, shape in members:
                 parameter.data = unit.whole[at : at + n].view(shape)
             self._use(model, layer, unit, [parameter for parameter, *_ in members])
-        mine = [chunk(bucket, ranks.rank, ranks.world) for bucket in self._buckets]
-        self.own((a, b) for a, b in mine if a < b)
+        self._starts = list(self._mine)
+        self.own([[chunk(bucket, r, ranks.world) for bucket in self._buckets] for r in range(ranks.world)], ranks.rank)
         del self.parameters
         self.release()
 
@@ -111,8 +112,11 @@ class ShardedFlat(Flat):
             parameter.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]
 
     def stretch(self, begin: int, end: int) -> Tensor:
-        """One of this rank's chunks, by where it begins."""
-        return self._mine[begin][: end - begin] if self._mine else super().stretch(begin, end)  # not cut yet
+        """One of this rank's chunks, or a part of one."""
+        if not self._mine:  # not cut yet
+            return super().stretch(begin, end)
+        start = self._starts[bisect_right(self._starts, begin) - 1]
+        return self._mine[start][begin - start : end - start]
 
     def held(self) -> list[tuple[int, Tensor]]:
         return [(begin, self.stretch(begin, end)) for begin, end in self.ranges]
@@ -162,12 +166,12 @@ class RoundReducer(ExactReducer):
             if self._computed:
                 self._drain()
                 self._last.tensor.zero_()
-                self._last.loss.zero_()
+                self._last.numbers.zero_()
                 self._next = 0
             self._round = own
             self._final = own[self.ranks.rank] if self.ranks.rank < len(own) else 0
             yield from self._last_leaf()
-            self._computed.append(self._last.loss.clone())
+            self._computed.append(self._last.numbers.clone())
 
     def _exchange(self, bucket: Range) -> Started:
         a, b = bucket

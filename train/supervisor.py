@@ -63,7 +63,7 @@ class Supervisor:
         self._last = {"step": 0, "digests": 0}  # of these events, the last step that has one
         self._causes: Counter[tuple[Any, ...]] = Counter()  # of faults that were survived, and how often
         self._fresh: set[tuple[Any, ...]] = set()  # of those since the ranks last went on: one may take several ranks
-        self._futile = 0  # restarts of all ranks since the last step
+        self._futile = self._furthest = 0  # restarts of all ranks since the last new step; that step
         self._losses = Losses(config.recovery.spike or float("inf"))
         self._wrong: int | None = None  # the step, counted from 1, whose loss cannot be right
         self._rolled: Counter[int] = Counter()  # how often each such step has been gone back from
@@ -94,6 +94,7 @@ class Supervisor:
 
     def _start(self, resume: bool, again: bool = False) -> None:
         """All ranks anew, from the newest checkpoint or from the beginning."""
+        self._fleet.meet()
         self._lay_out()
         for there in self._fleet.others.values():
             there.brief(self._run.events())
@@ -155,8 +156,6 @@ class Supervisor:
         for rank in self._ranks:
             rank.end()
         self._ranks = []
-
-    # ------------------------------------------------------------------------------------------- watching
 
     def _watch(self) -> int | None:
         """Until the run is over; returns its exit code. None: all ranks must be started again."""
@@ -223,7 +222,9 @@ class Supervisor:
         if kind in self._last:
             if record["step"] <= self._last[kind]:
                 return  # it was said by who was rank 0 before
-            self._last[kind], self._futile = record["step"], 0
+            self._last[kind] = record["step"]
+            if record["step"] > self._furthest:  # one that is only done again may lead to the same end
+                self._futile, self._furthest = 0, record["step"]
         if kind == "step" and self._losses.spikes(record):
             self._wrong = record["step"]
         elif rank is not None and kind == "left":
@@ -264,6 +265,8 @@ class Supervisor:
 
     def _let_go(self, there: There) -> None:
         """A node was asked to stop: it may, if enough others stay; else all do."""
+        if not any(rank.member in self._members and rank.spot[0] != there.index for rank in self._ranks):
+            return  # the others are being replaced just now
         self.record(events.Asked(rank=None, by=f"{there.asked} on node {there.index}"))
         there.asked = ""
         if self._heals and self._fleet.can_spare(there.index, self._config.least_nodes):
@@ -276,8 +279,6 @@ class Supervisor:
         self._asked = True
         for rank in self._ranks:
             rank.tell(STOP)
-
-    # ------------------------------------------------------------------------------------ losses, and after
 
     def _bury(self, lost: list[Rank | RemoteRank]) -> int | None:
         """What becomes of the run now that these ranks are gone: GOES_ON, None for a new start, or an exit code."""

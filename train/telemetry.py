@@ -52,7 +52,7 @@ class NotFinite(Exception):
 class _Pending:
     step: int
     rate: float
-    numbers: Tensor  # (4 + 2V + 2P + W,) int64 – in pinned memory where they come from a GPU
+    numbers: Tensor  # (4 + N + 2V + 2P + W,) int64 – in pinned memory where they come from a GPU
     world: int
     ready: torch.cuda.Event | None
 
@@ -66,11 +66,15 @@ class Recorder:
         fabric: Fabric,
         send: Send,
         vocab: int,
+        aside: Sequence[int] = (0,),
         on_step: Sequence[OnStep] = (),
     ) -> None:
-        """`on_step` are told of a step's numbers as soon as they have arrived, on every rank."""
+        """`on_step` are told of a step's numbers as soon as they have arrived, on every rank.
+
+        `aside`: the shape of what the model tells beside its loss: by layer, the counts of its experts and two losses.
+        """
         self._config, self._fabric, self._send, self.on_step = config, fabric, send, list(on_step)
-        self._vocab = vocab
+        self._vocab, self._aside = vocab, torch.Size(aside)
         self.peak: float | None = None  # dense FLOP/s of a rank's device
         self._on_gpu = fabric.device.type == "cuda"
         self._pending: deque[_Pending] = deque()
@@ -79,7 +83,7 @@ class Recorder:
         self._lag = LAG if self._on_gpu else 0
         self._heed: dict[str, int] = {}  # the step from which a request is heeded, by all ranks alike
         self._step = 0
-        self._unsaid: deque[events.Event] = deque(maxlen=2 * LAG + 4)  # of the last steps, while another rank speaks
+        self._unsaid: deque[events.Event] = deque(maxlen=3 * LAG + 6)  # of the last steps, while another rank speaks
         self.last: _Pending | None = None
 
     def resume_clock(self) -> None:
@@ -101,7 +105,8 @@ class Recorder:
     def step(self, step: int, total: Total, rate: float) -> None:
         """Take the numbers of a committed step."""
         floats = torch.stack([total.loss, total.norm, total.stops, total.changes]).view(torch.int64)
-        numbers = torch.cat([floats, total.leaves.view(-1), total.state.view(-1), total.seconds.view(torch.int64)])
+        told = floats, total.aside.view(torch.int64), total.leaves.view(-1), total.state.view(-1)
+        numbers = torch.cat([*told, total.seconds.view(torch.int64)])
         ready = None
         if self._on_gpu:
             pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -144,12 +149,17 @@ class Recorder:
                 self._heed.setdefault("change", pending.step + self._lag)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFinite(f"loss {loss}, gradient norm {norm} in step {pending.step}: try a lower optimizer.lr")
-            leaves = pending.numbers[4:-world][: 2 * self._config.batch.virtual_ranks].view(-1, 2)
+            aside, checksums = pending.numbers[4:-world].tensor_split([self._aside.numel()])
+            leaves = checksums[: 2 * self._config.batch.virtual_ranks].view(-1, 2)
             for told in self.on_step:
                 told(pending.step, seconds, leaves)
             if self._config.evidence.digests:  # said first: a step whose event is there has all of its events
-                self._say(_digests(pending.step, pending.numbers[4:-world], self._config.batch.virtual_ranks))
-            self._record(pending, loss, norm)
+                self._say(_digests(pending.step, checksums, self._config.batch.virtual_ranks))
+            routing = None
+            if aside.numel() and (pending.step % self._config.log.every == 0 or pending.step == self._config.steps):
+                routing = self._routing(pending.step, aside.view(torch.float64).view(self._aside))
+                self._say(routing)
+            self._record(pending, loss, norm, routing)
 
     def _say(self, event: events.Event) -> None:
         """Rank 0 speaks for all; the others remember, in case that it is lost before it could."""
@@ -158,7 +168,12 @@ class Recorder:
         else:
             self._unsaid.append(event)
 
-    def _record(self, pending: _Pending, loss: float, norm: float) -> None:
+    def _routing(self, step: int, aside: Tensor) -> events.Routing:
+        batch, layers = self._config.batch, aside.size(0)
+        balance, z = (aside[:, -2:].sum(0) / (layers * batch.virtual_ranks * batch.micro_batches)).tolist()
+        return events.Routing(step=step, experts=aside[:, :-2].long().tolist(), balance=balance, router_z=z)
+
+    def _record(self, pending: _Pending, loss: float, norm: float, routing: events.Routing | None) -> None:
         now = time.perf_counter()
         step, seconds = pending.step, now - self._step_end
         self._step_end = now
@@ -180,9 +195,11 @@ class Recorder:
         if self._log_step is None:  # the first step of a process pays for warming up, and is left out
             self._log_step, self._log_start = step, now
         elif step % self._config.log.every == 0 or step == self._config.steps:
-            self._log(step, loss, norm, pending.rate, now)
+            self._log(step, loss, norm, pending.rate, now, routing)
 
-    def _log(self, step: int, loss: float, norm: float, rate: float, now: float) -> None:
+    def _log(
+        self, step: int, loss: float, norm: float, rate: float, now: float, routing: events.Routing | None
+    ) -> None:
         assert self._log_step is not None
         per_second = (step - self._log_step) * self._config.tokens_per_step / (now - self._log_start)
         peak = self.peak and self.peak * self._fabric.world_size
@@ -190,6 +207,10 @@ class Recorder:
         self._log_step, self._log_start = step, now
         self._send(events.Throughput(step=step, tokens_per_s=per_second, mfu=mfu, memory_bytes=self._memory()))
         numbers = {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "perf/tokens_per_second": per_second}
+        if routing is not None:
+            numbers |= {"train/balance": routing.balance, "train/router_z": routing.router_z}
+            for layer, chosen in enumerate(routing.experts):
+                numbers[f"experts/busiest_in_training_of_layer_{layer}"] = max(chosen) / sum(chosen)
         self._fabric.log_dict(numbers | ({"perf/mfu": mfu} if mfu is not None else {}), step=step)
 
     def _memory(self) -> int:
@@ -213,7 +234,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """This device's matmul FLOP/s, measured: the upper quartile of a few products of 1024 x 1024 matrices."""
     a = torch.randn(1024, 1024, device=device).to(dtype)
     rates = []
-    for _ in range(12):
+    for _ in range(5):  # a tenth of a second, of every rank and every replacement
         start = time.perf_counter()
         torch.mm(a, a)
         rates.append(2 * 1024**3 / (time.perf_counter() - start))

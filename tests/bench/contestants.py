@@ -46,6 +46,7 @@ from tests import nanogpt
 from tests.bench.loop_overhead import Memory
 from train import compose, plan
 from train.config import Train
+from train.flops import flops_per_token
 from train.group import Place
 from train.loop import Due, fit
 from train.models import hf
@@ -418,6 +419,18 @@ def lightning_trainer(job: Job, turns: Turns) -> None:
     trainer.fit(module, DataLoader(rows, batch_size=PIECE, sampler=own))
 
 
+def ceiling(job: Job, turns: Turns) -> None:
+    """No training: a step's FLOPs, as MFU counts them, as products of 1024 x 1024 matrices. Its ratio is ours' MFU."""
+    config = job.config
+    a = torch.randn(1024, 1024).to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    needed = config.tokens_per_step * flops_per_token(config.model, job.vocab) / job.world
+    turns.begin(0)
+    while True:
+        for _ in range(round(needed / (2 * 1024**3))):
+            torch.mm(a, a)
+        turns.ended(0.0)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -430,6 +443,7 @@ class Contestant:
     nanogpt: bool = False  # needs a checkout
     compiled: bool = False
     fp32: bool = False  # whatever the others compute in
+    trains: bool = True
 
 
 CHECKOUT = "a checkout of nanoGPT: git clone https://github.com/karpathy/nanoGPT, then --nanogpt PATH or NANOGPT=PATH"
@@ -446,6 +460,7 @@ CONTESTANTS = {
     ),
     "hf": Contestant("transformers.Trainer", hf_trainer, several=True, needs="pip install accelerate"),
     "lightning": Contestant("lightning.Trainer, our model", lightning_trainer, several=True),
+    "ceiling": Contestant("its FLOPs as large products alone", ceiling, several=True, trains=False),
 }
 
 

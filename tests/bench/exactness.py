@@ -48,6 +48,7 @@ ROWS: dict[str, tuple[list[str], tuple[int, ...], tuple[str, ...]]] = {  # name:
         ("grok", "bf16", True, "V8"),
     ]
 }
+EVERY = ("none", "optimizer", "full")
 BROKEN = "odd fp32 eager V8, all-reduce"
 ROWS |= {
     "deep bf16 eager V8, bf16 on the wire": (
@@ -60,8 +61,8 @@ ROWS |= {
         (1, 2, 3),
         ("none", "optimizer"),
     ),
-    "odd bf16 eager V8, Muon": ([*ROWS["odd bf16 eager V8"][0], "optimizer=muon"], (1, 2, 3, 5, 8), ("none",)),
-    "grok fp32 eager V8, Muon": ([*ROWS["grok fp32 eager V8"][0], "optimizer=muon"], (1, 3, 8), ("none",)),
+    "odd bf16 eager V8, Muon": ([*ROWS["odd bf16 eager V8"][0], "optimizer=muon"], (1, 2, 3, 5, 8), EVERY),
+    "grok fp32 eager V8, Muon": ([*ROWS["grok fp32 eager V8"][0], "optimizer=muon"], (1, 3, 8), EVERY),
     BROKEN: ([*ROWS["odd fp32 eager V8"][0], "reduce=fast"], (1, 3, 8), ("none",)),
 }
 

@@ -5,9 +5,11 @@ same order, 4,096 of them a step, AdamW, clipping, rate; fp32 and bf16 autocast;
 two, and two ranks. What the contestants are, what each was given, and how to add one: `tests/bench/contestants.py`.
 
 Each lives in a process of its own and waits while another one has its turn: A B C … C B A A B C …, so that a slow
-minute of the machine hits all of them. A figure is the median, with quartiles, of the ratios to ours of the same round;
-the first round warms up. That the work is the same is shown: parameters are counted, and the losses of all steps
-compared with ours. `--steps 200` goes on after the rounds, until each has done 200 steps, and compares these too.
+minute of the machine hits all of them. Among them is one that multiplies large matrices, as many FLOPs as a step has:
+its ratio is the share of the machine's limit that ours reaches (6 · parameters + 12 · L · d · T a token, as MFU
+counts). A figure is the median, with quartiles, of the ratios to ours of the same round; the first round warms up. That
+the work is the same is shown: parameters are counted, and the losses of all steps compared with ours. `--steps 200`
+goes on after the rounds, until each has done 200 steps, and compares these too.
 """
 
 from __future__ import annotations
@@ -214,7 +216,8 @@ def table(
                 "last_loss": own[-1],
                 "loss_apart_early": early,
                 "loss_apart_later": late,
-                "same_work": bool(
+                "same_work": not CONTESTANTS[name].trains
+                or bool(
                     parameters[name] == parameters["ours"]
                     and early <= TOLERANCE[setting.precision]
                     and late <= LATER[setting.precision]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch.nn import functional as F
 from tests.models import grok_reference as reference
 from train import cli, compose
 from train.checks import Refused
+from train.flat import Flat
 from train.flops import active_parameters, parameters
 from train.models.build import build
 from train.models.experts import Experts, grouped, in_turn, watched
+from train.models.grok import Block
 from train.models.hf import to_hf
 from train.models.layers import with_auxiliary
 from train.models.xai import load_npz, shape_of
@@ -213,6 +216,67 @@ def test_grouped_products_are_the_experts_in_turn(dtype: torch.dtype) -> None:
     for one, other in zip(*results, strict=True):
         bound = 1e-5 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(one, other, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("again", ["none", "full"])
+def test_what_a_step_tells_of_its_routers_is_what_hooks_on_them_see(again: str) -> None:
+    """Of two micro-batches; layers that are computed again in the backward pass are counted once."""
+    shape = Grok(layers=2, width=24, heads=2, kv_heads=1, head_size=8, experts=3, context=16)
+    model = build(replace(shape, checkpoint_activations=again), 61, seed=1, device=CPU)
+    flat = Flat(model)
+    buffer = flat.buffer()
+    flat.attach(buffer)
+    expected = torch.zeros(2, 5, dtype=torch.float64)
+    for seed in range(2):
+        tokens = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad(), watched(model) as seen:
+            model(tokens[:, :-1])
+        for row, routing in zip(expected, seen, strict=True):
+            row[:3] += torch.bincount(routing.chosen_NK.flatten(), minlength=3)
+            row[3:] += torch.stack((routing.balance, routing.z))
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        torch.autograd.backward(loss)
+        buffer.numbers[1:] += model.aside.view(-1)
+    assert torch.equal(buffer.numbers[1:].view(2, 5), expected)
+    assert expected[:, :3].sum() == 2 * 2 * 2 * 2 * 16
+
+
+def test_masked_targets_weigh_the_auxiliary_losses_too() -> None:
+    """Halves of a batch of which one counts: the gradient of router weights is that half's share of the whole."""
+    shape = Grok(layers=1, width=16, heads=2, kv_heads=1, head_size=8, experts=3, context=8, router_z=0.5)
+    model = build(shape, 61, seed=1, device=CPU)
+    tokens = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(0))
+    targets = tokens[:, 1:].clone()
+    targets[1] = -100
+    weight = model.get_parameter("blocks.0.experts.router.weight")
+    with_losses: list[Tensor] = []
+    without: list[Tensor] = []
+    for balance, found in ((1.0, with_losses), (0.0, without)):
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.balance, block.router_z = 0.0, balance
+        for masked in (False, True):
+            given = targets if masked else tokens[:, 1:]
+            found.append(torch.autograd.grad(model(tokens[:, :-1], given), weight)[0])
+    whole, half = (a - b for a, b in zip(with_losses, without, strict=True))
+    torch.testing.assert_close(half, whole / 2, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_bf16_products_have_few_sizes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of rows that is new to oneDNN is compiled, which took as long as the product."""
+    sizes, linear = [], F.linear
+    monkeypatch.setattr("train.models.experts.F.linear", lambda x, w: sizes.append(x.size(0)) or linear(x, w))  # type: ignore[func-returns-value]
+    weights = [torch.randn(shape, dtype=dtype) for shape in ((3, 24, 16), (3, 24, 16), (3, 16, 24))]
+    rows = torch.randn(70, 16, dtype=dtype)
+    y = in_turn(rows, [5, 32, 33], *weights)
+    assert sizes[::3] == ([32, 32, 64] if dtype == torch.bfloat16 else [5, 32, 33])
+    monkeypatch.undo()
+    for row, e in ((0, 0), (4, 0), (5, 1), (69, 2)):
+        gate, up, down = (w[e].float() for w in weights)
+        x = rows[row].float()
+        expected = down @ (F.gelu(gate @ x, approximate="tanh") * (up @ x))
+        torch.testing.assert_close(y[row].float(), expected, rtol=0.05, atol=1 if dtype == torch.bfloat16 else 1e-3)
 
 
 def test_auxiliary_losses_are_felt_and_not_seen() -> None:

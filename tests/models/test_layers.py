@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train.models.fused import QUERIES
 from train.models.layers import (
-    QUERIES,
     RMSNorm,
     cached_attention,
     causal_attention,

@@ -13,7 +13,7 @@ import pytest
 from train import cli, compose
 from train.checks import Refused
 from train.scale.command import predict
-from train.scale.hardware import TAGS, cluster
+from train.scale.hardware import TAGS, cluster, named
 from train.scale.project import project
 from train.scale.tables import published
 from train.scale.workload import TABLES
@@ -69,6 +69,7 @@ GOOD = "x,32,4096,32,8,8192,128256,14336,1,128,64,H100-80GB-SXM,2,4,1,1,1,,bf16,
     [
         (("H100-80GB-SXM", "TPUv5"), "gpu_type: 'TPUv5'"),
         ((",bf16,", ",int4,"), "precision: 'int4'"),
+        ((",bf16,", ",nvfp4,"), "precision: 'nvfp4'"),
         (("32,4096", ",4096"), "does not say layers"),
         (("32,4096", "many,4096"), "layers: 'many' is no number"),
         (("32,4096", "-3,4096"), "layers: -3 is out of range"),
@@ -143,6 +144,41 @@ def test_rows_of_other_kinds_are_predicted_and_what_is_assumed_is_said(tmp_path:
     assert "microbatch 1" in found[1]["assumed"]
 
 
+@pytest.mark.parametrize("name", ["H100", "NVIDIA H100 SXM", "h100-80gb-sxm", "H100-SXM5-80GB"])
+def test_gpus_as_they_are_written(name: str) -> None:
+    found = named(name)
+    assert found is not None
+    assert found.key == "h100_sxm"
+    assert all(named(other) is None for other in ("", "H100-94GB", "H20", "TPUv5", "GB300"))
+
+
+@pytest.mark.parametrize("name", ["FP8-CS", "MXFP8", "fp8 (current scaling)", "bf16 mixed, te fp8", "Float8"])
+def test_precisions_as_they_are_written(name: str, tmp_path: Path) -> None:
+    plain, odd, none = predicted(
+        tmp_path, HEAD + "\n".join(GOOD.replace(",bf16,", f",{p},") for p in ("fp8", f'"{name}"', ""))
+    )
+    assert odd["predicted_step_time_s"] == plain["predicted_step_time_s"]
+    assert "precision bf16" in none["assumed"]
+    assert float(none["predicted_step_time_s"]) > float(plain["predicted_step_time_s"])
+
+
+def test_a_known_model_fills_what_a_row_leaves_open(tmp_path: Path) -> None:
+    head = HEAD.replace("source,", "source,model,")
+    whole, none, other = predicted(
+        tmp_path,
+        head
+        + "x,Llama 3.1 8B,"
+        + GOOD[2:]
+        + "\n"
+        + "x,Llama 3.1 8B,,,,,8192,,,,128,64,H100-80GB-SXM,2,4,1,1,1,,bf16,nemo,,,,3\n"
+        + "x,Llama 3.1 8B,,5120,,,8192,,,,128,64,H100-80GB-SXM,2,4,1,1,1,,bf16,nemo,,,,3\n",
+    )
+    assert none["predicted_step_time_s"] == whole["predicted_step_time_s"]
+    assert "layers, hidden" in none["assumed"].replace("layers, width", "layers, hidden")
+    assert "llama3_8b" in none["assumed"]
+    assert "does not say layers" in other["not_predicted"], "a Llama of another width is not that one"
+
+
 @pytest.mark.parametrize("text", ["", "\n", '"a'])
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in.csv").write_text(text)
@@ -207,7 +243,9 @@ def test_a_scenario_says_what_is_not_known() -> None:
         (["show=all"], ["show", "validation"]),
         (["recompute=some"], ["recompute"]),
         (["precision=fp4"], ["precision"]),
-        (["out=x.csv"], ["out", "table"]),
+        (["out=x.txt"], ["out", ".html"]),
+        (["sharding=some"], ["sharding", "gradients"]),
+        (["run=x", "workload=llama3_8b"], ["workload", "run"]),
     ],
 )
 def test_a_mistake_is_refused(overrides: list[str], words: list[str]) -> None:
@@ -230,8 +268,14 @@ def test_here_is_what_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "'NVIDIA L4' has no figures" in refused("cluster=here")
 
 
-def test_here_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_here_without_a_gpu_or_a_probe_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "colossus probe" in refused("cluster=here")
+    (tmp_path / "pocket-colossus").mkdir()
+    (tmp_path / "pocket-colossus" / "here.yaml").write_text("name: [")
+    assert "cannot be read" in refused("cluster=here")
+    (tmp_path / "pocket-colossus" / "here.yaml").unlink()
     assert "nvidia-smi" in refused("cluster=here")
 
 

@@ -82,4 +82,4 @@ def test_causes_sum_to_the_published_count() -> None:
     assert sum(cause["count"] for cause in causes) == 466
     gpu = sum(c["rate"] * 1e6 for c in causes if c["cause"] in ("gpu", "hbm3", "gpu_sram"))
     assert gpu == pytest.approx(11.26, abs=0.01)
-    assert any(cause["node"] for cause in causes)
+    assert {cause["takes"] for cause in causes} == {"gpu", "node", "switch", "power"}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import cache
 
 import numpy as np
 import pytest
 
 from train import compose, flops
-from train.checks import Refused
 from train.scale import calibrate, memory, validation, workload
 from train.scale.hardware import gpus
 from train.scale.network import bus
@@ -49,12 +49,14 @@ def test_the_frozen_calibration_is_what_the_fit_gives() -> None:
         ("Megatron-LM SC21 Table 1", 0.06),
         ("Reducing Activation Recomputation Table 5", 0.06),
         ("Llama 3 Table 4", 0.06),
-        ("MT-NLG 530B", 0.16),  # the known miss
-        ("NVIDIA dgxc-benchmarking", 0.12),
-        ("NVIDIA dgxc-benchmarking Grok-1", 0.12),
-        ("NVIDIA Megatron-Bridge perf summary", 0.12),
-        ("MosaicML llm-foundry benchmarking README", 0.12),
-        ("Nemotron-4 340B Table 2", 0.12),
+        ("MT-NLG 530B", 0.09),
+        ("NVIDIA dgxc-benchmarking", 0.07),
+        ("NVIDIA dgxc-benchmarking Grok-1", 0.10),
+        ("NVIDIA Megatron-Bridge perf summary", 0.15),  # releases 1.7 times apart on one plan, and windows of GPT OSS
+        ("MosaicML llm-foundry benchmarking README", 0.10),
+        ("torchtitan benchmarks", 0.12),
+        ("vTrain ground truth", 0.10),
+        ("Nemotron-4 340B Table 2", 0.08),
         ("BLOOM-176B", 0.12),
     ],
 )
@@ -69,10 +71,58 @@ def test_it_beats_a_constant_mfu_and_holds_once_anchored() -> None:
     assert anchored["NVIDIA dgxc-benchmarking Grok-1"] <= 0.10
 
 
+def test_megatron_s_family_and_the_mean_are_as_close_as_is_said() -> None:
+    found = {name: validation.error(r) for name, r in zero_shot().items()}
+    assert np.mean([found[name] for name in validation.MEGATRON]) <= 0.06
+    assert np.mean(list(found.values())) <= 0.08
+
+
 def test_every_source_that_says_enough_is_covered() -> None:
     for entry in validation.errors_per_source(list(runs()), calibration()):
-        assert entry["predicted"] == entry["rows"] or entry["left_out"]
+        assert entry["predicted"] >= 0.8 * entry["rows"] or "global_batch_seqs" in str(entry["left_out"])
         assert sum(entry["left_out"].values()) == entry["rows"] - entry["predicted"]
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("Llama-3.1-405B", "llama3_405b"),
+        ("meta-llama/Llama-3-8B", None),
+        ("Meta-Llama-3-8B", "llama3_8b"),
+        ("Qwen3_30B_a3B (tokendrop)", "qwen3_30b_a3b"),
+        ("Grok-1-314B", "grok1_314b"),
+        ("GPT OSS 120B", "gpt_oss_120b"),
+        ("Mixtral 8x7B", "mixtral_8x7b"),
+        ("Nemotron_3_Nano", None),
+        ("", None),
+    ],
+)
+def test_a_model_is_known_by_its_name(name: str, model: str | None) -> None:
+    found = workload.known(name)
+    assert (found and found[1]["name"]) == model
+
+
+def test_known_models_have_the_parameters_that_their_names_say() -> None:
+    """Within 8 %: norms are left out, and some models have one matrix for both embeddings."""
+    names = {row["name"]: shape for shape, row in workload.published().values() if row["tag"] == "published"}
+    said = {key: float(re.findall(r"(\d+)(?:_a\d+)?b", key)[0]) * 1e9 for key in names if re.search(r"\db", key)}
+    odd = {"mixtral_8x7b": 46.7e9, "mixtral_8x22b": 141e9, "mistral_7b": 7.24e9, "gemma_7b": 9.3e9, "llama_33b": 32.5e9}
+    odd |= {"llama32_1b": 1.5e9, "llama32_3b": 3.6e9, "llama3_8b": 8.03e9, "llama_7b": 6.74e9, "llama2_7b": 6.74e9}
+    odd |= {"qwen25_7b": 7.6e9, "qwen25_14b": 14.8e9, "qwen3_8b": 8.2e9, "nemotron4_15b": 15.6e9, "mpt_7b": 6.85e9}
+    odd |= {"olmo2_7b": 7.3e9, "olmo3_7b": 7.3e9, "gpt_oss_120b": 117e9, "gpt_oss_20b": 20.9e9}
+    for key, size in (said | odd).items():
+        assert names[key].parameters == pytest.approx(size, rel=0.08), key
+
+
+def test_what_ran_fits() -> None:
+    """Each published run had room; beyond 5 % too much for it are Llama-2-70B without recomputing, and four more."""
+    able = [run for run in runs() if run.job is not None]
+    room = np.array([gpus()[run.row["gpu_type"].strip()].memory for run in able])
+    over = memory.total(calibrate.jobs_of(able)) > 1.05 * room
+    assert {run.row["model"] for run, much in zip(able, over, strict=True) if much} <= {
+        *("Llama-2-70B", "GPT OSS 120B", "Nemotron4-340B", "OLMo3-32B")
+    }
+    assert over.sum() <= 10
 
 
 def test_the_parts_are_the_whole_and_none_is_negative() -> None:
@@ -166,7 +216,8 @@ def test_our_own_models_have_the_shapes_that_the_projector_counts(name: str) -> 
     assert shape.active == pytest.approx(exact, rel=0.01)
 
 
-def test_attention_that_is_not_as_wide_as_the_model_is_refused() -> None:
+def test_attention_that_is_not_as_wide_as_the_model() -> None:
     model = compose.config("plan", ["model=grok_1", "model.heads=40"]).model
-    with pytest.raises(Refused, match="not as wide"):
-        workload.of_model(model, 131_072)
+    shape = workload.of_model(model, 131_072)
+    assert shape.head * shape.heads < shape.width
+    assert shape.active == pytest.approx(flops.active_parameters(model, 131_072), rel=0.01)

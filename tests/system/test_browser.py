@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import Running
+from tests.running import Running
 from train import cli
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import Running, sha256, summary
+from tests.running import Running
+from tests.test_train import sha256, summary
 from train import events, manifest
 
 pytestmark = pytest.mark.system

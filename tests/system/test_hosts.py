@@ -13,14 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.running import Fresh, Running, at_step, gone
 from tests.system.packages import need, need_root
+from tests.test_fleet import SLOW
 from tests.test_recovery import equals_one_rank, of_kind, once, records
 from tests.test_resume import ENDLESS
-from tests.test_train import Running, at_step, gone, sha256, steps, summary
+from tests.test_train import sha256, steps, summary
 from train.remote import GONE
 
 pytestmark = pytest.mark.system
 
+FEW = f"faults.at=[slow:1@{SLOW}]"  # steps, for the twin
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
@@ -55,7 +58,7 @@ def _command(name: str, overrides: list[str]) -> list[str]:
     return ["ip", "netns", "exec", name, sys.executable, "-m", "train", *overrides]
 
 
-class Host(Running):
+class Host(Fresh):
     """A node of a run of two, on one of the hosts."""
 
     def __init__(self, hosts: list[str], index: int, tiny: list[str], folder: Path, *more: str) -> None:
@@ -93,7 +96,7 @@ def test_two_hosts_leave_the_state_of_one(hosts: list[str], tiny: list[str], tmp
 
 def test_a_cable_that_flaps_only_takes_its_time(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
     """Cut for five seconds, then again and again for a moment, one way and both: nobody is lost, the bits are right."""
-    first, second = (Host(hosts, index, tiny, tmp_path, *ENDLESS) for index in (0, 1))
+    first, second = (Host(hosts, index, tiny, tmp_path, *ENDLESS, FEW) for index in (0, 1))
     first.wait_for(at_step(2))
     for ends, seconds in ((hosts, 5.0), (hosts[:1], 1.0), (hosts[1:], 1.0), (hosts, 0.5), (hosts, 0.5)):
         for host in ends:
@@ -113,7 +116,7 @@ def test_a_cable_that_flaps_only_takes_its_time(hosts: list[str], tiny: list[str
 @pytest.mark.parametrize("side", [0, 1, 2], ids=["from node 0", "from node 1", "both ways"])
 def test_a_cable_that_is_cut_for_good(side: int, hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
     """Node 0 goes on alone, node 1's ranks are ended: never two that write. When it is whole again, both take part."""
-    first, second = (Host(hosts, index, tiny, tmp_path, *ENDLESS) for index in (0, 1))
+    first, second = (Host(hosts, index, tiny, tmp_path, *ENDLESS, FEW) for index in (0, 1))
     first.wait_for(at_step(2))
     ranks = set(sorted(second.children())[-2:])
     for host in hosts if side == 2 else hosts[side : side + 1]:
@@ -158,14 +161,15 @@ def test_one_host_listens_on_loopback_only(hosts: list[str], tiny: list[str], tm
 
 
 def test_nodes_that_share_a_folder_stop_and_go_on(tiny: list[str]) -> None:
-    """Only node 0's record has the starts of a run, and each node clears up in the same folder."""
+    """Only node 0's record has the starts of a run. With sharded state a loss on node 1 has all ranks start again."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free.getsockname()[1])}
-    for more, expected in ((["stop_after=0.1s"], 75), ([], 0)):
-        arguments = ("name=a", "nodes=2", "devices=1", *more)
+    for more, expected in (("stop_after=0.1s", 75), ("faults.at=[kill:1@backward:5]", 0)):
+        arguments = ("name=a", "nodes=2", "devices=1", "sharding=optimizer", more)
         running = [Running(tiny, *arguments, **where, PET_NODE_RANK=str(index)) for index in (0, 1)]
         for node in running:
             code, out, err = node.end()
             assert code == expected, out + err
+    assert [start["step"] for start in of_kind(records(running[0].folder), "start")][2:] == [3]
     assert summary(running[0].folder)["state_sha256"] == sha256(tiny, "name=b", "devices=1")

@@ -141,27 +141,39 @@ def _needs(module: str, extra: str) -> Any:
         raise Refused("data", f"{module} is missing: pip install 'pocket-colossus[{extra}]'") from None
 
 
-def documents(file: File, field: str) -> Iterator[bytes | None]:
+class Document(bytes):
+    """UTF-8, of which the first `prompt` bytes are there to be read and not to be learned."""
+
+    prompt = 0
+
+
+def documents(file: File, field: str, prompt_field: str = "") -> Iterator[Document | None]:
     """The documents of a file in order, as UTF-8; None stands for one that is not, empty ones come as they are."""
-    path = file.fetch()
+    path, fields = file.fetch(), [prompt_field, field] if prompt_field else [field]
+    packed = ".jsonl" in file.form or ".parquet" in file.form
+    if prompt_field and not packed:
+        raise Refused("data.prompt_field", f"{path} has no fields: only .jsonl and .parquet files have")
     try:
         if ".parquet" in file.form:
-            yield from map(_utf8, _columns(path, field))
+            yield from map(_utf8, _columns(path, fields))
         else:
             with _open(path) as stream:
-                yield from map(_utf8, _lines(stream, path, field) if ".jsonl" in file.form else _pages(stream, file))
+                yield from map(_utf8, _lines(stream, path, fields) if packed else _pages(stream, file))
     except (OSError, EOFError, zlib.error) as error:
         raise Refused(str(path), f"cannot be read ({error}): replace it or leave it out") from None
 
 
-def _utf8(document: str | bytes | None) -> bytes | None:
+def _utf8(parts: list[str] | bytes | None) -> Document | None:
     """A document's bytes, where they are UTF-8 or can be: JSON can spell lone surrogates, UTF-8 cannot."""
     try:
-        if isinstance(document, str):
-            return document.encode()
-        if document is not None:
-            document.decode()
-        return document
+        if isinstance(parts, list):
+            encoded = [part.encode() for part in parts]
+            document = Document(b"".join(encoded))
+            document.prompt = len(document) - len(encoded[-1])
+            return document
+        if parts is not None:
+            parts.decode()
+        return None if parts is None else Document(parts)
     except UnicodeError:
         return None
 
@@ -192,32 +204,39 @@ def _pages(stream: BinaryIO, file: File) -> Iterator[bytes]:
             head += stream.read(BOOK)
 
 
-def _lines(stream: BinaryIO, path: Path, field: str) -> Iterator[str | None]:
+def _lines(stream: BinaryIO, path: Path, fields: list[str]) -> Iterator[list[str] | None]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[field]
+            record = json.loads(line)
         except UnicodeDecodeError:
             yield None
             continue
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise Refused(f"{path}:{number}", f"is no JSON object with a '{field}' (data.field)") from None
-        if not isinstance(text, str):
-            raise Refused(f"{path}:{number}", f"'{field}' (data.field) is not a text")
-        yield text
+        except ValueError:
+            record = None
+        texts: list[str] = []
+        for field, key in zip(reversed(fields), ("data.field", "data.prompt_field"), strict=False):
+            if not isinstance(record, dict) or field not in record:
+                raise Refused(f"{path}:{number}", f"is no JSON object with a '{field}' ({key})")
+            if not isinstance(record[field], str):
+                raise Refused(f"{path}:{number}", f"'{field}' ({key}) is not a text")
+            texts.insert(0, record[field])
+        yield texts
 
 
-def _columns(path: Path, field: str) -> Iterator[str | None]:
+def _columns(path: Path, fields: list[str]) -> Iterator[list[str] | None]:
     pyarrow, parquet = _needs("pyarrow", "hf"), _needs("pyarrow.parquet", "hf")
     try:
         with parquet.ParquetFile(path) as table:
-            if field not in table.schema_arrow.names:
-                columns = ", ".join(table.schema_arrow.names)
-                raise Refused("data.field", f"{path} has no column '{field}': choose from {columns}")
-            for batch in table.iter_batches(batch_size=256, columns=[field]):
-                for text in batch[field].to_pylist():
-                    yield "" if text is None else text if isinstance(text, str) else None
+            for field, key in zip(reversed(fields), ("data.field", "data.prompt_field"), strict=False):
+                if field not in table.schema_arrow.names:
+                    columns = ", ".join(table.schema_arrow.names)
+                    raise Refused(key, f"{path} has no column '{field}': choose from {columns}")
+            for batch in table.iter_batches(batch_size=256, columns=fields):
+                for row in zip(*(batch[field].to_pylist() for field in fields), strict=True):
+                    texts = ["" if text is None else text for text in row]
+                    yield texts if all(isinstance(text, str) for text in texts) else None
     except pyarrow.ArrowException as error:
         raise Refused(str(path), f"is no readable parquet file: {str(error).splitlines()[0]}") from None
 

@@ -9,15 +9,16 @@ keeps the second from doing the work of the first.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from train import hardware
 from train.checks import Refused
 from train.config import Data, Source, SourceKind, TokenizerKind
+from train.config import Tokenizer as TokenizerConfig
 from train.data import store
 from train.data.corpus import File, Progress, documents, drawn, held_out, pin
 from train.data.store import digest
@@ -54,6 +55,7 @@ class Prepared:
     train: Counts
     validation: Counts
     separator: int | None = None  # `eot`, where no document is to attend to another one
+    prompts: bool = False  # a stored id from `vocab` on is a prompt's: less `vocab` it is a token, that no loss counts
     left_out: list[int] = field(default_factory=list)  # batches of a run that no step sees: their loss was no good
 
     @classmethod
@@ -62,11 +64,17 @@ class Prepared:
         return cls(**{**value, "train": Counts(**value["train"]), "validation": Counts(**value["validation"])})
 
 
+def whole(data: Data, tokenizer: str) -> Prepared:
+    """All of a corpus to be scored, and none to be trained on, in the tokens of this tokenizer.json."""
+    data.tokenizer, data.validation = TokenizerConfig(kind=TokenizerKind.file, path=tokenizer), 1.0
+    return prepare(data, seed=0, context=0)[0]
+
+
 def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) -> tuple[Prepared, Preparer | None]:
     """Make, or find, the tokens of a corpus.
 
     Returns what the ranks read it by, and a Preparer where shards are still to come. `seed` chooses synthetic tokens;
-    `context` only serves to refuse a corpus that is shorter than one sample. Raises Refused.
+    `context` only serves to refuse a corpus that is shorter than one sample (0: that has none). Raises Refused.
     """
     cache = cache_folder(data)
     sources = list(data.parts.values()) or [data]
@@ -88,6 +96,7 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
                 tokenizer=str(path),
                 files=files,
                 field=source.field,
+                prompt_field=source.prompt_field,
                 validation=data.validation,
                 shard_tokens=data.shard_tokens,
                 growing=growing,
@@ -111,6 +120,7 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
         vocab=tokenizer.vocab,
         eot=tokenizer.eot,
         separator=tokenizer.eot if data.mask_documents else None,
+        prompts=any(source.prompt_field for source in sources),
         tokenizer=str(path),
         complete=all(found[-1]["last"] for found in shards),
         skipped=sum(shard["skipped"] for found in shards for shard in found),
@@ -130,9 +140,9 @@ def _refuse_too_little(source: Source, shards: list[Manifest], held: list[Manife
     """Raise if there is not a sample to train on, or no document, in the shards that hold them, to validate on."""
     where = f"data={source.kind.value}"
     sizes = [shard["train"]["tokens"] for shard in shards]
-    if not any(sizes):
+    if context and not any(sizes):
         raise Refused(where, NO_TRAINING)
-    if shards[-1]["last"] and max(sizes) <= context:
+    if context and shards[-1]["last"] and max(sizes) <= context:
         raise Refused(where, f"its {sum(sizes)} tokens are less than one sample of {context} + 1 (model.context)")
     if not any(shard["validation"]["tokens"] for shard in held):
         how = "name a val*.bin" if source.kind is SourceKind.bin else "raise the share, or add documents"
@@ -141,8 +151,7 @@ def _refuse_too_little(source: Source, shards: list[Manifest], held: list[Manife
 
 def cache_folder(data: Data) -> Path:
     """Where prepared tokens are kept: data.cache, $XDG_CACHE_HOME/pocket-colossus or ~/.cache/pocket-colossus."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pocket-colossus"
-    folder = Path(data.cache or base).expanduser().absolute()
+    folder = Path(data.cache or hardware.cache_folder()).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -152,7 +161,9 @@ def cache_folder(data: Data) -> Path:
 
 def _identity(source: Source, files: list[File]) -> str:
     """Contents in order, and how they are read; not what the files are called or where they lie."""
-    return digest([[file.form, file.sha256, file.whole] for file in files], source.field)
+    return digest(
+        [[file.form, file.sha256, file.whole] for file in files], source.field, *filter(None, [source.prompt_field])
+    )
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer
@@ -202,7 +213,7 @@ def _sample(data: Data, sources: list[Source], pins: list[list[File]], progress:
         budget = SAMPLE * source.weight / sum(other.weight for other, _ in texts)
         size = sum(file.size for file in files)
         share = 1.0 if source.kind is SourceKind.hf else min(1.0, budget / max(1, size))
-        for raw in chain.from_iterable(documents(file, source.field) for file in files):
+        for raw in chain.from_iterable(documents(file, source.field, source.prompt_field) for file in files):
             if not raw or held_out(raw, data.validation) or not drawn(b"sample" + raw, share):
                 continue
             yield raw.decode()

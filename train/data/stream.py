@@ -25,6 +25,7 @@ import gzip
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,8 @@ class Stream:
         self, prepared: Prepared, *, seed: int, context: int, sequences: int, virtual_ranks: int, micro_batch: int
     ) -> None:
         self.seed, self.context, self.sequences, self.rows = seed, context, sequences, micro_batch
-        self.virtual_ranks = virtual_ranks
+        self.virtual_ranks, self.vocab, self.prompts = virtual_ranks, prepared.vocab, prepared.prompts
+        self._counted = -1, 0  # a step, and how many of its targets count
         self.micro_batches = sequences // virtual_ranks // micro_batch
         assert self.micro_batches * virtual_ranks * micro_batch == sequences, "batch.* has been checked by config"
         self.left_out = sorted(prepared.left_out)
@@ -55,11 +57,27 @@ class Stream:
         self.ends = [[0] for _ in self.stores]  # samples an epoch in the shards before each shard, as far as known
 
     def micro_batch(self, step: int, virtual_rank: int, micro_batch: int) -> Ints:
-        """Tokens of a micro-batch, int64 (rows, context + 1). Raises Refused where the store is damaged."""
+        """A micro-batch as it is stored, int64 (rows, context + 1). Raises Refused where the store is damaged."""
         T = self.context
         places = self.places(step, virtual_rank, micro_batch)
         windows = ((self.stores[source].shards[shard], window * T) for source, _, shard, window in places)
         return np.stack([shard.read(first, first + T + 1) for shard, first in windows])
+
+    def sides(self, stored: Any) -> tuple[Any, Any]:
+        """Inputs and targets of a micro-batch (torch's tensor), -100 where a target is a prompt's."""
+        inputs, targets = stored[:, :-1], stored[:, 1:]
+        if not self.prompts:
+            return inputs, targets
+        return inputs % self.vocab, targets.masked_fill(targets >= self.vocab, IGNORED)
+
+    def counted(self, step: int) -> int:
+        """How many targets of a step count, on all virtual ranks; at least 1, as their losses are divided by it."""
+        if not self.prompts:
+            return self.sequences * self.context
+        if self._counted[0] != step:
+            parts = (self.micro_batch(step, v, i) for v in range(self.virtual_ranks) for i in range(self.micro_batches))
+            self._counted = step, max(1, sum(int((part[:, 1:] < self.vocab).sum()) for part in parts))
+        return self._counted[1]
 
     def places(self, step: int, virtual_rank: int, micro_batch: int) -> list[tuple[int, int, int, int]]:
         """(source, epoch, shard, window in the shard) of each row."""
@@ -98,7 +116,7 @@ class Validation:
     """
 
     def __init__(self, prepared: Prepared, *, context: int, tokens: int, micro_batch: int) -> None:
-        self.context, self.rows, self.eot = context, micro_batch, prepared.eot
+        self.context, self.rows, self.eot, self.vocab = context, micro_batch, prepared.eot, prepared.vocab
         self.tokenizer = Tokenizer.load(prepared.tokenizer)
         self.lossless = self.tokenizer.pieces is not None
         pieces = [np.array([self.eot], token_type(prepared.vocab))]
@@ -121,7 +139,8 @@ class Validation:
                 self.tokens += size
                 left -= size
                 known += int(sizes[:used].sum())
-        self.ids = np.concatenate(pieces)  # an end of document, and then the tokens
+        self.ids = np.concatenate(pieces)  # an end of document, and then the tokens, as they are stored
+        self.counted = int((self.ids[1:] < self.vocab).sum())
         self.bytes: int | None = known
         if prepared.validation.bytes is None:  # ids of unknown origin are the text that they stand for, if any
             self.bytes = sum(map(len, self.text_bytes())) if self.lossless else None
@@ -136,15 +155,16 @@ class Validation:
         return ends, np.zeros_like(ends)
 
     def micro_batch(self, index: int) -> tuple[Ints, Ints]:
-        """Inputs and targets, int64 (rows, context) each; behind the last token, targets are -100."""
+        """Inputs and targets, int64 (rows, context) each; behind the last token and of prompts, targets are -100."""
         size = self.rows * self.context
         inputs, targets = np.full(size, self.eot, np.int64), np.full(size, IGNORED, np.int64)
         ids = self.ids[index * size : (index + 1) * size + 1]
-        inputs[: ids.size - 1], targets[: ids.size - 1] = ids[:-1], ids[1:]
+        inputs[: ids.size - 1] = ids[:-1] % self.vocab
+        targets[: ids.size - 1] = np.where(ids[1:] < self.vocab, ids[1:].astype(np.int64), IGNORED)
         return inputs.reshape(self.rows, self.context), targets.reshape(self.rows, self.context)
 
     def text_bytes(self) -> Iterator[bytes]:
-        """The UTF-8 bytes of each of these documents, decoded from its tokens (lossless tokenizers only)."""
+        """The UTF-8 bytes of each of these documents, less its prompt, from its tokens (lossless tokenizers only)."""
         return self._decoded([0, *np.concatenate(self.ends).tolist()])
 
     def window_bytes(self) -> Iterator[bytes]:
@@ -153,7 +173,8 @@ class Validation:
 
     def _decoded(self, cuts: list[int]) -> Iterator[bytes]:
         for first, last in pairwise(cuts):
-            yield self.tokenizer.decode_bytes(self.ids[first + 1 : last + 1].tolist())
+            ids = self.ids[first + 1 : last + 1]
+            yield self.tokenizer.decode_bytes(ids[ids < self.vocab].tolist())
 
     def yardsticks(self) -> dict[str, float | None]:
         """How well a program that learned nothing compresses the same bytes: `gzip -9` in bits per byte.

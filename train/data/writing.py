@@ -32,7 +32,7 @@ import numpy as np
 from train.checks import Refused
 from train.config import Source
 from train.data import store
-from train.data.corpus import File, Progress, documents, held_out
+from train.data.corpus import Document, File, Progress, documents, held_out
 from train.data.order import keys, scramble
 from train.data.store import digest
 from train.data.tokenizer import Tokenizer
@@ -53,6 +53,7 @@ class Job:
     tokenizer: str
     files: list[File]  # none: random tokens
     field: str
+    prompt_field: str
     validation: float
     shard_tokens: int
     growing: bool  # hf: start when the first shard is ready
@@ -137,7 +138,7 @@ def background() -> None:
 
 
 Place = tuple[int, int]  # in the corpus: a file, a document of it
-Item = tuple[Place, str | None, Any, int]  # place, split (None: not UTF-8), tokens, UTF-8 bytes
+Item = tuple[Place, str | None, Any, int]  # place, split (None: not UTF-8), tokens, UTF-8 bytes without the prompt
 
 
 def write_shards(job: Job, first_only: bool, progress: Progress) -> bool:
@@ -149,7 +150,8 @@ def write_shards(job: Job, first_only: bool, progress: Progress) -> bool:
             return False
         tokenizer = Tokenizer.load(job.tokenizer)
         start: Place = tuple(have[-1]["next"]) if have else (0, 0)
-        writer = store.Writer(folder, len(have), store.token_type(tokenizer.vocab))
+        ids = tokenizer.vocab * (2 if job.prompt_field else 1)
+        writer = store.Writer(folder, len(have), store.token_type(ids))
         for place, split, tokens, size in (_tokenized if job.files else _random)(job, tokenizer, start, progress):
             if split is None:
                 writer.skipped += 1
@@ -169,28 +171,31 @@ def write_shards(job: Job, first_only: bool, progress: Progress) -> bool:
 
 
 def _tokenized(job: Job, tokenizer: Tokenizer, start: Place, progress: Progress) -> Iterator[Item]:
-    """Documents from `start` on, each with its end-of-document token."""
+    """Documents from `start` on, each with its end-of-document token. Those of prompts are stored as id + vocab."""
     total, done = sum(file.size for file in job.files), sum(file.size for file in job.files[: start[0]])
     for batch in _batches(job, start):
         done += sum(len(raw or b"") for _, raw in batch)
         progress("tokenize", min(done, total), total)  # packed files hold more than their size
-        ids = tokenizer.encode_batch([raw.decode() for _, raw in batch if raw is not None])
+        known = [raw for _, raw in batch if raw is not None]
+        ids = tokenizer.encode_batch([raw[raw.prompt :].decode() for raw in known])
+        prompts = tokenizer.encode_batch([raw[: raw.prompt].decode() for raw in known if raw.prompt])
         for place, raw in batch:
             if raw is None:
                 yield place, None, [], 0
             else:
                 split = "validation" if held_out(raw, job.validation) else "train"
-                yield place, split, [*ids.pop(0), tokenizer.eot], len(raw)
+                prompt = [token + tokenizer.vocab for token in prompts.pop(0)] if raw.prompt else []
+                yield place, split, [*prompt, *ids.pop(0), tokenizer.eot], len(raw) - raw.prompt
     progress("tokenize", total, total)
 
 
-def _batches(job: Job, start: Place) -> Iterator[list[tuple[Place, bytes | None]]]:
+def _batches(job: Job, start: Place) -> Iterator[list[tuple[Place, Document | None]]]:
     """The places and bytes of documents from `start` on, without empty ones, in batches of bounded size."""
-    batch: list[tuple[Place, bytes | None]] = []
+    batch: list[tuple[Place, Document | None]] = []
     size = 0
     for f in range(start[0], len(job.files)):
         skip = start[1] if f == start[0] else 0
-        for d, raw in islice(enumerate(documents(job.files[f], job.field)), skip, None):
+        for d, raw in islice(enumerate(documents(job.files[f], job.field, job.prompt_field)), skip, None):
             if raw != b"":
                 batch.append(((f, d), raw))
                 size += len(raw or b"")

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from train.checks import require
-from train.launch.job import FILE, Job, Submission, elsewhere, named, verbatim
+from train.launch.job import FILE, Job, Submission, elsewhere, named, tokens, verbatim
 from train.nodes import PORT
 
 RUNS = "/work/runs"  # docker/Dockerfile's
@@ -35,13 +35,13 @@ def services(job: Job) -> dict[str, Any]:
     require(bool(target.image), "target.image", "build one first: docker/Dockerfile")
     require(job.config.runs in ("runs", RUNS), "runs", f"is {RUNS} there, in a volume a node: leave it out")
     arguments = elsewhere(job, kept=True)
-    found = {}
+    found, secret = {}, tokens(job)
     for index in range(nodes):
         variables = {"PET_NODE_RANK": str(index), "PET_MASTER_ADDR": "node0", "PET_MASTER_PORT": str(PORT)}
         found[f"node{index}"] = {
             "image": target.image,
             "command": ["train", *verbatim(arguments)],
-            "environment": variables,
+            "environment": variables | secret,
             "volumes": [*verbatim([f"{mount}:ro" for mount in target.mounts]), f"runs{index}:{RUNS}"],
             "restart": f"on-failure:{target.restarts}",
             "stop_grace_period": f"{target.grace}s",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import secrets
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from train.checks import require
 from train.commands import Launch
+from train.remote import TOKEN
 
 PYTHON = [sys.executable, "-P", "-m", "train"]  # `colossus train` of this installation, whatever PATH says
 FILE = "FILE"  # in a command, the path of the file
@@ -46,6 +48,11 @@ def elsewhere(job: Job, *, kept: bool) -> list[str]:
     why = "without it the checkpoints go with their machine: name a bucket, such as s3://bucket/run"
     require(bool(store) or kept, "checkpoint.store", why)
     return [*job.arguments, f"resume_from={store}"] if store and not config.resume_from else job.arguments
+
+
+def tokens(job: Job) -> dict[str, str]:
+    """The variable by which the nodes of this job know each other, made up for it; none where there is one node."""
+    return {TOKEN: secrets.token_hex(16)} if job.config.most_nodes > 1 else {}
 
 
 def verbatim(arguments: Sequence[str]) -> list[str]:

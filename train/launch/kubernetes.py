@@ -1,8 +1,8 @@
 """Kubernetes with Kubeflow Trainer v2: a TrainingRuntime, which says how this image trains, and a TrainJob of it.
 
-The trainer gives each pod its PET_NODE_RANK and PET_MASTER_ADDR, which train/nodes.py reads. A pod that ends with
-anything but 0 or 2 – 75, a node lost, a preemption – has all of them started again, up to `target.restarts` times, and
-they go on from the newest checkpoint. 2 is a mistake of the user, which starting again does not mend.
+The trainer gives each pod its PET_NODE_RANK and PET_MASTER_ADDR, which train/nodes.py reads; the pods' token is a
+Secret. A pod that ends with anything but 0 or 2 – 75, a node lost, a preemption – is started again, up to
+`target.restarts` times, and takes part again. 2 is a mistake of the user, which starting again does not mend.
 
 Fields: https://www.kubeflow.org/docs/components/trainer/operator-guides/runtime/ (API trainer.kubeflow.org/v1alpha1);
 failurePolicy: https://jobset.sigs.k8s.io/docs/concepts/; podFailurePolicy:
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from train.checks import REFUSED, require
-from train.launch.job import FILE, Job, Submission, elsewhere, named, verbatim
+from train.launch.job import FILE, Job, Submission, elsewhere, named, tokens, verbatim
 
 API = "trainer.kubeflow.org/v1alpha1"
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"  # a label of DNS, with room for what the pods' names add to it
@@ -64,7 +64,10 @@ def objects(job: Job) -> list[dict[str, Any]]:
         trainer["resourcesPerNode"] = {"requests": resources, "limits": dict(resources)}
     reference = {"apiGroup": API.partition("/")[0], "kind": "TrainingRuntime", "name": metadata["name"]}
     spec = {"runtimeRef": reference, "trainer": trainer}
-    return [runtime, {"apiVersion": API, "kind": "TrainJob", "metadata": metadata, "spec": spec}]
+    found = [runtime, {"apiVersion": API, "kind": "TrainJob", "metadata": metadata, "spec": spec}]
+    if secret := tokens(job):
+        found.insert(0, {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": secret})
+    return found
 
 
 def node(job: Job) -> dict[str, Any]:
@@ -77,6 +80,8 @@ def node(job: Job) -> dict[str, Any]:
     mounts += [{"name": name, "mountPath": c[2]} for name, c in claims.items()]
     bounds = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     container = {"name": "node", "image": target.image, "securityContext": bounds, "volumeMounts": mounts}
+    if job.config.most_nodes > 1:
+        container["envFrom"] = [{"secretRef": {"name": named(job, NAME)}}]
     user = {"runAsNonRoot": True, "runAsUser": USER, "fsGroup": USER, "seccompProfile": {"type": "RuntimeDefault"}}
     pod = {
         "restartPolicy": "Never",
@@ -89,8 +94,8 @@ def node(job: Job) -> dict[str, Any]:
     refused = {"containerName": "node", "operator": "In", "values": [REFUSED]}
     policy = {"rules": [{"action": "FailJob", "onExitCodes": refused}]}
     labels = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
-    # No pod comes back alone: the others have ended with it, and the job set starts all of them anew.
+    # A pod that is lost comes back alone: the others go on meanwhile, or wait for node 0.
     return {
         "metadata": {"labels": labels},
-        "spec": {"backoffLimit": 0, "podFailurePolicy": policy, "template": {"spec": pod}},
+        "spec": {"backoffLimit": target.restarts, "podFailurePolicy": policy, "template": {"spec": pod}},
     }

@@ -17,7 +17,7 @@ import yaml
 
 from train.checks import STOPPED, require
 from train.config import CONFIGS
-from train.launch.job import FILE, Job, Submission, elsewhere, named
+from train.launch.job import FILE, Job, Submission, elsewhere, named, tokens
 
 
 def submissions(jobs: list[Job]) -> list[Submission]:
@@ -45,6 +45,8 @@ def task(job: Job) -> dict[str, Any]:
     resources |= {"use_spot": target.spot, "job_recovery": {"recover_on_exit_codes": [STOPPED]}}
     command = ["colossus" if target.image else ".venv/bin/colossus", "train", *arguments]
     spec: dict[str, Any] = {"name": named(job), "num_nodes": job.config.most_nodes, "resources": resources}
+    if secret := tokens(job):
+        spec["secrets"] = secret
     if target.mounts:
         spec["file_mounts"] = {there: source for source, _, there in (m.rpartition(":") for m in target.mounts)}
     if not target.image:

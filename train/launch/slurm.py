@@ -3,7 +3,7 @@
 Two minutes before its limit Slurm sends SIGUSR1 to all processes of the job's steps, and SIGTERM when it is preempted:
 the run saves and ends with 75, and the script puts the job back into the queue itself, because Slurm does not do so
 with a job that ends by itself inside the grace of its preemption. Whoever cancels the job ends the script as well, so
-that it does not come back.
+that it does not come back. When a node fails, the run goes on without it.
 
 Options: https://slurm.schedmd.com/sbatch.html; SLURM_NODEID and the node list are read by train/nodes.py.
 """
@@ -16,11 +16,13 @@ from pathlib import Path
 
 from train.checks import STOPPED, seconds
 from train.launch.job import FILE, PYTHON, Job, Submission, named
+from train.remote import TOKEN
 
 SCRIPT = """\
 # Several jobs may share a node, and each has a place to meet: below the ports that the kernel gives away (32768 on).
 export PET_MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-srun --kill-on-bad-exit=0 {python} "$@"
+export {token}="${{{token}:-$(od -A n -N 16 -t x1 /dev/urandom | tr -d ' ')}}"
+srun --kill-on-bad-exit=0 --no-kill {python} "$@"
 code=$?
 if [ "$code" -eq {stopped} ]; then
     scontrol requeue "$SLURM_JOB_ID" && sleep 60  # this script ends when the job is taken back
@@ -49,8 +51,8 @@ def submissions(jobs: list[Job]) -> list[Submission]:
         "array": f"0-{len(jobs) - 1}" if several else "",
     }
     lines = ["#!/bin/bash", *(f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value)]
-    lines += ["#SBATCH --requeue", f"cd {shlex.quote(str(Path.cwd()))} || exit"]
+    lines += ["#SBATCH --requeue", "#SBATCH --no-kill", f"cd {shlex.quote(str(Path.cwd()))} || exit"]
     cases = (f"    {index}) set -- {shlex.join(job.arguments)} ;;" for index, job in enumerate(jobs))
     lines += ['case "${SLURM_ARRAY_TASK_ID:-0}" in', *cases, "esac"]
-    text = "\n".join([*lines, SCRIPT.format(python=shlex.join(PYTHON), stopped=STOPPED)])
+    text = "\n".join([*lines, SCRIPT.format(python=shlex.join(PYTHON), stopped=STOPPED, token=TOKEN)])
     return [Submission(f"{name}.sbatch", text, ["sbatch", FILE])]

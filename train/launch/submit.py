@@ -43,6 +43,7 @@ def launch(found: list[tuple[Launch, list[str]]]) -> int:
     folder = Path(config.runs).expanduser() / ".launch"
     folder.mkdir(parents=True, exist_ok=True)
     for one in submissions:
+        (folder / one.file).touch(mode=0o600)  # it may hold the token of the job's nodes
         (folder / one.file).write_text(one.text)
         command = [str(folder / one.file) if word == FILE else word for word in one.command]
         if subprocess.run(command).returncode != 0:

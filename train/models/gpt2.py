@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from train.flops import padded_vocab
+from train.models.fused import gelu, scores
 from train.models.language import Cache, LanguageModel
 from train.models.layers import LayerNorm, Linear, attention, cached_attention, checkpointed, documents, language_loss
 from train.shapes import GPT2 as Shape
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(gelu(up x)) (arXiv 1606.08415, its tanh form)."""
+    """down(gelu(up x))."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class FeedForward(nn.Module):
         self.down = Linear(shape.ffn, shape.width, bias=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        y_BTD: Tensor = self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
+        y_BTD: Tensor = self.down(gelu(self.up(x_BTD)))
         return y_BTD
 
 
@@ -100,7 +100,7 @@ class GPT2(LanguageModel):
         return x_BTD
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        return F.linear(self.norm(x_BTD), self.embedding.weight)[..., : self.vocab]
+        return scores(self.norm(x_BTD), self.embedding.weight, self.vocab)
 
     def std(self, name: str, shape: torch.Size) -> float:
         std: float = shape[1] ** -0.5

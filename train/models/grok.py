@@ -5,7 +5,7 @@ scores are capped by tanh; the feed-forward layer is a mixture of experts (`expe
 the way in, and the tied matrix's logits on the way out.
 
 The load-balancing loss and the router's z-loss are of one micro-batch each, so that they are the same on any number of
-ranks. Their weights are per layer, and they are multiplied by the number of tokens as the summed cross-entropy is. The
+ranks. Their weights are per layer, and they are multiplied by the number of targets as the summed cross-entropy is. The
 loss that `forward` returns does not contain them; its gradient does.
 """
 
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from train.flops import padded_vocab
-from train.models.experts import Experts
+from train.models.experts import Experts, told
+from train.models.fused import scores
 from train.models.language import Cache, LanguageModel
 from train.models.layers import (
+    IGNORED,
     RMSNorm,
     RotaryAttention,
     checkpointed,
@@ -49,13 +50,13 @@ class Block(nn.Module):
     @checkpointed
     def forward(
         self, x_BTD: Tensor, table: Tensor, auxiliary: Tensor, documents_BT: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The stream, and the auxiliary losses so far, with its own added to both."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream, and the auxiliary losses so far, with its own added to both; what is told of the routing."""
         y_BTD = self.attention(self.attention_norm(x_BTD), table, documents_BT)
         x_BTD = x_BTD + self.dropout(self.attention_end(y_BTD))
         y_BTD, routing = self.experts(self.experts_norm(x_BTD))
         x_BTD = x_BTD + self.dropout(self.experts_end(y_BTD))
-        return x_BTD, auxiliary + self.balance * routing.balance + self.router_z * routing.z
+        return x_BTD, auxiliary + self.balance * routing.balance + self.router_z * routing.z, told(routing)
 
     def step(self, x_BTD: Tensor, table: Tensor, kv: Tensor, start: int) -> Tensor:
         y_BTD = self.attention.step(self.attention_norm(x_BTD), table, kv, start)
@@ -66,7 +67,10 @@ class Block(nn.Module):
 
 
 class Grok(LanguageModel):
-    """`model(tokens, targets)` is a summed loss, `model(tokens)` are logits, `model.step` continues a sequence."""
+    """`model(tokens, targets)` is a summed loss, `model(tokens)` are logits, `model.step` continues a sequence.
+
+    `aside` has a row for each layer: how often each expert was chosen, the balance loss and the router's z-loss.
+    """
 
     rotary: Tensor  # (2, context, E/2)
 
@@ -80,6 +84,7 @@ class Grok(LanguageModel):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.width, shape.norm_eps)
         self.register_buffer("rotary", torch.empty(2, shape.context, shape.head_size // 2), persistent=False)
+        self.aside = torch.zeros(shape.layers, shape.experts + 2, dtype=torch.float64)
 
     def fill_tables(self) -> None:
         self.rotary.copy_(rotary_table(self.shape.context, self.shape.head_size, self.shape.rope_base))
@@ -90,7 +95,7 @@ class Grok(LanguageModel):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         x_BTD = self.norm(x_BTD) * self.shape.output_multiplier  # fewer numbers than the logits
-        return F.linear(x_BTD, self.embedding.weight)[..., : self.vocab]
+        return scores(x_BTD, self.embedding.weight, self.vocab)
 
     def std(self, name: str, shape: torch.Size) -> float:
         std: float = shape[-1] ** -0.5  # the norm behind each block decides how much it adds
@@ -99,13 +104,15 @@ class Grok(LanguageModel):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         table, documents_BT = self.rotary[:, : tokens_BT.size(1)], documents(tokens_BT, self.separator)
         x_BTD = self.dropout(self.embed(tokens_BT))
-        auxiliary = x_BTD.new_zeros(())
+        auxiliary, rows = x_BTD.new_zeros(()), []
         for block in self.blocks:
-            x_BTD, auxiliary = block(x_BTD, table, auxiliary, documents_BT)
+            x_BTD, auxiliary, row = block(x_BTD, table, auxiliary, documents_BT)
+            rows.append(row)
         if targets_BT is None:
             return self.logits(x_BTD)
+        self.aside.copy_(torch.stack(rows))
         nats = language_loss(self.logits, x_BTD, targets_BT, z=self.shape.z_loss, chunk=self.shape.loss_chunk)
-        return with_auxiliary(nats, auxiliary * tokens_BT.numel())
+        return with_auxiliary(nats, auxiliary * (targets_BT != IGNORED).sum())
 
     def cache(self, sequences: int) -> Cache:
         s = self.shape

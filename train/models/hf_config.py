@@ -7,6 +7,7 @@ is refused by name. Grok-1 has no class in transformers; its `config.json` has t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -153,15 +154,38 @@ def _llama(config: Mapping[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _folder(path: str) -> Path:
+    """A folder here, or else the snapshot of OWNER/NAME[@REVISION] on the Hub, fetched where it is not in its cache."""
+    folder = Path(path).expanduser()
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path):
+        return folder.resolve()
+    name, _, revision = path.partition("@")
+    try:
+        import huggingface_hub as hub  # an extra; imported only where it is asked for
+
+        found = hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"], ignore_patterns="*/*"
+        )
+    except ImportError:
+        why = "is no folder here; to look it up on the Hub: pip install 'pocket-colossus[hf]'"
+        raise Refused("model.path", f"{path} {why}") from None
+    except Exception as error:  # the Hub's client has dozens, for network, rights and names
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise Refused("model.path", f"{path} is no folder here, and the Hub does not give it: {line}") from None
+    return Path(found)
+
+
 def adopt(config: Train) -> None:
     """Let `model=hf` be the family that its folder holds, in place; its tokenizer stands where one would be trained.
+
+    Of a name on the Hub the folder is the snapshot of one commit, which the run keeps to.
 
     Raises Refused, naming the key or the file.
     """
     asked = config.model
     if not isinstance(asked, HF):
         return
-    folder = Path(asked.path).expanduser().resolve()
+    folder = _folder(asked.path)
     try:
         found = json.loads((folder / "config.json").read_text())
     except OSError as error:

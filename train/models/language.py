@@ -1,4 +1,4 @@
-"""What every model family is to the rest of the project: five methods and three attributes.
+"""What every model family is to the rest of the project: five methods and four attributes.
 
 A family is a final class in a file of its own; it inherits nothing but this list. Training uses `forward`,
 generation `cache` and `step`, `build.py` `fill_tables`. Nobody asks which family it has.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Size, Tensor, nn
 
 from train.config import Model
@@ -41,6 +42,11 @@ class LanguageModel(nn.Module, ABC):
     shape: Model
     vocab: int
     separator: int | None = None  # a token id: `forward` lets nothing attend across it; positions go on counting
+    aside: Tensor  # float64: what the last `forward` with targets tells besides its loss, to be summed over the step
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("aside", torch.zeros(0, dtype=torch.float64), persistent=False)
 
     @abstractmethod
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:

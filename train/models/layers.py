@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from train.models import fused
+
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 IGNORED = -100  # a target that counts for nothing
-QUERIES = 128  # of a block of attention on CPU
 ROWS = 256  # of a chunk of the loss on CPU: 256 x 4,096 logits in fp32 are 4 MB, which stay in the cache
 
 
@@ -156,38 +157,21 @@ def causal_attention(
     sees those of its own document only.
 
     On a GPU the library's fused kernel. On a CPU that kernel is the slowest choice in bf16 (8 x 256 tokens, 4 heads
-    of 64: 32–43 ms; converted to fp32 and back 38; plain softmax over all scores 22–31), and half of what the plain
-    form computes is masked away. So: blocks of 128 queries that see only the keys up to their own end, 16–20 ms;
-    blocks of 64 are equal, of 256 slower. The queries that share a key are rows of one matrix, which is what
-    saves `repeat_interleave` (16 against 20 ms).
-
-    The fused kernel has no cap, so a GPU takes the blocks too where there is one: the same bits each time, and scores
-    that stand in memory for the backward pass (unmeasured there).
+    of 64: 32–43 ms; plain softmax over all scores 22–31), and half of what the plain form computes is masked away. So:
+    blocks of 128 queries (64: equal, 256: slower) that see only the keys up to their own end, 16–20 ms. The fused
+    kernel has no cap, so a GPU takes the blocks too where there is one (unmeasured there).
     """
-    heads, groups, T, E = q_BHTE.size(1), k_BKTE.size(1), q_BHTE.size(2), q_BHTE.size(3)
-    scale = E**-0.5 if scale is None else scale
+    scale = q_BHTE.size(-1) ** -0.5 if scale is None else scale
     if q_BHTE.device.type != "cpu" and not cap:
-        seen, shared = None, heads != groups
+        seen, shared = None, q_BHTE.size(1) != k_BKTE.size(1)
         if documents_BT is not None:
             seen = (documents_BT[:, None, :, None] == documents_BT[:, None, None]).tril()
         return F.scaled_dot_product_attention(
             q_BHTE, k_BKTE, v_BKTE, seen, is_causal=seen is None, scale=scale, enable_gqa=shared
         )
-    # Batch and key head become one dimension first: a slice of a copy is a view, a slice of a view would be a copy.
-    q = (q_BHTE * scale).reshape(-1, heads // groups, T, E)
-    k, v = k_BKTE.flatten(0, 1).transpose(1, 2), v_BKTE.flatten(0, 1)
-    future = q.new_full((QUERIES, QUERIES), float("-inf")).triu(1)
-    blocks = []
-    for start in range(0, T, QUERIES):
-        end = min(start + QUERIES, T)
-        mask = F.pad(future[: end - start, : end - start], (start, 0))
-        if documents_BT is not None:
-            other = documents_BT[:, None, start:end, None] != documents_BT[:, None, None, :end]
-            mask = mask.masked_fill(other, float("-inf"))
-        scores = capped(q[:, :, start:end].flatten(1, 2) @ k[:, :, :end], cap)
-        weights = (scores.view(-1, heads, end - start, end) + mask).softmax(-1).to(v.dtype)
-        blocks.append((weights.view(v.size(0), -1, end) @ v[:, :end]).view(-1, heads // groups, end - start, E))
-    return torch.cat(blocks, 2).view(-1, heads, T, E)
+    other = None if documents_BT is None else documents_BT[:, None, :, None] != documents_BT[:, None, None]
+    y_BHTE: Tensor = fused.Attention.apply(q_BHTE, k_BKTE, v_BKTE, other, scale, cap)  # type: ignore[no-untyped-call]
+    return y_BHTE
 
 
 def cached_attention(

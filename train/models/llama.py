@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train.flops import padded_vocab
+from train.models.fused import scores
 from train.models.language import Cache, LanguageModel
 from train.models.layers import Linear, RMSNorm, RotaryAttention, checkpointed, documents, language_loss, rotary_table
 from train.shapes import Llama as Shape
@@ -94,7 +95,7 @@ class Llama(LanguageModel):
     def logits(self, x_BTD: Tensor) -> Tensor:
         # A tied matrix is used twice rather than owned twice: two names for it would part when the model is moved.
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x_BTD), weight)[..., : self.vocab]
+        return scores(self.norm(x_BTD), weight, self.vocab)
 
     def std(self, name: str, shape: torch.Size) -> float:
         if name == "embedding.weight":

@@ -96,17 +96,21 @@ def page(runs: list[Run], refresh: int = 0) -> str:
         parts = {title: _guarded(title, section, runs[0]) for title, section in ONE.items()}
     else:
         parts = {title: _guarded(title, section, runs) for title, section in SEVERAL.items()}
-    heads = {title: f"<h2>{title}</h2>" if title else "" for title in parts}
-    body = "".join(f"<section>{heads[title]}{content}</section>" for title, content in parts.items() if content)
-    name = esc(" · ".join(run.name for run in runs))
+    return sheet(" · ".join(run.name for run in runs), parts, refresh)
+
+
+def sheet(name: str, parts: dict[str, str], refresh: int = 0) -> str:
+    """A page of sections by their titles, whose content is HTML."""
+    shown = {f"<h2>{title}</h2>" * bool(title): content for title, content in parts.items() if content}
+    body = "".join(f"<section>{head}{content}</section>" for head, content in shown.items())
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">{again}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
-        f'<link rel="icon" href="data:,"><title>{name}</title><style>{STYLE.read_text()}</style></head>'
-        f'<body><header><p class="kicker">Pocket Colossus</p><h1>{name}</h1></header>'
+        f'<link rel="icon" href="data:,"><title>{esc(name)}</title><style>{STYLE.read_text()}</style></head>'
+        f'<body><header><p class="kicker">Pocket Colossus</p><h1>{esc(name)}</h1></header>'
         f"<main>{body}</main></body></html>\n"
     )
 

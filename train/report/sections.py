@@ -148,26 +148,27 @@ def _parts(ledger: Record) -> str:
 
 
 def experts(run: Run) -> str:
-    """How often each expert was chosen: the last evaluation by layer, and the extremes of all on the way."""
-    scores = [r for r in run.of("eval") if r.get("experts")]
+    """How often each expert was chosen: the last evaluation by layer, and the extremes on the way, in training."""
+    evaluated = [r for r in run.of("eval") if r.get("experts")]
+    scores = run.of("routing") or evaluated  # runs of before have told it of evaluations only
     if not scores:
         return ""
-    layers = [[count * len(layer) / max(1, sum(layer)) for count in layer] for layer in scores[-1]["experts"]]
+    last, x, dots = (evaluated or scores)[-1], [r["step"] for r in scores], scores is evaluated
+    layers = [[count * len(layer) / max(1, sum(layer)) for count in layer] for layer in last["experts"]]
     head = ["layer", *(f"expert {i}|" for i in range(len(layers[0])))]
     rows = [[str(i), *(_heat(share) for share in layer)] for i, layer in enumerate(layers)]
-    x = [r["step"] for r in scores]
     shares = [[c * len(layer) / max(1, sum(layer)) for layer in r["experts"] for c in layer] for r in scores]
     extremes = [
-        Series(name="most chosen", x=x, y=[max(s) for s in shares], dots=True),
-        Series(name="least chosen", x=x, y=[min(s) for s in shares], color=1, dots=True),
+        Series(name="most chosen", x=x, y=[max(s) for s in shares], dots=dots),
+        Series(name="least chosen", x=x, y=[min(s) for s in shares], color=1, dots=dots),
     ]
     losses = [
-        Series(name=name, x=x, y=[r.get(key) for r in scores], color=i, dots=True)
+        Series(name=name, x=x, y=[r.get(key) for r in scores], color=i, dots=dots)
         for i, (name, key) in enumerate((("load balance (1: even)", "balance"), ("router z", "router_z")))
     ]
     charts = chart("Extremes", "times an even share", extremes, zero=True) + chart("Auxiliary losses", "", losses)
-    step = scores[-1]["step"]
-    note = f"<p class=note>At step {step:,}; 1.00 is an even share.</p>"
+    of = "Evaluation" if evaluated else "Batch"
+    note = f"<p class=note>{of} of step {last['step']:,}; 1.00 is an even share.</p>"
     return table(head, rows, "heat") + note + f'<div class="grid2">{charts}</div>'
 
 

@@ -1,4 +1,4 @@
-"""`colossus scale`: which of its questions is asked, and the answer as tables or JSON."""
+"""Which of the questions of `colossus scale` is asked, and the answer as tables or JSON."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from train.scale import claims, project, tables, validation
 from train.scale.calibrate import jobs_of
 from train.scale.step_time import calibration, step_time
 
-PLAIN = ("", "model", "published", "spearman", "seconds")  # numbers that are no proportions
+PLAIN = ("", "model", "published", "spearman", "seconds", "tokens_to_loss", "days")  # numbers that are no proportions
 ADDED = ("predicted_step_time_s", "not_predicted", "assumed")
 
 
-def scale(config: Scale) -> int:
-    """Exit code 0; raises Refused for a plan that cannot be, or a table that cannot be read."""
+def answer(config: Scale) -> dict[str, Any]:
+    """Raises Refused for a plan that cannot be, or a table that cannot be read."""
     if config.table:
-        answer = predict(Path(config.table).expanduser(), Path(config.out).expanduser() if config.out else None)
-    elif config.show == "validation":
-        answer = validation.validate()
-    elif config.show == "claims":
-        answer = {"claims": claims.claims()}
-    else:
-        answer = project.project(config)
-    if config.format is Format.json:
-        print(json.dumps(answer))
-        return 0
+        return predict(Path(config.table).expanduser(), Path(config.out).expanduser() if config.out else None)
+    if config.show == "validation":
+        return validation.validate()
+    return {"claims": claims.claims()} if config.show == "claims" else project.project(config)
+
+
+def show(found: dict[str, Any], form: Format) -> None:
+    if form is Format.json:
+        print(json.dumps(found))
+        return
     console = Console(width=max(Console().width, 180), highlight=False)
-    for name, part in ((name, part) for name, part in answer.items() if part):
+    for name, part in ((name, part) for name, part in found.items() if part):
         console.print(_table(name, part))
-    return 0
 
 
 def predict(path: Path, out: Path | None) -> dict[str, Any]:

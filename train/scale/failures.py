@@ -7,6 +7,7 @@ what was lost is computed again; or it goes on in place with what the survivors 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,24 @@ def mean_time(gpus: int, per_million: float) -> float:
     return 3600e6 / (gpus * per_million)
 
 
+@cache
 def causes() -> list[dict[str, Any]]:
-    """Llama 3's interruptions by cause (configs/faults/llama3.yaml): count, rate a GPU hour, whether a node goes."""
+    """Llama 3's interruptions by cause (configs/faults/llama3.yaml): count, rate a GPU hour, and what goes:
+
+    a GPU, a node, what is behind a switch, or a power domain.
+    """
     table = yaml.safe_load((CONFIGS / "faults" / "llama3.yaml").read_text())["table"]
     hours = table["gpus"] * table["days"] * 24
     rows = table["causes"].items()
-    return [{"cause": c, "count": r["count"], "rate": r["count"] / hours, "node": "node" in r} for c, r in rows]
+    known = {"switch_or_cable": "switch", "power_supply": "power"}
+    takes = {c: known.get(c, "node" if "node" in r else "gpu") for c, r in rows}
+    return [{"cause": c, "count": r["count"], "rate": r["count"] / hours, "takes": takes[c]} for c, r in rows]
+
+
+def wide_share() -> float:
+    """Of Llama 3's interruptions those of a switch, a cable or a power domain, which can take several nodes at once."""
+    found = causes()
+    return float(sum(c["count"] for c in found if c["takes"] in ("switch", "power")) / sum(c["count"] for c in found))
 
 
 def young(save: float, between: float) -> float:
@@ -50,6 +63,15 @@ def goodput(interval: float, save: float, recover: float, between: float) -> flo
 def in_place(step: float, recover: float, between: float) -> float:
     """The same where survivors go on: a failure costs `recover` seconds and half a step."""
     return 1 / (1 + (recover + step / 2) / between)
+
+
+def correlated(stay: float, restart: float, interval: float, save: float, between: float, wide: float) -> float:
+    """In place, except for the share `wide` of failures that take more than one node: those restart from a checkpoint.
+
+    To first order in the rates; a restart loses half an interval besides.
+    """
+    lost = (1 - wide) * stay + wide * (restart + (interval + save) / 2)
+    return 1 / (1 + lost / between) / (1 + save / interval)
 
 
 def ettr(rate: float, init: float, interval: float, save: float) -> float:

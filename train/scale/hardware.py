@@ -6,6 +6,7 @@ there is refused where it is needed, by name; nothing is taken from a similar pa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from train import hardware
 from train.checks import choice, require
 from train.config import CONFIGS
 
@@ -80,7 +80,7 @@ UNITS = {"memory": ("memory_gb", 1e9), "peak": ("bf16_tflops", 1e12), "matmul": 
 UNITS |= {"bandwidth": ("memory_tbs", 1e12), "bus": ("bus_gbs", 1e9), "nic": ("nic_gbs", 1e9)}
 
 
-def _gpu(path: Path, entry: dict[str, Any]) -> Gpu:
+def gpu_of(path: Path, entry: dict[str, Any]) -> Gpu:
     figures = {key: _figure(f"{path.name}: {key}", value) for key, value in entry.items() if isinstance(value, dict)}
     for key, _ in UNITS.values():
         require(key in figures, str(path), f"the projector needs {key}: add it, with its source")
@@ -97,33 +97,27 @@ def gpus() -> dict[str, Gpu]:
     for path in sorted((CONFIGS / "hardware").glob("*.yaml")):
         entry = yaml.safe_load(path.read_text())
         if "published_as" in entry:
-            gpu = _gpu(path, entry)
+            gpu = gpu_of(path, entry)
             found |= dict.fromkeys((gpu.key, *entry["published_as"]), gpu)
     return found
 
 
+def named(text: str) -> Gpu | None:
+    """A GPU as somebody writes it: `NVIDIA H100 SXM`, `h100-80gb-sxm`. A name that is another part's is not taken."""
+    plain = {re.sub("[^a-z0-9]", "", name.lower()): gpu for name, gpu in gpus().items()}
+    return plain.get(re.sub("[^a-z0-9]|nvidia|gpus?$", "", text.lower()))
+
+
 def cluster(entry: Mapping[str, Any]) -> Cluster:
-    """A composed configs/cluster; where its GPUs are `here`, nvidia-smi is asked. Raises Refused."""
+    """A composed configs/cluster, except `gpus: here` (here.py). Raises Refused."""
     unknown = set(entry) - {"name", "gpus", *FIGURES}
     require(
         not unknown, f"cluster.{min(unknown, default='')}", f"no such key: there are name, gpus, {', '.join(FIGURES)}"
     )
     figures = {key: _figure(f"cluster.{key}", entry[key]) for key in FIGURES if key in entry}
-    if entry["gpus"] == "here":
-        return Cluster(name=entry["name"], gpus=_here(), figures=figures)
     kinds = []
     for key, count in entry["gpus"].items():
         choice(key, "cluster.gpus", tuple(gpus()))
         kinds.append((gpus()[key], int(_figure(f"cluster.gpus.{key}", count).value)))
     require(sum(count for _, count in kinds) > 0, "cluster.gpus", "there are none")
     return Cluster(name=entry["name"], gpus=tuple((g, n) for g, n in kinds if n), figures=figures)
-
-
-def _here() -> tuple[tuple[Gpu, int], ...]:
-    there = [gpu.name for gpu in hardware.gpus()]
-    require(bool(there), "cluster", "here has no GPU that nvidia-smi shows: name another cluster")
-    known, table = {gpu.name: gpu for gpu in gpus().values()}, hardware.devices()
-    for name in there:
-        known_here = name in table and table[name].name in known
-        require(known_here, "cluster", f"'{name}' has no figures for the projector: add them to configs/hardware")
-    return tuple((known[table[name].name], there.count(name)) for name in dict.fromkeys(there))

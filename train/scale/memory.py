@@ -25,7 +25,9 @@ def state(j: Jobs) -> Array:
     # PyTorch's FSDP keeps fp32 weights, gradients and moments, all cut, and one layer gathered; under a pipeline all
     # bf16 weights stay gathered and fp32 gradients whole until the last micro-batch
     replicas, gathered = j.dp * j.cp, np.where(j.pp > 1, 6 * mine, 2 * j.layer_parameters / j.tp)
-    whole: Array = np.where(j.sharding >= Sharding.OPTIMIZER, 6 + 12 / replicas, STATE)
+    gradient = np.where(j.stack == Stack.ENGINE, 2, 4)  # in bf16 by the recipes of NeMo and Megatron-Bridge
+    cut = [2 + gradient + 12 / replicas, 2 + 16 / replicas]
+    whole = np.select([j.sharding == Sharding.OPTIMIZER, j.sharding == Sharding.GRADIENTS], cut, STATE)
     held: Array = np.where(j.sharding >= Sharding.WEIGHTS, mine * 16 / replicas + gathered, mine * whole)
     return held
 
@@ -33,12 +35,15 @@ def state(j: Jobs) -> Array:
 def activations(j: Jobs) -> Array:
     """Kept for the backward pass, and the logits, bytes."""
     tokens = j.micro_batch * j.context / j.cp
-    kv = 2 * j.width / j.heads * j.kv_heads
-    fused = j.stack == Stack.ENGINE  # keeps no dropout masks, and of SwiGLU gate, up and their product only
-    residual = np.where(fused, 8, 10) * j.width * np.where(j.parallel_norms > 0, 1 / j.tp, 1)
+    kv = 2 * j.head * j.kv_heads
+    frees = (j.sharding == Sharding.GRADIENTS) & (j.pp > 1)  # Llama 3: what is computed again at little cost; assumed
+    fused = (j.stack == Stack.ENGINE) | frees  # keeps no dropout masks, and of SwiGLU gate, up and their product only
+    narrow = np.where(fused, j.fp8, 0)  # the inputs of products are kept as they were multiplied
+    residual = (np.where(fused, 8, 10) - 2 * narrow) * j.width * np.where(j.parallel_norms > 0, 1 / j.tp, 1)
     # of Megatron's other 24 attention has 8, and a feed-forward layer four times as wide 16
-    ffn = (2 + np.where(fused, 1, 2) * j.gated) * 2 * j.ffn * np.where(j.experts > 1, j.chosen, 1)
-    inner = (6 * j.width + kv + ffn) / j.tp
+    ffn = (2 + np.where(fused, 1, 2) * j.gated - np.where(frees, 1, narrow / 2)) * 2 * j.ffn
+    ffn = ffn * np.where(j.experts > 1, j.chosen, 1)
+    inner = (2 * j.width + (4 - narrow) * j.heads * j.head + kv + ffn) / j.tp
     scores = np.where(j.stack == Stack.MEGATRON, 5 * j.heads * j.context / j.tp, 0)
     layer = residual + inner + np.where(j.recompute == Recompute.SELECTIVE, 0, scores)
     torch = j.stack <= Stack.COMPILED
@@ -47,7 +52,9 @@ def activations(j: Jobs) -> Array:
     layer = np.where(j.recompute == Recompute.FULL, 2 * j.width * np.where(j.parallel_norms > 0, 1 / j.tp, 1), layer)
     chunks = np.where(j.pp > 1, j.chunks, 1)
     kept = j.layers * (1 + np.where(chunks > 1, (j.pp - 1) / (j.pp * chunks), 0))
-    logits = np.where(j.pp > 1, 0, tokens * j.vocab / j.tp * np.where(torch, 10, 6))  # bf16, fp32, the gradient
+    # bf16, fp32, its logarithm or gradient; a fused loss writes the gradient over the logits
+    each = np.select([j.first_flash > 0, torch], [4, 10], 6)
+    logits = np.where(j.pp > 1, 0, tokens * j.vocab / j.tp * each)
     return np.asarray(tokens * (layer * kept + again) + logits)
 
 

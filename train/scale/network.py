@@ -8,6 +8,8 @@ leaves costs it nothing; `throughput` of a cluster is what congestion leaves of 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from train.scale.workload import Array
@@ -30,11 +32,28 @@ def nodes(members: Array, stride: Array, domain: Array) -> Array:
     return np.maximum(1.0, members * stride / domain)
 
 
-def exact_sum(parameters: float, ranks: int, leaf_bytes: float, nic: float) -> tuple[float, float]:
-    """Seconds of the gradient's sum for one rank: the backend's ring, and the exact tree as train/reduce.py sends it.
+def exact_sum(parameters: float, ranks: int, nic: float, bus: float, domain: int, pod: int = 64) -> dict[str, float]:
+    """Seconds for one rank's fp32 gradient: a tree as NCCL lays it, the exact sum flat, and laid along nodes and pods.
 
-    Both move 2·(W−1)/W of the gradient. The exact sum's all-to-all is W−1 messages of 1/W of it, each of which pays a
-    hop, and a ring pays 2·(W−1) hops as well unless it is laid as a tree, 2·log2 W.
+    All move 2·(n−1)/n of what they sum at each level. Flat, as train/reduce.py sends it, the exact sum is an all-to-all
+    and a gather of W−1 messages each, and each pays a hop. But a node of `domain` ranks hosts an aligned subtree of the
+    batch, and so does a pod of `pod` nodes: finished inside first, by the same tree and hence to the same bits, only
+    1/domain of the gradient leaves a node by a card, in (domain−1) + (pod−1) + (pods−1) messages.
     """
-    moved = 2 * (ranks - 1) / ranks * parameters * leaf_bytes / nic
-    return moved + 2 * np.log2(max(ranks, 2)) * RING_HOP, moved + 2 * (ranks - 1) * RING_HOP
+    size, inside = 4.0 * parameters, min(domain, ranks)
+    nodes = max(1, -(-ranks // inside))
+    within = min(pod, nodes)
+    pods = max(1, -(-nodes // within))
+
+    def moved(members: int, amount: float, speed: float) -> float:
+        return 2 * (members - 1) / members * amount / speed + 2 * (members - 1) * RING_HOP
+
+    wire = 2 * (ranks - 1) / ranks * size / nic
+    parts = moved(inside, size, bus), moved(within, size / inside, nic), moved(pods, size / inside / within, nic)
+    return {
+        "tree": wire + 2 * math.log2(max(ranks, 2)) * RING_HOP,
+        "exact_flat": wire + 2 * (ranks - 1) * RING_HOP,
+        "exact_by_pods": sum(parts),
+        "messages_flat": 2.0 * (ranks - 1),
+        "messages_by_pods": 2.0 * (inside + within + pods - 3),
+    }

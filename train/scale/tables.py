@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train.checks import Refused
-from train.scale.hardware import gpus
-from train.scale.workload import FIELDS, TABLES, Recompute, Shape, Sharding, Stack, job
+from train.scale.hardware import named
+from train.scale.workload import FIELDS, TABLES, Recompute, Shape, Sharding, Stack, job, known
 
+COLUMNS = {"width": "hidden", "context": "seq", "chosen": "topk"}  # by our names, where they are not the table's
 NEEDED = ("layers", "hidden", "heads", "seq", "vocab", "ffn", "global_batch_seqs", "gpus")
-PRECISIONS = {"bf16": 0, "fp16": 0, "fp8": 1}
+# As they are written: mxfp8, FP8-CS, amp_bf16, te-fp8, bfloat16, bf16 mixed, … What is narrower or wider has no model.
+PRECISIONS = {r"(mx|te)?fp8|float8|e4m3": 1, r"bf16|bfloat16|fp16|float16|half": 0}
 
 
 @dataclass(slots=True)
@@ -44,10 +46,11 @@ def source(text: str) -> str:
     return re.sub(r"\s*\(.*?\)|(?<=summary) \d.*", "", text).strip() or "unnamed"
 
 
-def published() -> list[Run]:
-    """All runs of the tables that travel with the projector."""
+def published(without: tuple[str, ...] = ()) -> list[Run]:
+    """The runs of the tables that travel with the projector, but for some sources."""
     tables = [rows(path) for path in sorted(TABLES.glob("*.csv"))]
-    return [parse(row) for header, found in tables if {"gpu_type", "step_time_s"} <= set(header) for row in found]
+    found = [row for header, some in tables if {"gpu_type", "step_time_s"} <= set(header) for row in some]
+    return [parse(row) for row in found if source(row["source"]) not in without]
 
 
 def rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -98,23 +101,30 @@ def whole(row: Mapping[str, str], key: str, default: int) -> int:
 
 
 def _describe(run: Run) -> None:
-    row = run.row
-    missing = [key for key in NEEDED if not number(row, key)]
+    row, missing = _filled(run)
     if missing:
-        raise _NotThis(f"the row does not say {', '.join(missing)}")
-    gpu = gpus().get((row.get("gpu_type") or "").strip())
+        nobody = " and no model of this name is known" if {"layers", "hidden"} & set(missing) else ""
+        raise _NotThis(f"the row does not say {', '.join(missing)}{nobody}")
+    gpu = named(row.get("gpu_type") or "")
     if gpu is None:
         raise _NotThis(f"gpu_type: '{row.get('gpu_type', '')}' is not in configs/hardware")
-    columns = {"width": "hidden", "context": "seq", "chosen": "topk"}  # by our names, where they are not the table's
-    sizes = {key: whole(row, columns.get(key, key), 1) for key in FIELDS if key not in ("kv_heads", "gated")}
-    shape = Shape(**sizes, kv_heads=whole(row, "kv_heads", sizes["heads"]), gated=bool(number(row, "gated")))
-    if shape.width % shape.heads or shape.chosen > shape.experts:
+    sizes = {key: whole(row, COLUMNS.get(key, key), 1) for key in FIELDS if key not in ("kv_heads", "gated", "head")}
+    sizes |= {"kv_heads": whole(row, "kv_heads", sizes["heads"]), "head": int(number(row, "head") or 0)}
+    shape = Shape(**sizes, gated=bool(number(row, "gated")))
+    if (shape.width % shape.heads and not sizes["head"]) or shape.chosen > shape.experts:
         raise _NotThis("hidden and heads, or topk and experts, do not fit each other")
-    precision = re.sub(r"^amp_", "", (row.get("precision") or "").strip().lower())
-    name = re.match(r"[a-z0-9]*", precision)
-    if name is None or name[0] not in PRECISIONS:
-        raise _NotThis(f"precision: '{precision}' is none of {', '.join(PRECISIONS)}")
-    plan: dict[str, float] = {"fp8": PRECISIONS[name[0]], "rowwise": "rowwise" in precision, "bf16": name[0] == "bf16"}
+    precision = (row.get("precision") or "").strip().lower()
+    narrow = next((is8 for words, is8 in PRECISIONS.items() if re.search(rf"(?<![a-z0-9])({words})", precision)), None)
+    if not precision:
+        narrow = 0
+        run.assumed.append("precision bf16")
+    if narrow is None or re.search("fp4|int", precision):
+        raise _NotThis(f"precision: '{precision}' is none of bf16, fp16, fp8")
+    plan: dict[str, float] = {
+        "fp8": narrow,
+        "rowwise": "row" in precision,
+        "bf16": not re.search(r"(?<!b)(fp|float)16|half|fp8", precision),
+    }
     if plan["fp8"] and not gpu.fp8:
         raise _NotThis(f"precision: {gpu.name} has no fp8")
     plan |= _software(row)
@@ -124,7 +134,9 @@ def _describe(run: Run) -> None:
     if count % split:
         raise _NotThis(f"{count} GPUs are no multiple of TP x PP x CP = {split:g}")
     replicas = count / split
-    if plan["ep"] > max(1, replicas * plan["cp"] * plan["tp"]) or shape.experts % plan["ep"]:
+    if plan["ep"] > max(1, replicas * plan["cp"] * plan["tp"]) or (
+        shape.experts % plan["ep"] and (shape.experts < 3 or (shape.experts - 1) % plan["ep"])  # one may be shared
+    ):
         raise _NotThis(f"EP = {plan['ep']:g} does not fit {shape.experts} experts on {count} GPUs")
     if plan["pp"] > shape.layers + 2:
         raise _NotThis(f"PP = {plan['pp']:g} is more than {shape.layers} layers")
@@ -139,22 +151,45 @@ def _describe(run: Run) -> None:
     run.measured = _measured(run, shape, batch, count)
 
 
+def _filled(run: Run) -> tuple[dict[str, str], list[str]]:
+    """The row with what it leaves open of a known model's shape, and what it still does not say."""
+    row, model = dict(run.row), known(run.row.get("model") or "")
+    if model is not None:
+        own = {k: number(row, COLUMNS.get(k, k)) for k in ("width", "heads")}
+        alike = all(value in (None, getattr(model[0], key)) for key, value in own.items())
+        empty = [key for key in FIELDS if not (row.get(COLUMNS.get(key, key)) or "").strip()] if alike else []
+        row |= {COLUMNS.get(key, key): str(int(getattr(model[0], key))) for key in empty}
+        if told := [COLUMNS.get(k, k) for k in empty if k != "head" and getattr(model[0], k) > 1]:
+            run.assumed.append(f"{', '.join(told)} of {model[1]['name']}")
+        if model[1]["unknown"] and empty:
+            run.assumed.append(model[1]["unknown"])
+    return row, [key for key in NEEDED if not number(row, key)]
+
+
 def _software(row: Mapping[str, str]) -> dict[str, float]:
     """Whose kernels, what is sharded, what is computed again: from `framework`, `recompute` and `notes`."""
-    framework, notes = (row.get("framework") or "").lower(), (row.get("notes") or "").lower()
-    recompute, evidence = (row.get("recompute") or "").lower(), (row.get("evidence") or "").lower()
+    keys = ("framework", "notes", "recompute", "evidence", "precision")
+    framework, notes, recompute, evidence, precision = ((row.get(key) or "").lower() for key in keys)
     pytorch = "fsdp" in framework or "torchtitan" in framework
     if "nemo" in framework or "bridge" in framework or "megatron-core" in framework:
         stack = Stack.ENGINE
     elif "megatron" in framework:
         stack = Stack.MEGATRON
-    elif "llama3" in framework or "maxtext" in framework or "trainy" in evidence or "compile" in notes:
+    elif (
+        re.search("llama3|maxtext", framework)
+        or "trainy" in evidence
+        or "compile" in notes
+        or ("torchtitan" in framework and "fp8" in precision)  # whose casts need a compiler
+    ):
         stack = Stack.COMPILED
     else:
         stack = Stack.EAGER
     if "eager" in notes:
         stack = Stack.EAGER
-    sharding = Sharding.NOTHING if stack == Stack.MEGATRON else Sharding.OPTIMIZER
+    zero = "deepspeed" in framework and "bf16" in precision  # its bf16 optimizer is always cut
+    sharding = Sharding.NOTHING if stack == Stack.MEGATRON and not zero else Sharding.OPTIMIZER
+    if "llama3" in framework:
+        sharding = Sharding.GRADIENTS  # and weights stay gathered, arXiv 2407.21783, section 3.3.2
     if pytorch or re.search(r"fsdp=[1-9]", notes):
         sharding = Sharding.GRADIENTS if "grad_op" in framework else Sharding.WEIGHTS
     return {
@@ -162,6 +197,7 @@ def _software(row: Mapping[str, str]) -> dict[str, float]:
         "sharding": sharding,
         "recompute": {"f": Recompute.FULL, "s": Recompute.SELECTIVE}.get(recompute[:1], Recompute.NOTHING),
         "deepspeed": "deepspeed" in framework,
+        "first_flash": "foundry" in framework,
         "async_tp": "async" in notes,
         "parallel_norms": stack != Stack.MEGATRON or "sp" in recompute.split("+"),
     }

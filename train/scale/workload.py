@@ -8,6 +8,7 @@ parallel over the rest. All figures of a job are numbers; `Jobs` holds a table o
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train import flops
-from train.checks import require
 from train.config import Model
 from train.scale.hardware import Gpu
 
 Array = NDArray[np.float64]
 TABLES = Path(__file__).parent / "tables"
 
-ARCHITECTURES = ("ampere", "ada", "hopper", "blackwell")
+ARCHITECTURES = ("cpu", "ampere", "ada", "hopper", "blackwell")
+HOPPER = ARCHITECTURES.index("hopper")
 
 
 class Stack(IntEnum):
@@ -61,12 +62,16 @@ class Shape:
     context: int
     experts: int = 1
     chosen: int = 1
+    head: int = 0  # a head's width; 0: all heads are as wide as the model
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head", self.head or self.width // self.heads)
 
     @property
     def layer(self) -> int:
         """Parameters of a layer's matrices."""
-        kv = self.width // self.heads * self.kv_heads
-        return self.width * (2 * self.width + 2 * kv) + (2 + self.gated) * self.width * self.ffn * self.experts
+        attention = 2 * self.width * self.head * (self.heads + self.kv_heads)
+        return attention + (2 + self.gated) * self.width * self.ffn * self.experts
 
     @property
     def parameters(self) -> int:
@@ -81,11 +86,10 @@ class Shape:
 
 
 def of_model(model: Model, vocab: int, context: int | None = None) -> Shape:
-    """The shape of one of our own models; raises Refused where attention is not as wide as the model."""
+    """The shape of one of our own models."""
     m: Any = model
-    even = getattr(m, "head_size", m.width // m.heads) * m.heads == m.width
-    require(even, "model", f"the projector has no {m.family} whose attention is not as wide as the model")
     sizes = {name: getattr(m, name) for name in ("layers", "width", "heads", "ffn")}
+    sizes["head"] = getattr(m, "head_size", 0)
     sizes |= {name: getattr(m, name, usual) for name, usual in (("kv_heads", m.heads), ("experts", 1), ("chosen", 1))}
     rows = flops.padded_vocab(m.vocab or vocab)
     return Shape(**sizes, gated=m.family != "gpt2", vocab=rows, context=context or m.context)
@@ -101,14 +105,27 @@ def published() -> dict[str, tuple[Shape, dict[str, str]]]:
     return found
 
 
+def known(name: str) -> tuple[Shape, dict[str, str]] | None:
+    """The published model that a table's row calls `name`: the longest name that it begins with, in letters and digits.
+
+    Beside a name with more behind it, a size perhaps, stands the row's own figure, which goes before this one.
+    """
+    plain = re.sub("[^a-z0-9]", "", name.lower()).removeprefix("meta")
+    names = {
+        also.replace("_", ""): key for key, (_, row) in published().items() for also in (key, *row["also"].split())
+    }
+    fitting = [key for key in names if plain.startswith(key)]
+    return published()[names[max(fitting, key=len)]] if fitting else None
+
+
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-FIELDS = ("layers", "width", "heads", "kv_heads", "ffn", "gated", "vocab", "context", "experts", "chosen")
+FIELDS = ("layers", "width", "heads", "kv_heads", "ffn", "gated", "vocab", "context", "experts", "chosen", "head")
 PLAN = ("batch", "gpus", "tp", "pp", "cp", "ep", "chunks", "micro_batch", "recompute", "sharding", "stack", "fp8")
-KIND = ("rowwise", "async_tp", "deepspeed", "bf16", "parallel_norms")
+KIND = ("rowwise", "async_tp", "deepspeed", "bf16", "parallel_norms", "first_flash")
 DEVICE = ("peak", "matmul", "fp8_matmul", "bandwidth", "bus", "nic", "domain", "architecture")
 
 
@@ -142,14 +159,14 @@ class Jobs:
         idle = (2 + self.gated) * self.width * self.ffn * (self.experts - self.chosen)
         token = (
             6 * (self.layers * (self.layer_parameters - idle) + self.vocab * self.width)
-            + 12 * self.layers * self.width * self.context
+            + 12 * self.layers * self.heads * self.head * self.context
         )
         return token * self.context * self.batch
 
     @property
     def layer_parameters(self) -> Array:
-        kv = self.width / self.heads * self.kv_heads
-        return self.width * (2 * self.width + 2 * kv) + (2 + self.gated) * self.width * self.ffn * self.experts
+        attention = 2 * self.width * self.head * (self.heads + self.kv_heads)
+        return attention + (2 + self.gated) * self.width * self.ffn * self.experts
 
 
 def job(shape: Shape, gpu: Gpu, *, gpus: int, batch: int, stack: int, **plan: float) -> dict[str, float]:

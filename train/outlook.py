@@ -1,0 +1,164 @@
+"""`colossus plan`: what a run would be before it begins: memory and what would make it fit, time, disk, money.
+
+Times are the projector's (train/scale): of this machine where its GPUs have figures or `colossus probe` has measured
+its CPU, and of up to eight rented GPUs at the prices of scale/tables/prices.csv, each with its date.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train import flops, hardware
+from train.batch import shares
+from train.checks import DONE, Refused, require
+from train.commands import Format, Plan, Scale
+from train.config import Sharding, Train
+from train.folder import read_json, read_train
+from train.plan import device_memory, memory, resolve, vocabulary
+from train.scale import here
+from train.scale.hardware import Gpu, gpus
+from train.scale.project import Anchor
+from train.scale.workload import TABLES, of_model, read
+
+RENTED = 8  # GPUs of a cloud's node
+
+
+def plan(config: Plan) -> int:
+    """Exit code 0 whether it fits or not; `fits` says so."""
+    resolved = resolve(config)
+    vocab, batch = vocabulary(resolved), resolved.batch
+    needed, there = memory(resolved, vocab), device_memory(resolved.accelerator, int(resolved.devices))
+    tokens, per_token = resolved.steps * resolved.tokens_per_step, flops.flops_per_token(resolved.model, vocab)
+    parameters, seconds = flops.parameters(resolved.model, vocab), _here(resolved, vocab)
+    facts: dict[str, Any] = {
+        "parameters": parameters,
+        "active_parameters": flops.active_parameters(resolved.model, vocab),
+        "flops_per_token": per_token,
+        "tokens_per_step": resolved.tokens_per_step,
+        "tokens": tokens,
+        "flops": per_token * tokens,
+        "accelerator": resolved.accelerator,
+        "ranks": int(resolved.devices) * resolved.least_nodes,
+        "virtual_ranks": batch.virtual_ranks,
+        "micro_batches": batch.micro_batches,
+        "micro_batch": batch.micro_batch,
+        "precision": resolved.precision,
+        "bytes_per_rank": needed.total,
+        "bytes": asdict(needed),
+        "bytes_there": there,
+        "fits": needed.total <= there,
+        "would_fit": [words for words, size in _smaller(resolved, vocab) if size <= there < needed.total],
+        "disk_bytes": 12 * parameters * (resolved.checkpoint.keep + 1),  # fp32 weights and moments; one being written
+        "step_seconds": seconds,
+        "seconds": seconds and seconds * resolved.steps,
+        "rented": list(_rented(resolved, vocab)),
+    }
+    if config.format is Format.json:
+        print(json.dumps(facts))
+    else:
+        _show(facts)
+    return DONE
+
+
+def step_seconds(config: Train, vocab: int, gpu: Gpu, ranks: int) -> float:
+    """A step of a resolved run as the projector predicts it; all wait for the rank with the most."""
+    leaves, batch = config.batch.virtual_ranks, config.batch.sequences
+    return here.seconds(
+        gpu,
+        of_model(config.model, vocab),
+        ranks=ranks,
+        batch=max(len(one) for one in shares(leaves, ranks)) * ranks * batch // leaves,
+        micro_batch=int(config.batch.micro_batch),
+        precision=config.precision,
+        sharding=config.sharding.value,
+        compiled=config.compile is True,
+    )
+
+
+def asked(path: Path, scale: Scale) -> tuple[Train, Scale]:
+    """A run's settings, and as a question to the projector: what `scale` leaves open is the run's. Raises Refused."""
+    data = read_json(path / "data.json")
+    require(data is not None, "run", f"{path} has no data.json: a run must have begun before it can be projected")
+    assert data is not None
+    config = read_train(path / "config.yaml")
+    tokens, batch = scale.tokens or float(config.steps * config.tokens_per_step), scale.batch or config.batch.sequences
+    return config, replace(scale, model=config.model, vocab=data["vocab"], batch=batch, tokens=tokens)
+
+
+def anchor(path: Path, start: dict[str, Any] | None, tokens_per_s: float | None) -> Anchor:
+    """A run's own step time, and what is predicted of it where it ran. `start`: its last event of that kind."""
+    require(bool(start and tokens_per_s), "run", f"{path} has measured no throughput yet: it needs log.every steps")
+    assert start is not None
+    assert tokens_per_s is not None
+    config, data = read_train(path / "config.yaml"), read_json(path / "data.json") or {}
+    ran = replace(config, precision=start["precision"], compile=start["compiled"])
+    seconds = step_seconds(ran, data["vocab"], here.of(start["device"]), start["world"])
+    return Anchor(path.resolve().name, start["world"], start["device"], config.tokens_per_step / tokens_per_s, seconds)
+
+
+def _here(config: Train, vocab: int) -> float | None:
+    """None where nothing is known of this machine."""
+    try:
+        device = here.of(hardware.gpus()[0].name if config.accelerator == "cuda" else "cpu")
+        return step_seconds(config, vocab, device, int(config.devices) * config.least_nodes)
+    except Refused:
+        return None
+
+
+def _rented(config: Train, vocab: int) -> Iterator[dict[str, Any]]:
+    """The run on a cloud's node, in bf16, compiled: hours and dollars. One that it does not fit on is left out."""
+    rented = replace(config, precision="bf16", compile=True)
+    for row in read(TABLES / "prices.csv"):
+        gpu, ranks = gpus()[row["gpu"]], min(RENTED, config.batch.virtual_ranks)
+        if memory(rented, vocab).total > gpu.memory:
+            continue
+        hours = config.steps * step_seconds(rented, vocab, gpu, ranks) / 3600
+        usd = hours * ranks * float(row["usd_gpu_h"])
+        yield {"cloud": row["cloud"], "gpus": f"{ranks} {gpu.name}", "hours": hours, "usd": usd, "date": row["date"]}
+
+
+def _smaller(config: Train, vocab: int) -> Iterator[tuple[str, int]]:
+    """Single changes that need less memory, the cheapest first, and the bytes that a rank needs then."""
+    size, world = int(config.batch.micro_batch), int(config.devices) * config.least_nodes
+    for smaller in (size // 2, 1):
+        if 0 < smaller < size:
+            cut = replace(config, batch=replace(config.batch, micro_batch=smaller))
+            yield f"batch.micro_batch={smaller}", memory(cut, vocab).total
+    again = replace(config, model=replace(config.model, checkpoint_activations="full"))
+    yield "model.checkpoint_activations=full", memory(again, vocab).total
+    for kind in (Sharding.optimizer, Sharding.full) if world > 1 else ():
+        yield f"sharding={kind.value}", memory(replace(config, sharding=kind), vocab).total
+    small = replace(again, batch=replace(config.batch, micro_batch=1), sharding=Sharding.full)
+    for ranks in (n for n in (2, 4, 8, 16, 32) if world < n <= config.batch.virtual_ranks):
+        words = f"sharding=full, micro_batch=1, checkpoint_activations=full on {ranks} ranks with as much memory each"
+        yield words, memory(replace(small, devices=ranks, nodes=1), vocab).total
+
+
+def _show(facts: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in facts.items():
+        if key == "rented":
+            rows = [
+                f"{one['hours']:,.3g} h, {one['usd']:,.2f} USD ({one['date']}): {one['gpus']}, {one['cloud']}"
+                for one in value
+            ]
+        elif key == "would_fit":
+            rows = [f"with {change}" for change in value] or ["nothing that is known" * (not facts["fits"])]
+        elif key == "bytes":
+            rows = [f"{size:,} {name}" for name, size in value.items()]
+        elif value is None:
+            rows = ["not known: `colossus probe` measures a CPU, a GPU needs figures in configs/hardware"]
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            rows = [str(value)]
+        else:
+            rows = [f"{value:,}" if isinstance(value, int) else f"{value:,.4g} (predicted)"]
+        for row in rows:
+            table.add_row(key.replace("_", " "), row)
+    Console(soft_wrap=True, highlight=False).print(table)
