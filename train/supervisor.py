@@ -391,11 +391,10 @@ class Supervisor:
 
     def _fail(self, fault: dict[str, Any]) -> int:
         """Say why the run ends."""
-        refused = fault["fault"] == "refused"
         at = f" at step {fault['step']}" if fault["step"] is not None else ""
         log = self._run.path / "logs" / f"rank-{fault['rank']}.log"
         why = f"rank {fault['rank']} failed{at} in {fault['phase']}: {fault['cause']} (see {log})"
-        code, why = (REFUSED, fault["cause"]) if refused else (FAILED, why)
+        code, why = (REFUSED, fault["cause"]) if fault["fault"] == "refused" else (FAILED, why)
         self._console.error(why)
         self._fleet.verdict = code, why
         return code
