@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-healthy bench-report bench-forecast bench-peers bench-startup bench-scaling bench-large bench-experts gpu-check clean
+.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-efficiency bench-detection bench-healthy bench-report bench-forecast bench-peers bench-startup bench-scaling bench-large bench-experts gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -75,6 +75,12 @@ bench-torchrun: setup ## Measure: the same under torchrun, which restarts all ra
 
 bench-torchft: setup ## Measure: the same under torchft, whose survivors go on (minutes; needs pip install torchft)
 	@$(BIN)/python -m tests.bench.torchft $(ARGS)
+
+bench-efficiency: setup ## Measure: wall time under kills beside a twin's, for us and torchft (an hour, asleep; needs pip install torchft)
+	@$(BIN)/python -m tests.bench.efficiency $(ARGS)
+
+bench-detection: setup ## Measure: wrong gradients that audits find, flipped bits that checksums see (a minute or two)
+	@$(BIN)/python -m tests.bench.detection $(ARGS)
 
 bench-healthy: setup ## Measure: alarms in 100,000 healthy steps (half an hour)
 	@$(BIN)/python -m tests.bench.healthy $(ARGS)

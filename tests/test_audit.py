@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.bench import detection
+from tests.test_recovery import watching
 from tests.test_resume import numbers
 from tests.test_train import summary, train
-from train import compose, events, plan
+from train import compose, events, plan, supervisor
 from train.audit import drawn
-from train.checks import Refused
+from train.checks import FAILED, Refused
+from train.folder import RunFolder
 
 STEPS = ("steps=16", "checkpoint.every=4", "eval.every=0")
 
@@ -67,6 +71,39 @@ def test_who_is_always_wrong_is_left_out(tiny: list[str]) -> None:
     assert "3 audits" in warning["text"]
     assert summary(folder)["world_sizes"] == [3, 3, 3, 2]
     assert summary(folder)["state_sha256"] == summary(twin)["state_sha256"]
+
+
+def test_as_many_wrong_gradients_are_found_as_are_audited() -> None:
+    """`make bench-detection` in short."""
+    assert detection.single(0.1, 1000) == pytest.approx(0.1, abs=0.03), "three standard deviations"
+    assert detection.single(1.0, 50) == 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_who_is_always_wrong_is_named_though_few_are_audited(seed: int) -> None:
+    """After a find the same step comes again. Audited by the same rank each time, both would be suspected alike."""
+    _, finds, right = detection.persistent(0.1, seed)
+    assert right
+    assert finds < 10
+
+
+def test_two_ranks_that_never_agree_end_the_run(tiny: list[str], tmp_path: Path) -> None:
+    """There is no third one to tell which of them is wrong, and going back does not help."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=2", "recovery.audit=0.1"]))
+    step = {"loss": 1.0, "loss_hex": "", "lr": 0.1, "grad_norm": 1.0, "tokens": 1, "seconds": 0.1, "world": 2}
+    deaf: Any = SimpleNamespace(event=lambda record: None, say=lambda text: None, error=lambda text: None)
+    cause = "virtual rank 1's gradient in step 6 is 01 from rank 0 and 02 from rank 1"
+    with RunFolder(tmp_path / "run") as run:
+        run.write(config, {"digest": "d"})
+        watch = watching(config, run, deaf)
+        codes: list[int | None] = []
+        while len(codes) < 100 and FAILED not in codes:
+            watch._last["step"], watch._members, watch._present = 0, [0, 1], [0, 1]
+            watch.record(events.Step(step=5, **step))  # type: ignore[arg-type]
+            fault = events.Fault(fault="miscomputed", phase="commit", rank=1, step=5, cause=cause).record()
+            codes.append(watch._bury([SimpleNamespace(member=1, spot=(0, 1), fault=fault)]))  # type: ignore[list-item]
+            watch._record({"kind": "start", "time": 0.0})
+        assert codes == [None] * 2 * supervisor.TRIES + [FAILED]
 
 
 @pytest.mark.parametrize("more", ["evidence.digests=false", "reduce=fast", "sharding=full"])

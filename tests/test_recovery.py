@@ -282,6 +282,15 @@ def test_a_place_where_ranks_keep_dying_stays_empty_for_a_while(
         assert forked == [1, 1, 1]
 
 
+def test_long_steps_do_not_make_a_place_suspect() -> None:
+    """Three unrelated deaths within 20 steps are nothing special where these take minutes."""
+    for seconds, suspected in ((slots.SOON / 2 + 1, False), (slots.SOON / 4, True)):
+        slot = slots.Slot()
+        assert [slot.died(3 * i, seconds * i) for i in range(slots.LIVES)] == [False, False, suspected]
+        assert slot.takes(9, seconds * 2 + 5 * slots.BACK_OFF) == (not suspected)
+        assert slot.takes(9, seconds * 2 + slots.SOON)
+
+
 def test_what_the_others_are_told_of_losses_and_newcomers(tiny: list[str], tmp_path: Path) -> None:
     """A newcomer comes at the end of a step, unless that step will have no end; and alone it has no state."""
     config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=4"]))

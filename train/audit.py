@@ -36,10 +36,10 @@ class Audit:
     """A rank's part: what it computes again, and what comes out."""
 
     def __init__(
-        self, config: Train, state: TrainState, parts: Parts, reducer: Reducer, group: Group, channel: Channel
+        self, config: Train, state: TrainState, parts: Parts, reducer: Reducer, group: Group, channel: Channel, nth: int
     ) -> None:
-        """`parts` are what a step is made of; `phase` below goes into its own."""
-        self._config, self._state, self._parts = config, state, parts
+        """`parts` are what a step is made of; `phase` below goes into its own. `nth`: which start of the run it is."""
+        self._config, self._state, self._parts, self._nth = config, state, parts, nth
         self._reducer, self._group, self._channel = reducer, group, channel
         self._found: dict[tuple[int, int], tuple[int, int]] = {}  # (step, v) -> its checksum here, who hosted it
 
@@ -69,7 +69,8 @@ class Audit:
     def _again(self, v: int, step: int) -> None:
         host = next(rank for rank, own in enumerate(self._reducer.hosted) if v in own)
         world = self._group.world
-        if self._group.rank != (host + 1 + random.Random(f"{step} {v}").randrange(max(1, world - 1))) % world:
+        turn = random.Random(f"{self._nth} {step} {v}").randrange(max(1, world - 1))
+        if self._group.rank != (host + 1 + turn) % world:
             return
         flat = self._state.flat
         buffer = flat.buffer()

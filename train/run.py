@@ -169,7 +169,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     )
 
     if config.recovery.audit:
-        audit = Audit(config, state, parts, engine.reducer, group, channel)
+        audit = Audit(config, state, parts, engine.reducer, group, channel, order.writer_epoch)
         parts = replace(parts, phase=audit.phase)
         recorder.on_step.append(audit.compare)
 

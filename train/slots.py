@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-QUICK = 20  # steps: who dies again within so many is suspected of a reason of its own
-LIVES = 3  # deaths in so few steps after which a place is left empty
+QUICK = 20  # steps: who dies again within so many is suspected of a reason of its own,
+SOON = 60.0  # and within so many seconds: where steps are long, others' reasons may take several lives in few of them
+LIVES = 3  # deaths in so short a time after which a place is left empty
 DOUBTS = 3  # audits without agreement after which a place is left empty, if no other place has as many
 BACK_OFF = 1.0  # seconds before the second replacement; twice as many before each further one
 
@@ -19,25 +20,25 @@ Spot = tuple[int, int]  # where a slot is: on which node, and which of those the
 class Slot:
     """A place for a rank."""
 
-    deaths: list[int] = field(default_factory=list)  # the last recorded step, at each
+    deaths: list[tuple[int, float]] = field(default_factory=list)  # the last recorded step at each, and the time
     due: float = 0.0  # when a replacement may be forked, on the monotonic clock
     doubts: int = 0  # audits that its ranks took part in and that did not agree
     left_out: bool = False  # for good
 
-    def lately(self, step: int) -> int:
-        """How many have died here in the last few steps before `step`."""
-        return sum(step - death < QUICK for death in self.deaths)
+    def lately(self, step: int, now: float) -> int:
+        """How many have died here in the last few steps before `step`, and in the last seconds."""
+        return sum(step - before < QUICK and now - time < SOON for before, time in self.deaths)
 
     def died(self, step: int, now: float) -> bool:
         """Another one has, after `step`; whether that makes too many."""
-        self.deaths.append(step)
-        recent = self.lately(step)
+        self.deaths.append((step, now))
+        recent = self.lately(step, now)
         self.due = now + (BACK_OFF * 2 ** (recent - 2) if recent > 1 else 0)
         return recent == LIVES
 
     def takes(self, step: int, now: float) -> bool:
         """Whether another process may be tried here."""
-        return not self.left_out and self.lately(step) < LIVES and now >= self.due
+        return not self.left_out and self.lately(step, now) < LIVES and now >= self.due
 
 
 def doubtful(slots: dict[Spot, Slot]) -> Spot | None:

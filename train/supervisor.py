@@ -61,7 +61,7 @@ class Supervisor:
         self._slots: dict[Spot, Slot] = {}
         self._next_member = self._epoch = self._writer_epoch = 0
         self._last = {"step": 0, "digests": 0}  # of these events, the last step that has one
-        self._causes: set[tuple[Any, ...]] = set()  # of faults that were survived
+        self._causes: Counter[tuple[Any, ...]] = Counter()  # of faults that were survived, and how often
         self._fresh: set[tuple[Any, ...]] = set()  # of those since the ranks last went on: one may take several ranks
         self._futile = self._furthest = 0  # restarts of all ranks since the last new step; that step
         self._losses = Losses(config.recovery.spike or float("inf"))
@@ -247,7 +247,7 @@ class Supervisor:
                 there.brief([record])
         elif kind in ("regroup", "start"):
             self._present = record.get("members", self._present)
-            self._causes, self._fresh = self._causes | self._fresh, set()
+            self._causes, self._fresh = self._causes + Counter(self._fresh), set()
         self._log.append(record)
         self._console.event(record)
 
@@ -294,7 +294,8 @@ class Supervisor:
         for fault, cause in zip(faults, causes, strict=True):
             if fault["fault"] == "not finite" and self._config.recovery.spike and not self._asked:
                 return self._roll_back(fault["step"] + 1)
-            again = fault["step"] is not None and fault["fault"] != "miscomputed" and cause in self._causes
+            times = 2 * TRIES if fault["fault"] == "miscomputed" else 1  # with three ranks it is left out before
+            again = fault["step"] is not None and self._causes[cause] >= times
             if fault["fault"] == "refused" or again:  # not bad luck
                 return self._fail(fault)
         self._fresh |= set(causes)
@@ -390,11 +391,10 @@ class Supervisor:
 
     def _fail(self, fault: dict[str, Any]) -> int:
         """Say why the run ends."""
-        refused = fault["fault"] == "refused"
         at = f" at step {fault['step']}" if fault["step"] is not None else ""
         log = self._run.path / "logs" / f"rank-{fault['rank']}.log"
         why = f"rank {fault['rank']} failed{at} in {fault['phase']}: {fault['cause']} (see {log})"
-        code, why = (REFUSED, fault["cause"]) if refused else (FAILED, why)
+        code, why = (REFUSED, fault["cause"]) if fault["fault"] == "refused" else (FAILED, why)
         self._console.error(why)
         self._fleet.verdict = code, why
         return code

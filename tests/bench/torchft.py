@@ -53,7 +53,7 @@ while True:
     if manager.should_commit():
         state["weights"][0] += 1
         with (folder / f"steps-{rank}-{life}").open("a") as log:
-            log.write(f"{time.time()}\\n")
+            log.write(f"{time.time()} {manager.current_step()} {manager.num_participants()}\\n")
 """
 SETTLED = 10  # steps of all ranks between a replacement's first one and the next kill
 
@@ -74,15 +74,28 @@ class Job:
         )
 
     def steps(self, rank: int) -> list[float]:
-        return lines(self._folder / f"steps-{rank}-{self._lives[rank]}")
+        """When the rank's process committed each of its steps."""
+        return lines(self._folder / f"steps-{rank}-{self._lives[rank]}")[::3]
+
+    def committed(self) -> dict[int, tuple[float, int]]:
+        """When each step of the job was first committed, and by how many replicas it was computed."""
+        rows = [lines(path) for path in self._folder.glob("steps-*")]
+        found: dict[int, tuple[float, int]] = {}
+        for at, step, replicas in (tuple(row[i : i + 3]) for row in rows for i in range(0, len(row) // 3 * 3, 3)):
+            found[int(step)] = min(found.get(int(step), (at, int(replicas))), (at, int(replicas)))
+        return dict(sorted(found.items()))
+
+    def tend(self) -> None:
+        """torchft's own way out of trouble: a process ends, and is replaced."""
+        for rank, process in enumerate(self.processes):
+            if process.poll() is not None:
+                self._lives[rank] += 1
+                self.processes[rank] = self._start(rank)
 
     def settle(self) -> None:
         """Until every rank has taken part for a while."""
         while any(len(self.steps(rank)) < SETTLED for rank in range(len(self.processes))):
-            for rank, process in enumerate(self.processes):
-                if process.poll() is not None:  # torchft's own way out of trouble: the process ends, and is replaced
-                    self._lives[rank] += 1
-                    self.processes[rank] = self._start(rank)
+            self.tend()
             time.sleep(0.02)
 
     def kill(self, rank: int) -> float:
