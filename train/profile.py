@@ -34,6 +34,7 @@ INSIDE = {  # what the name of an operation, or of one around it, begins with ->
 class Profiler:
     def __init__(self, parts: Parts, send: Callable[[events.Event], None], trace: Path) -> None:
         self._parts, self._send, self._trace = parts, send, trace
+        self.sides, self.counted = parts.stream.sides, parts.stream.counted
         self._steps = range(0)  # which are profiled
         self._profile: Any = None
         self._stretch: Any = None
