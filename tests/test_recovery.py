@@ -364,7 +364,7 @@ def test_a_new_rank_0_says_each_step_once(tiny: list[str]) -> None:
     said: list[Any] = []
     fabric = SimpleNamespace(is_global_zero=False, device=torch.device("cpu"), world_size=2)
     recorder = Recorder(config, fabric, said.append, vocab=300)  # type: ignore[arg-type]
-    numbers = torch.zeros(4 + 2 * 8 + 2 + 2, dtype=torch.int64)
+    numbers = torch.zeros(4 + 2 * 8 + 2 + 2 * 2, dtype=torch.int64)
     for step in (1, 2, 3):
         recorder.catch_up(step, 0.1, numbers, world=2)
     assert said == []

@@ -52,7 +52,7 @@ class NotFinite(Exception):
 class _Pending:
     step: int
     rate: float
-    numbers: Tensor  # (4 + 2V + 2P + W,) int64 – in pinned memory where they come from a GPU
+    numbers: Tensor  # (4 + 2V + 2P + 2W,) int64 – in pinned memory where they come from a GPU
     world: int
     ready: torch.cuda.Event | None
 
@@ -80,6 +80,7 @@ class Recorder:
         self._heed: dict[str, int] = {}  # the step from which a request is heeded, by all ranks alike
         self._step = 0
         self._unsaid: deque[events.Event] = deque(maxlen=2 * LAG + 4)  # of the last steps, while another rank speaks
+        self._waits: list[tuple[float, list[float]]] = []  # since the last logging step: seconds, each rank's wait
         self.last: _Pending | None = None
 
     def resume_clock(self) -> None:
@@ -101,14 +102,15 @@ class Recorder:
     def step(self, step: int, total: Total, rate: float) -> None:
         """Take the numbers of a committed step."""
         floats = torch.stack([total.loss, total.norm, total.stops, total.changes]).view(torch.int64)
-        numbers = torch.cat([floats, total.leaves.view(-1), total.state.view(-1), total.seconds.view(torch.int64)])
+        times = total.seconds.reshape(-1).view(torch.int64)
+        numbers = torch.cat([floats, total.leaves.view(-1), total.state.view(-1), times])
         ready = None
         if self._on_gpu:
             pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             pinned.copy_(numbers, non_blocking=True)
             numbers, ready = pinned, torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        self._pending.append(_Pending(step, rate, numbers, total.seconds.numel(), ready))
+        self._pending.append(_Pending(step, rate, numbers, total.seconds.shape[1], ready))
         self._step = step
         self._read(keep=self._lag)
 
@@ -137,19 +139,19 @@ class Recorder:
                 pending.ready.synchronize()
             self.last, world = pending, pending.world
             loss, norm, stops, changes = pending.numbers[:4].view(torch.float64).tolist()
-            seconds = pending.numbers[-world:].view(torch.float64).tolist()
+            seconds, waited = pending.numbers[-2 * world :].view(torch.float64).view(2, world).tolist()
             if stops > 0:
                 self._heed.setdefault("stop", pending.step + self._lag)
             if changes == world:
                 self._heed.setdefault("change", pending.step + self._lag)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFinite(f"loss {loss}, gradient norm {norm} in step {pending.step}: try a lower optimizer.lr")
-            leaves = pending.numbers[4:-world][: 2 * self._config.batch.virtual_ranks].view(-1, 2)
+            leaves = pending.numbers[4 : -2 * world][: 2 * self._config.batch.virtual_ranks].view(-1, 2)
             for told in self.on_step:
                 told(pending.step, seconds, leaves)
             if self._config.evidence.digests:  # said first: a step whose event is there has all of its events
-                self._say(_digests(pending.step, pending.numbers[4:-world], self._config.batch.virtual_ranks))
-            self._record(pending, loss, norm)
+                self._say(_digests(pending.step, pending.numbers[4 : -2 * world], self._config.batch.virtual_ranks))
+            self._record(pending, loss, norm, waited)
 
     def _say(self, event: events.Event) -> None:
         """Rank 0 speaks for all; the others remember, in case that it is lost before it could."""
@@ -158,7 +160,7 @@ class Recorder:
         else:
             self._unsaid.append(event)
 
-    def _record(self, pending: _Pending, loss: float, norm: float) -> None:
+    def _record(self, pending: _Pending, loss: float, norm: float, waited: list[float]) -> None:
         now = time.perf_counter()
         step, seconds = pending.step, now - self._step_end
         self._step_end = now
@@ -179,7 +181,9 @@ class Recorder:
             return
         if self._log_step is None:  # the first step of a process pays for warming up, and is left out
             self._log_step, self._log_start = step, now
-        elif step % self._config.log.every == 0 or step == self._config.steps:
+            return
+        self._waits.append((seconds, waited))
+        if step % self._config.log.every == 0 or step == self._config.steps:
             self._log(step, loss, norm, pending.rate, now)
 
     def _log(self, step: int, loss: float, norm: float, rate: float, now: float) -> None:
@@ -188,9 +192,17 @@ class Recorder:
         peak = self.peak and self.peak * self._fabric.world_size
         mfu = flops.mfu(self._config.model, self._vocab, per_second, peak)
         self._log_step, self._log_start = step, now
-        self._send(events.Throughput(step=step, tokens_per_s=per_second, mfu=mfu, memory_bytes=self._memory()))
+        said = {"tokens_per_s": per_second, "mfu": mfu, "waiting": self._waiting()}
+        self._send(events.Throughput(step=step, memory_bytes=self._memory(), **said))
         numbers = {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "perf/tokens_per_second": per_second}
         self._fabric.log_dict(numbers | ({"perf/mfu": mfu} if mfu is not None else {}), step=step)
+
+    def _waiting(self) -> list[float]:
+        """By rank, of the last steps that as many ranks took: the share of their time that it waited for the sum."""
+        last = len(self._waits[-1][1])
+        seconds, waits = zip(*(wait for wait in self._waits if len(wait[1]) == last), strict=True)
+        self._waits = []
+        return [sum(of_rank) / sum(seconds) for of_rank in zip(*waits, strict=True)] if last > 1 else []
 
     def _memory(self) -> int:
         if self._on_gpu:

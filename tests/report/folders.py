@@ -45,7 +45,9 @@ def lines(steps: int, world: int = 2, experts: bool = False, digest: str = "d0" 
         found.append({**at, "kind": "step", **numbers})
         found.append({**at, "kind": "digests", "tokens": halves, "leaves": halves, "parameters": [], "gradient": []})
         if n % 10 == 0:
-            found.append({**at, "kind": "throughput", "tokens_per_s": 5000 + n % 70, "mfu": 0.2, "memory_bytes": 2**28})
+            pace: Any = {"tokens_per_s": 5000 + n % 70, "mfu": 0.2, "memory_bytes": 2**28}
+            pace["waiting"] = [0.05, *[0.25] * (world - 1)] if world > 1 else []
+            found.append({**at, "kind": "throughput", **pace})
         if n % max(1, steps // 5) == 0:
             score: Any = {**at, "loss": loss, "bpb": loss / 2, "tokens": 500, "whole": False, "seconds": 0.01, **more}
             saved: Any = {**at, "path": "x", "bytes": 10**6, "seconds": 0.01, "wall": 0.1}

@@ -103,6 +103,9 @@ def test_a_whole_run(tmp_path: Path, tiny: list[str]) -> None:
     for said in ("d0" * 32, ">done<", "Training loss", "gzip -9: 3.500", "optimizer.lr", "def f():", "rank 1", "± 10."):
         assert said in text, said
     assert text.count('class="line') >= 8
+    assert "waiting for the sum</dt><dd>15.0 %" in text
+    assert "least: 5.000 % of the time" in text
+    assert "most: 25.000 % of the time" in text or "most: 25.00 % of the time" in text
 
 
 def test_experts_have_a_section(tmp_path: Path, tiny: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from train.ledger import PARTS
@@ -29,6 +30,7 @@ def headline(run: Run) -> str:
         ("validation", unit, number(score)),
         ("throughput", "tokens/s", si(found["tokens_per_s"])),
         ("model FLOPs utilization", "", percent(found["mfu"])),
+        ("waiting for the sum", "of the steps", percent(found["waiting"]["mean"])),
         ("goodput", "", percent(ledger["share"] if ledger["wall_s"] else None)),
         ("wall time", "", lasting(ledger["wall_s"])),
         ("ranks", "", esc(", ".join(map(str, worlds)) or NONE)),
@@ -100,8 +102,23 @@ def curves(runs: list[Run]) -> str:
         drawn("MFU", "% of the devices' dense peak", paces, "mfu", factor=100, zero=True),
         drawn("Memory", "GiB, peak of rank 0", paces, "memory_bytes", factor=2**-30, zero=True),
         drawn("Time a step", "s", steps, "seconds"),
+        waits(runs),
     )
     return f'<div class="grid2">{"".join(charts)}</div>' if any(charts) else "<p>No step was recorded.</p>"
+
+
+def waits(runs: list[Run]) -> str:
+    """For what share of the time ranks wait for the sum of the gradients."""
+    series = []
+    for i, run in enumerate(runs):
+        found = {r["step"]: r["waiting"] for r in run.of("throughput") if r.get("waiting")}
+        ways = ("least", min), ("most", max)
+        for j, (name, of) in enumerate(ways if len(runs) == 1 else ((run.name, statistics.mean),)):
+            y = [100 * of(found[n]) for n in sorted(found)]
+            series += [Series(name=name, x=sorted(found), y=y, color=i + j)] if y else []
+    note = "What the rank that waits least waits is communication; what others wait more is for slower ranks."
+    unit = "% of the time, the rank that waits" if len(runs) == 1 else "% of the time, mean of the ranks"
+    return chart("Waiting for the sum", unit, series, zero=True, note=note)
 
 
 def _gzip(runs: list[Run]) -> str:
