@@ -48,7 +48,7 @@ def test_who_is_early_waits_for_who_is_late(mode: str) -> None:
 def test_a_clock_tells_computing_from_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Begun at 10; a wait from 13 to 14 within the backward pass; computed at 16; the sum is there at 21."""
     ticks = iter([10.0, 13.0, 14.0, 16.0, 21.0])
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     one = clock.Clock(torch.device("cpu"))
     one.start()
     with one.paused():
@@ -68,7 +68,7 @@ def test_the_record_says_what_share_of_the_time_each_rank_waited(
         is_global_zero=True, device=torch.device("cpu"), world_size=2, log_dict=lambda *_, **__: None
     )
     now = [0.0]
-    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     recorder = telemetry.Recorder(config, fabric, said.append, vocab=300)  # type: ignore[arg-type]
 
     def step(number: int, *waited: float) -> None:

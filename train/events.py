@@ -163,6 +163,7 @@ class Fault(Event):
     rank: int
     step: int | None
     cause: str
+    flight: dict[str, str] = field(default_factory=dict)  # of a hang: where each process was, by its number
 
 
 @dataclass(slots=True, kw_only=True)

@@ -114,7 +114,7 @@ class Group(Ranks, Strategy):
 
     # Membership.
 
-    def wait(self, work: Any) -> None:
+    def _wait(self, work: Any) -> None:
         if self.wire.type != "cpu" or not self._place.heals:
             work.wait()
             return
@@ -245,7 +245,7 @@ class Group(Ranks, Strategy):
         if self.world == 1:
             return tensor
         on_wire = tensor.to(self.wire)
-        self.wait(self.sum_up(on_wire))
+        self.wait(self.sum_up(on_wire), "an all-reduce")
         return on_wire.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:

@@ -44,6 +44,7 @@ def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
             finished = record
     newest = steps[max(steps)] if steps else None
     score = scores[max(scores)] if scores else None
+    ways = {"least": list(map(min, waits)), "mean": list(map(statistics.mean, waits)), "most": list(map(max, waits))}
     return {
         "steps": newest["step"] if newest else 0,
         "stopped": finished["stopped"] if finished else True,
@@ -53,10 +54,7 @@ def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "tokens": newest["tokens"] if newest else 0,
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "mfu": statistics.median(mfus) if mfus else None,
-        "waiting": {
-            name: statistics.median(map(of, waits)) if waits else None
-            for name, of in (("least", min), ("mean", statistics.mean), ("most", max))
-        },
+        "waiting": {name: statistics.median(shares) if shares else None for name, shares in ways.items()},
         "world_sizes": worlds,
         "state_sha256": finished["state_sha256"] if finished else None,
         "yardsticks": finished["yardsticks"] if finished else {},

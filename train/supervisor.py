@@ -195,8 +195,9 @@ class Supervisor:
             if rank.fault is None and (found := rank.silent()):
                 seconds, phase = found
                 cause = f"no sign of life for {seconds:.1f} s: killed; where it was stuck is at the end of its log"
-                fault = events.Fault(fault="hang", phase=phase, rank=rank.member, step=None, cause=cause)
-                rank.fault = fault.record()
+                said: dict[str, Any] = {"rank": rank.member, "step": None, "cause": cause}
+                said["flight"] = {str(one.member): one.flight() for one in self._ranks}
+                rank.fault = events.Fault(fault="hang", phase=phase, **said).record()
                 self._record(rank.fault)
                 rank.dump()
                 rank.kill()

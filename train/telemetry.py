@@ -192,8 +192,8 @@ class Recorder:
         peak = self.peak and self.peak * self._fabric.world_size
         mfu = flops.mfu(self._config.model, self._vocab, per_second, peak)
         self._log_step, self._log_start = step, now
-        said = {"tokens_per_s": per_second, "mfu": mfu, "waiting": self._waiting()}
-        self._send(events.Throughput(step=step, memory_bytes=self._memory(), **said))
+        memory, waiting = self._memory(), self._waiting()
+        self._send(events.Throughput(step=step, tokens_per_s=per_second, mfu=mfu, memory_bytes=memory, waiting=waiting))
         numbers = {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "perf/tokens_per_second": per_second}
         self._fabric.log_dict(numbers | ({"perf/mfu": mfu} if mfu is not None else {}), step=step)
 

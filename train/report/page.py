@@ -74,6 +74,7 @@ ONE: dict[str, Callable[[Run], str]] = {
     "": sections.headline,
     "Learning": lambda run: sections.curves([run]),
     "Who was there": lambda run: timeline.draw(run.records),
+    "What befell it": sections.faults,
     "Where the time went": sections.goodput,
     "Experts": sections.experts,
     "In its own words": sections.samples,

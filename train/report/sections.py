@@ -11,6 +11,7 @@ from train.report.chart import Series, chart, smooth
 from train.report.record import Record, Run
 from train.report.words import NONE, esc, lasting, number, percent, plain, si, table
 
+FAULTS = 200  # that are listed
 GROUPS = {  # of the ledger's parts: useful, lost to faults, the run's own upkeep
     "good": ("steps",),
     "lost": ("redone", "detection", "regrouping", "restore", "missing"),
@@ -112,10 +113,11 @@ def waits(runs: list[Run]) -> str:
     series = []
     for i, run in enumerate(runs):
         found = {r["step"]: r["waiting"] for r in run.of("throughput") if r.get("waiting")}
-        ways = ("least", min), ("most", max)
-        for j, (name, of) in enumerate(ways if len(runs) == 1 else ((run.name, statistics.mean),)):
-            y = [100 * of(found[n]) for n in sorted(found)]
-            series += [Series(name=name, x=sorted(found), y=y, color=i + j)] if y else []
+        shares = [found[n] for n in sorted(found)]
+        mean = {run.name: list(map(statistics.mean, shares))}
+        ways = {"least": list(map(min, shares)), "most": list(map(max, shares))} if len(runs) == 1 else mean
+        for j, (name, y) in enumerate(ways.items()):
+            series += [Series(name=name, x=sorted(found), y=[100 * v for v in y], color=i + j)] if y else []
     note = "What the rank that waits least waits is communication; what others wait more is for slower ranks."
     unit = "% of the time, the rank that waits" if len(runs) == 1 else "% of the time, mean of the ranks"
     return chart("Waiting for the sum", unit, series, zero=True, note=note)
@@ -126,6 +128,19 @@ def _gzip(runs: list[Run]) -> str:
     said = {(y.get("gzip_windows"), y.get("gzip_documents")) for run in runs if (y := run.summary["yardsticks"])}
     windows, whole = said.pop() if len(said) == 1 else (None, None)
     return f"gzip -9: {number(windows)} on windows of the context, {number(whole)} on whole files" if whole else ""
+
+
+def faults(run: Run) -> str:
+    """What was lost or failed, each with its cause; of a hang, where every process was when it was found."""
+    rows, begun = [], run.records[0]["time"] if run.records else 0.0
+    for fault in (found := run.of("fault"))[:FAULTS]:
+        where = "".join(f"<br>process {esc(one)}: {esc(said)}" for one, said in fault.get("flight", {}).items())
+        more = f"<details><summary>where each process was</summary>{where[4:]}</details>" if where else ""
+        step = NONE if fault["step"] is None else f"{fault['step']:,}"
+        words = [esc(fault[key]) for key in ("rank", "fault", "phase")]
+        rows.append([lasting(fault["time"] - begun), *words, step, esc(fault["cause"]) + more])
+    left = f"<p class=note>… and {len(found) - FAULTS:,} more</p>" if len(found) > FAULTS else ""
+    return table(["after|", "process|", "what", "in", "step|", "cause"], rows) + left if rows else ""
 
 
 def goodput(run: Run) -> str:
