@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
     ("checks", "config", "shapes", "events", "batch", "flops", "hardware"),
-    ("commands", "ledger", "pulse", "locks", "slots", "flat", "muon"),
+    ("commands", "ledger", "economy", "pulse", "locks", "slots", "flat", "muon"),
     ("scale", "data", "models", "optim", "nodes", "summary", "fingerprint", "channel", "manifest", "ranks"),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets", "compose"),
@@ -91,7 +91,7 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 16_450
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 16_630
 
 
 def test_the_projector_keeps_its_budget() -> None:
@@ -101,7 +101,7 @@ def test_the_projector_keeps_its_budget() -> None:
 def test_the_report_keeps_its_budget() -> None:
     """With the live view; nothing imports it but who starts a run, to leave a report behind."""
     rooms = [*(PACKAGE / "report").glob("*.py"), PACKAGE / "watch.py"]
-    assert sum(len(path.read_text().splitlines()) for path in rooms) <= 1225
+    assert sum(len(path.read_text().splitlines()) for path in rooms) <= 1270
 
 
 def test_the_sum_needs_no_lightning() -> None:

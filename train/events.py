@@ -118,6 +118,7 @@ class Throughput(Event):
     tokens_per_s: float
     mfu: float | None  # model FLOP/s as a share of the devices' dense peak
     memory_bytes: int  # peak of rank 0's process on a CPU, of its allocator on a GPU
+    watts: float | None = None  # of rank 0's GPU, or of the CPU packages of its machine; None: no meter
     waiting: list[float] = field(default_factory=list)  # by rank: the share of the time; [] of one rank
 
 

@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from train.economy import economy
 from train.ledger import ledger
 
 
 def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """At least: steps final_loss val_bpb tokens tokens_per_s mfu waiting world_sizes state_sha256 goodput.
+    """At least: steps final_loss val_bpb tokens tokens_per_s mfu waiting economy world_sizes state_sha256 goodput.
 
     A step that was computed again after a restart counts once. What lies behind the step that a restart went on from
     is no longer part of the run: its steps are redone work in `goodput`, its evaluations and its end do not count.
@@ -55,6 +56,7 @@ def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "mfu": statistics.median(mfus) if mfus else None,
         "waiting": {name: statistics.median(shares) if shares else None for name, shares in ways.items()},
+        "economy": economy(records),
         "world_sizes": worlds,
         "state_sha256": finished["state_sha256"] if finished else None,
         "yardsticks": finished["yardsticks"] if finished else {},

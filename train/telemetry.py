@@ -31,6 +31,7 @@ from torch import Tensor
 from train import events, flops, hardware, plan
 from train.buckets import Total
 from train.config import Train
+from train.economy import Meter
 from train.evidence import word
 from train.folder import plain_identity
 from train.group import Group
@@ -76,6 +77,8 @@ class Recorder:
         self._pending: deque[_Pending] = deque()
         self._step_end = self._log_start = time.perf_counter()
         self._log_step: int | None = None
+        gpu = f"GPU-{torch.cuda.get_device_properties(fabric.device).uuid}" if self._on_gpu else None
+        self._meter = Meter(gpu)
         self._lag = LAG if self._on_gpu else 0
         self._heed: dict[str, int] = {}  # the step from which a request is heeded, by all ranks alike
         self._step = 0
@@ -192,8 +195,9 @@ class Recorder:
         peak = self.peak and self.peak * self._fabric.world_size
         mfu = flops.mfu(self._config.model, self._vocab, per_second, peak)
         self._log_step, self._log_start = step, now
-        memory, waiting = self._memory(), self._waiting()
-        self._send(events.Throughput(step=step, tokens_per_s=per_second, mfu=mfu, memory_bytes=memory, waiting=waiting))
+        said = events.Throughput(step=step, tokens_per_s=per_second, mfu=mfu, memory_bytes=self._memory())
+        said.watts, said.waiting = self._meter.watts(), self._waiting()
+        self._send(said)
         numbers = {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "perf/tokens_per_second": per_second}
         self._fabric.log_dict(numbers | ({"perf/mfu": mfu} if mfu is not None else {}), step=step)
 

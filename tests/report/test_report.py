@@ -98,10 +98,21 @@ def test_a_chart_of_nothing_is_nothing() -> None:
 def test_a_whole_run(tmp_path: Path, tiny: list[str]) -> None:
     text = shown(leave(tmp_path / "a", lines(50), tiny))
     assert sections(text) == [
-        *("Learning", "Who was there", "Where the time went", "In its own words"),
+        *("Learning", "Who was there", "Where the time went", "Energy and money", "In its own words"),
         *("This run on Colossus", "Settings", "Environment"),
     ]
-    for said in ("d0" * 32, ">done<", "Training loss", "gzip -9: 3.500", "optimizer.lr", "def f():", "rank 1", "± 10."):
+    for said in (
+        "d0" * 32,
+        ">done<",
+        "Training loss",
+        "gzip -9: 3.500",
+        "optimizer.lr",
+        "def f():",
+        "rank 1",
+        "± 10.",
+        "assumed",
+        "USD a million tokens",
+    ):
         assert said in text, said
     assert text.count('class="line') >= 8
     assert "waiting for the sum</dt><dd>15.0 %" in text

@@ -76,6 +76,7 @@ ONE: dict[str, Callable[[Run], str]] = {
     "Who was there": lambda run: timeline.draw(run.records),
     "What befell it": sections.faults,
     "Where the time went": sections.goodput,
+    "Energy and money": sections.spent,
     "Experts": sections.experts,
     "In its own words": sections.samples,
     "This run on Colossus": projected,

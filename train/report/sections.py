@@ -149,6 +149,15 @@ def goodput(run: Run) -> str:
     return stacked(ledger) + _parts(ledger) if ledger["wall_s"] else ""
 
 
+def spent(run: Run) -> str:
+    """Energy and money, each figure with where it is from."""
+    found, hours = run.summary["economy"], run.summary["goodput"]["wall_s"] / 3600
+    rows = [("watts", "W", 1.0), ("watts", "Wh, by the wall time", hours), ("joules_per_token", "J a token", 1.0)]
+    rows += [("usd_per_million_tokens", "USD a million tokens", 1.0)]
+    told = [(name, figure["value"] * times, figure) for key, name, times in rows if (figure := found[key])]
+    return table(["", "|", "tag", "source"], [[a, number(v, 3), esc(f["tag"]), esc(f["source"])] for a, v, f in told])
+
+
 def stacked(ledger: Record) -> str:
     x, bars = 0.0, []
     for group, parts in GROUPS.items():
