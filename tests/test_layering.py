@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "train"
 
 LAYERS = [
     ("light", "checks", "config", "shapes", "events", "batch", "flops", "hardware"),
-    ("commands", "ledger", "pulse", "locks", "slots", "flat", "ranks", "muon"),
+    ("commands", "ledger", "economy", "pulse", "locks", "slots", "flat", "ranks", "muon"),
     ("scale", "data", "models", "optim", "nodes", "summary", "fingerprint", "channel", "manifest"),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets", "compose"),
@@ -101,7 +101,7 @@ def test_the_projector_keeps_its_budget() -> None:
 def test_the_report_keeps_its_budget() -> None:
     """With the live view; nothing imports it but who starts a run, to leave a report behind."""
     rooms = [*(PACKAGE / "report").glob("*.py"), PACKAGE / "watch.py"]
-    assert sum(len(path.read_text().splitlines()) for path in rooms) <= 1225
+    assert sum(len(path.read_text().splitlines()) for path in rooms) <= 1270
 
 
 def test_the_sum_needs_no_lightning() -> None:

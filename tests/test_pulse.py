@@ -86,6 +86,20 @@ def test_a_wait_is_no_silence(heart: tuple[Pulse, Silence], clock: SimpleNamespa
     assert silent(LEAST + 0.1) is not None
 
 
+def test_the_flight_record_says_which_collective_and_since_when(tmp_path: Path, clock: SimpleNamespace) -> None:
+    memory = pulse.create(tmp_path / "pulse")
+    rank = Pulse(tmp_path / "pulse")
+    rank.doing = lambda: "step 3, waits for é" + "x" * 100
+    rank.beat("reduce")
+    clock.now += 2.0
+    rank.beat()
+    clock.now += 5.0
+    said = pulse.flight(memory)
+    assert said.startswith("reduce: step 3, waits for éxxx")
+    assert said.endswith("x, for 7.0 s; last sign of life 5.0 s ago")
+    assert len(said) < 140
+
+
 def test_a_new_phase_is_given_time_by_what_is_known(heart: tuple[Pulse, Silence], clock: SimpleNamespace) -> None:
     rank, silent = heart
     live(rank, clock, ("regroup", 0.0))

@@ -192,6 +192,8 @@ def test_ranks_that_hang_are_found_and_say_where(tiny: list[str], twins: Twins) 
     for rank, fault in faults.items():
         assert (fault["fault"], fault["phase"]) == ("hang", "backward")
         assert fault["time"] - struck[rank] < pulse.LEAST + 2.5, "the machine may be busy, hence the margin"
+        assert re.match("reduce: step 12, waits for the exchange of elements 0 to", fault["flight"]["0"])
+        assert re.match("backward: step 12, after an all-gather", fault["flight"][str(rank)])
         log = (folder / "logs" / f"rank-{rank}.log").read_text()
         assert re.search(r'File ".*train/loop.py", line \d+ in micro_batch', log), "the stack of the culprit"
 
@@ -373,7 +375,7 @@ def test_a_new_rank_0_says_each_step_once(tiny: list[str]) -> None:
     said: list[Any] = []
     fabric = SimpleNamespace(is_global_zero=False, device=torch.device("cpu"), world_size=2)
     recorder = Recorder(config, fabric, said.append, vocab=300)  # type: ignore[arg-type]
-    numbers = torch.zeros(4 + 2 * 8 + 2 + 2, dtype=torch.int64)
+    numbers = torch.zeros(4 + 2 * 8 + 2 + 2 * 2, dtype=torch.int64)
     for step in (1, 2, 3):
         recorder.catch_up(step, 0.1, numbers, world=2)
     assert said == []

@@ -310,7 +310,7 @@ def balanced(group: Group) -> list[Any]:
     for step in range(42):
         for v, buffer in reducer.leaves():
             leaf(v, buffer)
-        balance.observe(step, reducer.finish().seconds.tolist())
+        balance.observe(step, reducer.finish().seconds[0].tolist())
         shares.append([len(own) for own in reducer.hosted])
     shared, *slow = channel.sent or [None]
     return [shares, shared and (shared.shares, shared.why), [(event.rank, event.step) for event in slow]]

@@ -19,7 +19,7 @@ from train import nodes, optim
 from train.config import Optimizer, OptimizerKind
 from train.evidence import Evidence
 from train.flat import Buffer, Flat, Piece
-from train.group import Changed, Dismissed, Group, Membership, Place, _sockets
+from train.group import Changed, Dismissed, Group, Membership, Place
 from train.loop import TrainState
 from train.recovery import Recovery
 from train.reduce import ExactReducer
@@ -92,7 +92,7 @@ def leaves_what_never_ends(outer: Group) -> list[Any]:
         threading.Timer(0.3, member.send, (2, 0)).start()
         began = time.monotonic()
         with pytest.raises(Changed, match="epoch 2"):
-            member.group.wait(member.group.processes._allgather_base(received, sent))
+            member.group.wait(member.group.processes._allgather_base(received, sent), "a test")
         seconds = time.monotonic() - began
         member.group.join()
         outer.barrier()
@@ -100,7 +100,7 @@ def leaves_what_never_ends(outer: Group) -> list[Any]:
         return [member.group.world, seconds < LATE / 2, received.tolist().count(8)]
     outer.barrier()
     with pytest.raises(Changed):
-        member.group.wait(member.group.processes._allgather_base(received, sent))
+        member.group.wait(member.group.processes._allgather_base(received, sent), "a test")
     member.send(2, 0)
     with pytest.raises(Dismissed):
         member.group.join()
@@ -142,7 +142,7 @@ def changes_often(outer: Group) -> list[int]:
         for thread in threading.enumerate():
             if thread.name == "drop":
                 thread.join(LATE)
-        counts.append(len(_sockets()))
+        counts.append(len(nodes.sockets()))
         outer.barrier()
     return counts
 

@@ -21,7 +21,8 @@ def test_a_step_done_twice_counts_once_and_is_redone_work() -> None:
         {"kind": "checkpoint", "time": 3.5, "seconds": 0.5, "step": 2},
         {"kind": "start", "time": 10.0, "world": 2, "step": 2},
         *(step(n, 9.0 + n, 0.5) for n in (3, 4)),
-        {"kind": "throughput", "time": 13.0, "tokens_per_s": 20.0, "mfu": None},
+        {"kind": "throughput", "time": 12.5, "tokens_per_s": 20.0, "mfu": None},  # as runs before this figure have it
+        {"kind": "throughput", "time": 13.0, "tokens_per_s": 20.0, "mfu": None, "waiting": [0.1, 0.3]},
         {"kind": "eval", "time": 14.0, "seconds": 1.0, "loss": 0.3, "bpb": 0.2, "step": 4},
         {"kind": "end", "time": 15.0, "stopped": False, "state_sha256": "ab", "yardsticks": {}},
     ]
@@ -29,6 +30,8 @@ def test_a_step_done_twice_counts_once_and_is_redone_work() -> None:
     assert (summary["steps"], summary["tokens"], summary["final_loss"]) == (4, 40, 0.25)
     assert summary["world_sizes"] == [4, 2]
     assert (summary["val_bpb"], summary["tokens_per_s"], summary["mfu"]) == (0.2, 20.0, None)
+    assert summary["waiting"] == {"least": 0.1, "mean": 0.2, "most": 0.3}
+    assert summarize(records[:-4])["waiting"] == {"least": None, "mean": None, "most": None}
     goodput = summary["goodput"]
     assert goodput["wall_s"] == 15.0
     assert sum(goodput["seconds"].values()) == pytest.approx(15.0)

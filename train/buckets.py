@@ -42,7 +42,7 @@ class Total:
     norm: Tensor  # () float64, L2, of the gradient
     stops: Tensor  # () float64: how many ranks were asked to stop
     changes: Tensor  # () float64: how many ranks know of a change of the ranks
-    seconds: Tensor  # (W,) float64: what each rank took for a leaf
+    seconds: Tensor  # (2, W) float64: what each rank took for a leaf; for how long it then waited for the sum
     leaves: Tensor  # (V, 2) int64: checksums of the tokens and of the gradient of each virtual rank
     state: Tensor  # (2, 1) or (2, P) int64: checksums of the parameters before the step, and of the gradient
 
@@ -186,6 +186,7 @@ class Reducer(ABC):
         """The sum over all ranks; this one was asked to stop, or knows of a `change` of the ranks."""
         self._clock.stop()
         self._drain()
+        self._clock.summed()
         total = self._exchange_numbers(stop, change)
         self.forget()
         self._under_way = False
@@ -298,7 +299,7 @@ class Reducer(ABC):
         losses, widest = self._losses(), max(map(len, self.hosted))
         missing = widest - len(hosted)
         seconds = self._clock.seconds / max(1, len(hosted))
-        said = torch.tensor([float(stop), float(change), seconds], dtype=torch.float64).view(torch.int64)
+        said = torch.tensor([stop, change, seconds, self._clock.waited], dtype=torch.float64).view(torch.int64)
         tokens = torch.tensor([self._tokens[v] for v in hosted] + [0] * missing, dtype=torch.int64)
         from_host = torch.cat([said, tokens])
         if device.type == "cuda":  # a copy from memory that is not pinned would wait for the device
@@ -314,7 +315,7 @@ class Reducer(ABC):
             blocks,
         ]
         rows = self.ranks.all_gather(torch.cat([part.view(torch.int64).flatten() for part in parts]))
-        sizes = [3, widest, *(part.numel() for part in parts[1:])]
+        sizes = [4, widest, *(part.numel() for part in parts[1:])]
         said, tokens, loss, gradients, sums, squares_of = (part.contiguous() for part in rows.split(sizes, dim=1))  # type: ignore[no-untyped-call]
         said = said.view(torch.float64)
         total = squares_of.view(torch.float64).view(-1)[self._where].sum()
@@ -326,7 +327,7 @@ class Reducer(ABC):
             norm=total.sqrt(),
             stops=said[:, 0].sum(),
             changes=said[:, 1].sum(),
-            seconds=said[:, 2],
+            seconds=said[:, 2:].T,
             leaves=torch.stack([tokens.view(-1)[self._places], gradients.view(-1)[self._places]], dim=1),
             state=sums.view(self.ranks.world, 2, -1).sum(0),
         )

@@ -111,6 +111,7 @@ def overview() -> str:
     lines = ["colossus COMMAND [key=value …]    data-parallel LLM training, exact for any number of ranks", ""]
     lines += [f"  {name:8} {command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "  colossus train           the main job: a small model on real text, on all cores or GPUs"]
+    lines += ["  colossus report run=…    what became of it, on one page; colossus runs: which there are"]
     lines += ["  colossus train --help    its keys; --cfg prints the configuration, --multirun sweeps"]
     return "\n".join(lines)
 

@@ -44,12 +44,12 @@ class Sample:
 
     run: str = MISSING  # a folder, or a name under runs/
     step: int = -1  # of the checkpoint; -1: the newest
-    prompt: str = ""
-    tokens: int = 200
-    count: int = 1
+    prompt: str = ""  # what the text begins with; empty: a new document
+    tokens: int = 200  # at most, after the prompt
+    count: int = 1  # samples, each with a seed of its own
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 0  # 0: off
-    top_p: float = 1.0
+    top_p: float = 1.0  # draw from the likeliest tokens that have this share together; 1: from all
     seed: int = 0
     accelerator: str = "auto"
 
@@ -63,7 +63,7 @@ class Sample:
 class Evaluate:
     """`colossus eval`: bits per byte and perplexity of a run's model on its validation set, or on all of `data`."""
 
-    run: str = MISSING
+    run: str = MISSING  # a folder, or a name under runs/
     step: int = -1
     data: Data | None = None  # data=…: another corpus, in the run's tokens
     tokens: int = 0  # of the validation set, or of that corpus; 0: all
@@ -96,7 +96,7 @@ class Export:
 class Runs:
     """`colossus runs`: the runs under a folder, a line each."""
 
-    runs: str = "runs"
+    runs: str = "runs"  # the folder of run folders
     format: Format = Format.table
 
 
@@ -104,7 +104,7 @@ class Runs:
 class Verify:
     """`colossus verify`: every byte of a run's checkpoints, read and compared. Exit code 1 where one is damaged."""
 
-    run: str = MISSING
+    run: str = MISSING  # a folder, or a name under runs/
     step: int = -1  # -1: all
     format: Format = Format.table
 
@@ -143,8 +143,8 @@ class Diff:
 class Resize:
     """`colossus resize`: so many ranks for a run that is under way, from the end of a step on."""
 
-    run: str = MISSING
-    devices: int = MISSING
+    run: str = MISSING  # a folder, or a name under runs/
+    devices: int = MISSING  # ranks on this node from then on
 
     def __post_init__(self) -> None:
         at_least(self, "", devices=1)

@@ -6,6 +6,8 @@ events, which is why it can be shown by a process that knows nothing of torch.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -179,8 +181,9 @@ class Console:
             self.say("\n".join(f"  │ {line}" for line in end["sample"].splitlines()))
         self.say(f"state {summary['state_sha256'][:16]}… in {path}/summary.json")
         self.say("next:")
+        ours = "colossus" if shutil.which("colossus") else os.path.relpath(Path(sys.prefix, "bin", "colossus"))
         for command in (f"sample run={path} prompt='def '", f"eval run={path}", "runs"):
-            self.say(f"  colossus {command}")
+            self.say(f"  {ours} {command}")
 
 
 def _beside(summary: dict[str, Any]) -> str:

@@ -129,6 +129,8 @@ class Throughput(Event):
     tokens_per_s: float
     mfu: float | None  # model FLOP/s as a share of the devices' dense peak
     memory_bytes: int  # peak of rank 0's process on a CPU, of its allocator on a GPU
+    watts: float | None = None  # of rank 0's GPU, or of the CPU packages of its machine; None: no meter
+    waiting: list[float] = field(default_factory=list)  # by rank: the share of the time; [] of one rank
 
 
 @dataclass(slots=True, kw_only=True)
@@ -184,6 +186,7 @@ class Fault(Event):
     rank: int
     step: int | None
     cause: str
+    flight: dict[str, str] = field(default_factory=dict)  # of a hang: where each process was, by its number
 
 
 @dataclass(slots=True, kw_only=True)

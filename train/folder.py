@@ -7,6 +7,7 @@ checkpoints/   logs/   tensorboard/   csv/      report.html    all of it to look
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import os
@@ -221,8 +222,11 @@ def locate(run: str, runs: str = "runs") -> Path:
     for path in (Path(run).expanduser(), Path(runs) / run):
         if (path / "config.yaml").exists():
             return path
-    there = ", ".join(sorted(path.parent.name for path in Path(runs).glob("*/config.yaml"))) or "none"
-    raise Refused("run", f"no run '{run}' here or under {runs}/ (there: {there})")
+    there = sorted(path.parent.name for path in Path(runs).glob("*/config.yaml"))
+    if not there:
+        raise Refused("run", f"no run '{run}' here, and none under {runs}/: `colossus train` makes one")
+    near = [f": did you mean {name}?" for name in difflib.get_close_matches(run, there, n=1)]
+    raise Refused("run", f"no run '{run}' here or under {runs}/{''.join(near)} (`colossus runs` lists what is there)")
 
 
 def to_yaml(config: Any) -> str:

@@ -18,7 +18,6 @@ import contextlib
 import os
 import queue
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable
@@ -114,7 +113,7 @@ class Group(Ranks, Strategy):
 
     # Membership.
 
-    def wait(self, work: Any) -> None:
+    def _wait(self, work: Any) -> None:
         if self.wire.type != "cpu" or not self._place.heals:
             work.wait()
             return
@@ -171,13 +170,13 @@ class Group(Ranks, Strategy):
                 timeout=TIMEOUT,
                 master_listen_fd=self._listener.detach(),
             )
-        before = _sockets()
+        before = nodes.sockets()
         made: queue.Queue[Any] = queue.Queue()
         threading.Thread(target=self._meet, args=(new, self.rank, made), daemon=True, name="meet").start()
         while made.empty():
             self.look()
             time.sleep(0.001)
-        self._sockets = _sockets() - before
+        self._sockets = nodes.sockets() - before
         met = made.get()
         if isinstance(met, RuntimeError) and self._place.heals:
             raise Changed(str(met)) from met
@@ -245,7 +244,7 @@ class Group(Ranks, Strategy):
         if self.world == 1:
             return tensor
         on_wire = tensor.to(self.wire)
-        self.wait(self.sum_up(on_wire))
+        self.wait(self.sum_up(on_wire), "an all-reduce")
         return on_wire.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:
@@ -257,15 +256,3 @@ class Group(Ranks, Strategy):
 
     def module_sharded_context(self) -> AbstractContextManager[None]:
         raise NotImplementedError("nothing is sharded by Fabric here")
-
-
-def _sockets() -> set[tuple[int, int]]:
-    """The sockets that this process has open, where the system tells."""
-    found = set()
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # closed since it was listed
-                status = os.fstat(int(name))
-                if stat.S_ISSOCK(status.st_mode):
-                    found.add((int(name), status.st_ino))
-    return found

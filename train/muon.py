@@ -175,5 +175,6 @@ class Muon(torch.optim.Optimizer):
         if len(to_each) == 1:
             return packed
         received = torch.empty(sum(from_each), dtype=torch.bfloat16, device=self._ranks.wire)
-        self._ranks.wait(self._ranks.exchange(received, packed.to(self._ranks.wire), from_each, to_each))
+        work = self._ranks.exchange(received, packed.to(self._ranks.wire), from_each, to_each)
+        self._ranks.wait(work, "an exchange of Muon's updates")
         return received.to(device)

@@ -109,6 +109,10 @@ class Rank:
         """For how many seconds it has given no sign of life, and in which phase, if that is too long."""
         return pulse.silent(self.pulse) if self.alive else None
 
+    def flight(self) -> str:
+        """Where it is, for the record of a hang."""
+        return pulse.flight(self.pulse)
+
     def died_of(self) -> str:
         """Why the process has ended, in one line."""
         return died_of(self.process.exitcode or 0)

@@ -19,6 +19,7 @@ class Ranks:
     def __init__(self, rank: int, world: int, wire: torch.device, processes: Any = None) -> None:
         """`processes`: torch's process group, or a bare backend; None where the world is 1."""
         self.rank, self.world, self.processes = rank, world, processes
+        self.doing = ""  # which collective is waited for, or was last: for who asks why it takes so long
         self.wire = wire  # where tensors must lie to travel: gloo's in the host's memory, nccl's in the device's own
 
     @classmethod
@@ -29,8 +30,13 @@ class Ranks:
         wire = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         return cls(dist.get_rank(), dist.get_world_size(), torch.device(wire), _World())
 
-    def wait(self, work: Any) -> None:
+    def wait(self, work: Any, what: str) -> None:
         """For the end of a collective. Every one is waited for here."""
+        self.doing = f"waits for {what}"
+        self._wait(work)
+        self.doing = f"after {what}"
+
+    def _wait(self, work: Any) -> None:
         work.wait()
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
@@ -39,7 +45,8 @@ class Ranks:
             return tensor.unsqueeze(0)
         sent = tensor.contiguous().to(self.wire)
         gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
-        self.wait(self.processes._allgather_base(gathered.view(-1), sent.view(-1)))
+        work = self.processes._allgather_base(gathered.view(-1), sent.view(-1))
+        self.wait(work, f"an all-gather of {sent.numel():,} numbers")
         return gathered.to(tensor.device)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -48,7 +55,7 @@ class Ranks:
             raise TypeError(f"only tensors are broadcast, not {type(obj).__name__}")
         if self.world > 1:
             on_wire = obj.to(self.wire, copy=True)
-            self.wait(self.processes.broadcast(on_wire, src))
+            self.wait(self.processes.broadcast(on_wire, src), f"a broadcast from rank {src}")
             obj.copy_(on_wire)
         return obj
 
@@ -82,7 +89,8 @@ def gather(ranks: Ranks, target: Tensor, chunk: Tensor) -> Wait:
     work = ranks.processes._allgather_base(gathered, chunk)
 
     def wait(sent: Tensor = chunk) -> None:  # which must live until it has been sent
-        ranks.wait(work)
+        a = target.storage_offset()
+        ranks.wait(work, f"the gather of elements {a:,} to {a + target.numel():,}")
         if not direct:
             target.copy_(gathered)
 

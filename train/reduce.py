@@ -144,7 +144,7 @@ class Exchange:
         self._sent = packed.to(ranks.wire)
         self._nodes = [node for of_rank in subtrees for node in of_rank]
         self._received = torch.empty(len(self._nodes), own, dtype=dtype, device=ranks.wire)
-        self._ranks = ranks
+        self._ranks, self._what = ranks, f"the exchange of elements {bucket[0]:,} to {bucket[1]:,}"
         self._work = ranks.exchange(
             self._received.view(-1),
             self._sent,
@@ -154,7 +154,7 @@ class Exchange:
 
     def sums(self) -> dict[Node, Tensor]:
         """Wait; this rank's chunk of every subtree's sum."""
-        self._ranks.wait(self._work)
+        self._ranks.wait(self._work, self._what)
         return dict(zip(self._nodes, self._received, strict=True))
 
 
@@ -184,7 +184,7 @@ class FastReducer(Reducer):
         work = self.ranks.sum_up(on_wire)
 
         def go_on() -> Wait:
-            self.ranks.wait(work)
+            self.ranks.wait(work, f"the sum of elements {a:,} to {b:,}")
             whole.copy_(on_wire)  # nothing to do where they are the same tensor
             self._summed(self._last.tensor[c:d], c)
             return lambda: None

@@ -148,6 +148,9 @@ class RemoteRank:
     def silent(self) -> tuple[float, str] | None:
         return self.silence if self.alive else None
 
+    def flight(self) -> str:
+        return f"on node {self.there.index}" + (f", in {self.silence[1]}" if self.silence else "")
+
     def died_of(self) -> str:
         return self.cause
 

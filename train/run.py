@@ -115,6 +115,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         return Membership(**sent) if sent else None
 
     group = Group(order.place, precision(config.precision, torch.device(order.place.device)), listener, news)
+    channel.pulse.doing = lambda: f"step {channel.where[1]}, {group.doing or 'alone'}"
     if sharded := config.sharding is not Sharding.none:
         group.join()  # who has which part of the state depends on the ranks
     loggers = telemetry.loggers(config, folder, order.writer_epoch, order.place.member)

@@ -6,19 +6,23 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from train.economy import economy
 from train.ledger import ledger
 
 
 def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """At least: steps final_loss val_bpb tokens tokens_per_s mfu world_sizes state_sha256 goodput.
+    """At least: steps final_loss val_bpb tokens tokens_per_s mfu waiting economy world_sizes state_sha256 goodput.
 
     A step that was computed again after a restart counts once. What lies behind the step that a restart went on from
     is no longer part of the run: its steps are redone work in `goodput`, its evaluations and its end do not count.
+    `waiting`: for what share of the time the rank that waits least, the mean one, the one that waits most waits for the
+    sum of the gradients; None where one rank was alone.
     """
     records = list(records)
     steps: dict[int, dict[str, Any]] = {}
     speeds: list[float] = []
     mfus: list[float] = []
+    waits: list[list[float]] = []
     worlds: list[int] = []
     scores: dict[int, dict[str, Any]] = {}
     finished: dict[str, Any] | None = None
@@ -29,6 +33,7 @@ def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         elif kind == "throughput":
             speeds.append(record["tokens_per_s"])
             mfus += [record["mfu"]] if record["mfu"] is not None else []
+            waits += [record["waiting"]] if record.get("waiting") else []
         elif kind == "start":
             worlds.append(record["world"])
             steps = {number: step for number, step in steps.items() if number <= record["step"]}
@@ -40,6 +45,7 @@ def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
             finished = record
     newest = steps[max(steps)] if steps else None
     score = scores[max(scores)] if scores else None
+    ways = {"least": list(map(min, waits)), "mean": list(map(statistics.mean, waits)), "most": list(map(max, waits))}
     return {
         "steps": newest["step"] if newest else 0,
         "stopped": finished["stopped"] if finished else True,
@@ -49,6 +55,8 @@ def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "tokens": newest["tokens"] if newest else 0,
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "mfu": statistics.median(mfus) if mfus else None,
+        "waiting": {name: statistics.median(shares) if shares else None for name, shares in ways.items()},
+        "economy": economy(records),
         "world_sizes": worlds,
         "state_sha256": finished["state_sha256"] if finished else None,
         "yardsticks": finished["yardsticks"] if finished else {},

@@ -193,10 +193,10 @@ class Supervisor:
         """A rank that gives no sign of life any more says where it is stuck, and is killed: the others wait for it."""
         for rank in self._ranks:
             if rank.fault is None and (found := rank.silent()):
-                seconds, phase = found
-                cause = f"no sign of life for {seconds:.1f} s: killed; where it was stuck is at the end of its log"
-                fault = events.Fault(fault="hang", phase=phase, rank=rank.member, step=None, cause=cause)
-                rank.fault = fault.record()
+                cause = f"no sign of life for {found[0]:.1f} s: killed; where it was stuck is at the end of its log"
+                said: dict[str, Any] = {"rank": rank.member, "step": None, "cause": cause}
+                said["flight"] = {str(one.member): one.flight() for one in self._ranks}
+                rank.fault = events.Fault(fault="hang", phase=found[1], **said).record()
                 self._record(rank.fault)
                 rank.dump()
                 rank.kill()

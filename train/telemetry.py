@@ -31,6 +31,7 @@ from torch import Tensor
 from train import events, flops, hardware, plan
 from train.buckets import Total
 from train.config import Train
+from train.economy import Meter
 from train.evidence import word
 from train.folder import plain_identity
 from train.group import Group
@@ -52,7 +53,7 @@ class NotFinite(Exception):
 class _Pending:
     step: int
     rate: float
-    numbers: Tensor  # (4 + N + 2V + 2P + W,) int64 – in pinned memory where they come from a GPU
+    numbers: Tensor  # (4 + N + 2V + 2P + 2W,) int64 – in pinned memory where they come from a GPU
     world: int
     ready: torch.cuda.Event | None
 
@@ -80,10 +81,13 @@ class Recorder:
         self._pending: deque[_Pending] = deque()
         self._step_end = self._log_start = time.perf_counter()
         self._log_step: int | None = None
+        gpu = f"GPU-{torch.cuda.get_device_properties(fabric.device).uuid}" if self._on_gpu else None
+        self._meter = Meter(gpu)
         self._lag = LAG if self._on_gpu else 0
         self._heed: dict[str, int] = {}  # the step from which a request is heeded, by all ranks alike
         self._step = 0
         self._unsaid: deque[events.Event] = deque(maxlen=3 * LAG + 6)  # of the last steps, while another rank speaks
+        self._waits: list[tuple[float, list[float]]] = []  # since the last logging step: seconds, each rank's wait
         self.last: _Pending | None = None
 
     def resume_clock(self) -> None:
@@ -106,14 +110,14 @@ class Recorder:
         """Take the numbers of a committed step."""
         floats = torch.stack([total.loss, total.norm, total.stops, total.changes]).view(torch.int64)
         told = floats, total.aside.view(torch.int64), total.leaves.view(-1), total.state.view(-1)
-        numbers = torch.cat([*told, total.seconds.view(torch.int64)])
+        numbers = torch.cat([*told, total.seconds.reshape(-1).view(torch.int64)])
         ready = None
         if self._on_gpu:
             pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             pinned.copy_(numbers, non_blocking=True)
             numbers, ready = pinned, torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        self._pending.append(_Pending(step, rate, numbers, total.seconds.numel(), ready))
+        self._pending.append(_Pending(step, rate, numbers, total.seconds.shape[1], ready))
         self._step = step
         self._read(keep=self._lag)
 
@@ -142,14 +146,14 @@ class Recorder:
                 pending.ready.synchronize()
             self.last, world = pending, pending.world
             loss, norm, stops, changes = pending.numbers[:4].view(torch.float64).tolist()
-            seconds = pending.numbers[-world:].view(torch.float64).tolist()
+            seconds, waited = pending.numbers[-2 * world :].view(torch.float64).view(2, world).tolist()
             if stops > 0:
                 self._heed.setdefault("stop", pending.step + self._lag)
             if changes == world:
                 self._heed.setdefault("change", pending.step + self._lag)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFinite(f"loss {loss}, gradient norm {norm} in step {pending.step}: try a lower optimizer.lr")
-            aside, checksums = pending.numbers[4:-world].tensor_split([self._aside.numel()])
+            aside, checksums = pending.numbers[4 : -2 * world].tensor_split([self._aside.numel()])
             leaves = checksums[: 2 * self._config.batch.virtual_ranks].view(-1, 2)
             for told in self.on_step:
                 told(pending.step, seconds, leaves)
@@ -159,7 +163,7 @@ class Recorder:
             if aside.numel() and (pending.step % self._config.log.every == 0 or pending.step == self._config.steps):
                 routing = self._routing(pending.step, aside.view(torch.float64).view(self._aside))
                 self._say(routing)
-            self._record(pending, loss, norm, routing)
+            self._record(pending, loss, norm, waited, routing)
 
     def _say(self, event: events.Event) -> None:
         """Rank 0 speaks for all; the others remember, in case that it is lost before it could."""
@@ -173,7 +177,9 @@ class Recorder:
         balance, z = (aside[:, -2:].sum(0) / (layers * batch.virtual_ranks * batch.micro_batches)).tolist()
         return events.Routing(step=step, experts=aside[:, :-2].long().tolist(), balance=balance, router_z=z)
 
-    def _record(self, pending: _Pending, loss: float, norm: float, routing: events.Routing | None) -> None:
+    def _record(
+        self, pending: _Pending, loss: float, norm: float, waited: list[float], routing: events.Routing | None
+    ) -> None:
         now = time.perf_counter()
         step, seconds = pending.step, now - self._step_end
         self._step_end = now
@@ -194,7 +200,9 @@ class Recorder:
             return
         if self._log_step is None:  # the first step of a process pays for warming up, and is left out
             self._log_step, self._log_start = step, now
-        elif step % self._config.log.every == 0 or step == self._config.steps:
+            return
+        self._waits.append((seconds, waited))
+        if step % self._config.log.every == 0 or step == self._config.steps:
             self._log(step, loss, norm, pending.rate, now, routing)
 
     def _log(
@@ -205,13 +213,22 @@ class Recorder:
         peak = self.peak and self.peak * self._fabric.world_size
         mfu = flops.mfu(self._config.model, self._vocab, per_second, peak)
         self._log_step, self._log_start = step, now
-        self._send(events.Throughput(step=step, tokens_per_s=per_second, mfu=mfu, memory_bytes=self._memory()))
+        said = events.Throughput(step=step, tokens_per_s=per_second, mfu=mfu, memory_bytes=self._memory())
+        said.watts, said.waiting = self._meter.watts(), self._waiting()
+        self._send(said)
         numbers = {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "perf/tokens_per_second": per_second}
         if routing is not None:
             numbers |= {"train/balance": routing.balance, "train/router_z": routing.router_z}
             for layer, chosen in enumerate(routing.experts):
                 numbers[f"experts/busiest_in_training_of_layer_{layer}"] = max(chosen) / sum(chosen)
         self._fabric.log_dict(numbers | ({"perf/mfu": mfu} if mfu is not None else {}), step=step)
+
+    def _waiting(self) -> list[float]:
+        """By rank, of the last steps that as many ranks took: the share of their time that it waited for the sum."""
+        last = len(self._waits[-1][1])
+        seconds, waits = zip(*(wait for wait in self._waits if len(wait[1]) == last), strict=True)
+        self._waits = []
+        return [sum(of_rank) / sum(seconds) for of_rank in zip(*waits, strict=True)] if last > 1 else []
 
     def _memory(self) -> int:
         if self._on_gpu:

@@ -45,7 +45,9 @@ def lines(steps: int, world: int = 2, experts: bool = False, digest: str = "d0" 
         found.append({**at, "kind": "step", **numbers})
         found.append({**at, "kind": "digests", "tokens": halves, "leaves": halves, "parameters": [], "gradient": []})
         if n % 10 == 0:
-            found.append({**at, "kind": "throughput", "tokens_per_s": 5000 + n % 70, "mfu": 0.2, "memory_bytes": 2**28})
+            pace: Any = {"tokens_per_s": 5000 + n % 70, "mfu": 0.2, "memory_bytes": 2**28}
+            pace["waiting"] = [0.05, *[0.25] * (world - 1)] if world > 1 else []
+            found.append({**at, "kind": "throughput", **pace})
         if n % 10 == 0 and experts:
             found.append({**at, "kind": "routing", **more})
         if n % max(1, steps // 5) == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,7 +18,7 @@ from train.report.record import Run
 from train.report.settings import defaults
 from train.report.timeline import lanes
 
-VOID = {"meta", "link", "path", "rect"}
+VOID = {"br", "meta", "link", "path", "rect"}
 
 
 class Checked(HTMLParser):
@@ -97,12 +98,26 @@ def test_a_chart_of_nothing_is_nothing() -> None:
 def test_a_whole_run(tmp_path: Path, tiny: list[str]) -> None:
     text = shown(leave(tmp_path / "a", lines(50), tiny))
     assert sections(text) == [
-        *("Learning", "Who was there", "Where the time went", "In its own words"),
+        *("Learning", "Who was there", "Where the time went", "Energy and money", "In its own words"),
         *("This run on Colossus", "Settings", "Environment"),
     ]
-    for said in ("d0" * 32, ">done<", "Training loss", "gzip -9: 3.500", "optimizer.lr", "def f():", "rank 1", "± 8."):
+    for said in (
+        "d0" * 32,
+        ">done<",
+        "Training loss",
+        "gzip -9: 3.500",
+        "optimizer.lr",
+        "def f():",
+        "rank 1",
+        "± 8.",
+        "assumed",
+        "USD a million tokens",
+    ):
         assert said in text, said
     assert text.count('class="line') >= 8
+    assert "waiting for the sum</dt><dd>15.0 %" in text
+    assert "least: 5.000 % of the time" in text
+    assert "most: 25.000 % of the time" in text or "most: 25.00 % of the time" in text
 
 
 def test_experts_have_a_section(tmp_path: Path, tiny: list[str]) -> None:
@@ -127,6 +142,18 @@ def test_a_loss_is_a_gap_in_its_lane_that_the_next_process_fills(tmp_path: Path,
     text = shown(leave(tmp_path / "a", struck(), tiny))
     assert "lost in reduce, process 1: killed by SIGKILL" in text
     assert "3, 2" in text  # its world sizes
+    assert "What befell it" in sections(text)
+    assert "where each process was" not in text
+
+
+def test_a_hang_is_listed_with_who_waited_for_whom(tmp_path: Path, tiny: list[str]) -> None:
+    flight = {"0": "reduce: step 4, waits for the exchange of elements 0 to 64", "1": "backward: step 4, alone"}
+    words: Any = {"fault": "hang", "phase": "backward", "rank": 1, "step": None, "cause": "no sign of life"}
+    hung = events.Fault(time=BEGUN + 5.45, flight=flight, **words).record()
+    text = shown(leave(tmp_path / "a", [*lines(10), hung], tiny))
+    assert "process 0: reduce: step 4, waits for the exchange of elements 0 to 64<br>process 1: backward" in text
+    many = shown(leave(tmp_path / "b", [*lines(10), *[hung] * 250], tiny))
+    assert "… and 50 more" in many
 
 
 def test_a_pause_is_cut_out() -> None:
@@ -189,7 +216,12 @@ def test_what_a_run_says_is_never_markup(tmp_path: Path, tiny: list[str]) -> Non
     evil = "</title></style><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\"'&"
     found = lines(20, digest=evil)
     found.insert(5, events.Warned(time=BEGUN + 6, rank=0, text=evil).record())
-    found.insert(5, events.Fault(time=BEGUN + 6, fault=evil, phase=evil, rank=1, step=None, cause=evil).record())
+    found.insert(
+        5,
+        events.Fault(
+            time=BEGUN + 6, fault=evil, phase=evil, rank=1, step=None, cause=evil, flight={evil: evil}
+        ).record(),
+    )
     found.insert(5, events.Asked(time=BEGUN + 6, rank=0, by=evil).record())
     found[1] |= {"device": evil, "fingerprint": {evil: evil}, "peak_source": evil}
     found[-1]["sample"] = evil

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from train.ledger import PARTS
@@ -10,6 +11,7 @@ from train.report.chart import Series, chart, smooth
 from train.report.record import Record, Run
 from train.report.words import NONE, esc, lasting, number, percent, plain, si, table
 
+FAULTS = 200  # that are listed
 GROUPS = {  # of the ledger's parts: useful, lost to faults, the run's own upkeep
     "good": ("steps",),
     "lost": ("redone", "detection", "regrouping", "restore", "missing"),
@@ -29,6 +31,7 @@ def headline(run: Run) -> str:
         ("validation", unit, number(score)),
         ("throughput", "tokens/s", si(found["tokens_per_s"])),
         ("model FLOPs utilization", "", percent(found["mfu"])),
+        ("waiting for the sum", "of the steps", percent(found["waiting"]["mean"])),
         ("goodput", "", percent(ledger["share"] if ledger["wall_s"] else None)),
         ("wall time", "", lasting(ledger["wall_s"])),
         ("ranks", "", esc(", ".join(map(str, worlds)) or NONE)),
@@ -100,8 +103,24 @@ def curves(runs: list[Run]) -> str:
         drawn("MFU", "% of the devices' dense peak", paces, "mfu", factor=100, zero=True),
         drawn("Memory", "GiB, peak of rank 0", paces, "memory_bytes", factor=2**-30, zero=True),
         drawn("Time a step", "s", steps, "seconds"),
+        waits(runs),
     )
     return f'<div class="grid2">{"".join(charts)}</div>' if any(charts) else "<p>No step was recorded.</p>"
+
+
+def waits(runs: list[Run]) -> str:
+    """For what share of the time ranks wait for the sum of the gradients."""
+    series = []
+    for i, run in enumerate(runs):
+        found = {r["step"]: r["waiting"] for r in run.of("throughput") if r.get("waiting")}
+        shares = [found[n] for n in sorted(found)]
+        mean = {run.name: list(map(statistics.mean, shares))}
+        ways = {"least": list(map(min, shares)), "most": list(map(max, shares))} if len(runs) == 1 else mean
+        for j, (name, y) in enumerate(ways.items()):
+            series += [Series(name=name, x=sorted(found), y=[100 * v for v in y], color=i + j)] if y else []
+    note = "What the rank that waits least waits is communication; what others wait more is for slower ranks."
+    unit = "% of the time, the rank that waits" if len(runs) == 1 else "% of the time, mean of the ranks"
+    return chart("Waiting for the sum", unit, series, zero=True, note=note)
 
 
 def _gzip(runs: list[Run]) -> str:
@@ -111,10 +130,32 @@ def _gzip(runs: list[Run]) -> str:
     return f"gzip -9: {number(windows)} on windows of the context, {number(whole)} on whole files" if whole else ""
 
 
+def faults(run: Run) -> str:
+    """What was lost or failed, each with its cause; of a hang, where every process was when it was found."""
+    rows, begun = [], run.records[0]["time"] if run.records else 0.0
+    for fault in (found := run.of("fault"))[:FAULTS]:
+        where = "".join(f"<br>process {esc(one)}: {esc(said)}" for one, said in fault.get("flight", {}).items())
+        more = f"<details><summary>where each process was</summary>{where[4:]}</details>" if where else ""
+        step = NONE if fault["step"] is None else f"{fault['step']:,}"
+        words = [esc(fault[key]) for key in ("rank", "fault", "phase")]
+        rows.append([lasting(fault["time"] - begun), *words, step, esc(fault["cause"]) + more])
+    left = f"<p class=note>… and {len(found) - FAULTS:,} more</p>" if len(found) > FAULTS else ""
+    return table(["after|", "process|", "what", "in", "step|", "cause"], rows) + left if rows else ""
+
+
 def goodput(run: Run) -> str:
     """Where the rank-seconds went: a bar, and a table of the parts that there were."""
     ledger = run.summary["goodput"]
     return stacked(ledger) + _parts(ledger) if ledger["wall_s"] else ""
+
+
+def spent(run: Run) -> str:
+    """Energy and money, each figure with where it is from."""
+    found, hours = run.summary["economy"], run.summary["goodput"]["wall_s"] / 3600
+    rows = [("watts", "W", 1.0), ("watts", "Wh, by the wall time", hours), ("joules_per_token", "J a token", 1.0)]
+    rows += [("usd_per_million_tokens", "USD a million tokens", 1.0)]
+    told = [(name, figure["value"] * times, figure) for key, name, times in rows if (figure := found[key])]
+    return table(["", "|", "tag", "source"], [[a, number(v, 3), esc(f["tag"]), esc(f["source"])] for a, v, f in told])
 
 
 def stacked(ledger: Record) -> str:

@@ -1,0 +1,89 @@
+"""For how long each rank waits for the sum of the gradients, and how that comes into the record."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import dist
+from tests.test_reduce import odd_model, used
+from train import clock, compose, plan, telemetry
+from train.flat import Flat
+from train.group import Group
+from train.reduce import ExactReducer, FastReducer
+
+LATE = 0.5  # seconds that rank 0 takes longer
+
+
+def uneven(group: Group, mode: str) -> list[list[float]]:
+    """A step in which rank 0 begins its wait only once rank 1 has begun the step: (2, W) seconds, of whole ranks."""
+    flat = Flat(model := odd_model(), group.world)
+    reducer = {"exact": ExactReducer, "fast": FastReducer}[mode](group, flat, 8)
+    for v, _ in reducer.leaves():
+        if group.rank == 1 and v == reducer.hosted[1][0]:
+            group.store.set("begun", "1")
+        elif group.rank == 0 and v == 0:
+            group.store.wait(["begun"])
+            time.sleep(LATE)
+        torch.stack([p.sum() for p in used(model)]).sum().backward()  # type: ignore[no-untyped-call]
+    computed, waited = reducer.finish().seconds.tolist()
+    return [[4 * seconds for seconds in computed], waited]  # four leaves each
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_who_is_early_waits_for_who_is_late(mode: str) -> None:
+    """No sum is there before rank 0's leaves are: what rank 1 does not compute until then it waits."""
+    first, second = dist.run("tests.test_clock:uneven", 2, mode=mode)
+    assert first == second  # all ranks know all ranks' numbers
+    (late, early), (least, most) = first
+    assert late > LATE
+    assert early + most > 0.9 * LATE  # its clock begins a moment before it says so
+    assert most > least
+
+
+def test_a_clock_tells_computing_from_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun at 10; a wait from 13 to 14 within the backward pass; computed at 16; the sum is there at 21."""
+    ticks = iter([10.0, 13.0, 14.0, 16.0, 21.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    one = clock.Clock(torch.device("cpu"))
+    one.start()
+    with one.paused():
+        pass
+    one.stop()
+    one.summed()
+    assert (one.seconds, one.waited) == (5.0, 6.0)
+
+
+def test_the_record_says_what_share_of_the_time_each_rank_waited(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of a second. The first one, which warms up, and those of another number of ranks are left out."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "log.every=4"]))
+    said: list[Any] = []
+    fabric = SimpleNamespace(
+        is_global_zero=True, device=torch.device("cpu"), world_size=2, log_dict=lambda *_, **__: None
+    )
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    recorder = telemetry.Recorder(config, fabric, said.append, vocab=300)  # type: ignore[arg-type]
+
+    def step(number: int, *waited: float) -> None:
+        now[0] += 1.0
+        seconds = torch.tensor([[0.1] * len(waited), list(waited)], dtype=torch.float64).view(torch.int64)
+        numbers = torch.cat([torch.zeros(4 + 2 * 8 + 2, dtype=torch.int64), seconds.view(-1)])
+        recorder.catch_up(number, 0.1, numbers, len(waited))
+
+    step(1, 0.9, 0.9)
+    step(2, 0.9, 0.9, 0.9)
+    step(3, 0.1, 0.3)
+    step(4, 0.2, 0.5)
+    step(5, 0.0)
+    step(6, 0.0)
+    paces = [event for event in said if event.kind == "throughput"]
+    assert [pace.step for pace in paces] == [4, 6]
+    assert paces[0].waiting == pytest.approx([0.15, 0.4])
+    assert paces[1].waiting == []
