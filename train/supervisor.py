@@ -317,7 +317,7 @@ class Supervisor:
             return GOES_ON
         if self._futile >= self._config.recovery.restarts or self._asked:
             return self._fail(faults[0])
-        self._futile += 1
+        self._futile += all(fault["fault"] != "miscomputed" for fault in faults)  # whose tries are counted above
         self._console.say("no rank can go on: all start again from the last checkpoint")
         return None
 
