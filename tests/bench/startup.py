@@ -3,7 +3,7 @@
 Data is prepared before, nothing is compiled. Warm: Python has its bytecode. Cold: it has none (an empty
 PYTHONPYCACHEPREFIX), as after an installation. Beside each stands what importing torch and lightning.fabric alone
 takes, in the same way and at the same time, since nothing here can change it; the figure is what comes on top. Turns
-alternate; medians. CPU seconds of the command and its processes are there because they suffer less from a busy machine.
+alternate; medians. CPU seconds are those of the command itself: its forkserver and ranks are not in them.
 
 Aims: on top at most 5 s cold, 2.5 s warm.
 """
@@ -29,7 +29,7 @@ TRAIN = "model=gpt2_micro steps=1 devices=1 accelerator=cpu compile=false logger
 
 
 def timed(command: list[str], cold: bool) -> tuple[float, float, float]:
-    """When it began, wall seconds, CPU seconds with all its children's."""
+    """When it began, wall seconds, CPU seconds of it and of the children that it has waited for."""
     with tempfile.TemporaryDirectory() as empty:
         environment = {**os.environ, **({"PYTHONPYCACHEPREFIX": empty} if cold else {})}
         before, began, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time(), time.perf_counter()
