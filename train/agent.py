@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -115,15 +114,13 @@ class Agent:
         elif "record" in message:
             self._log.append(message["record"])
         else:
-            act: dict[str, Callable[[Rank], None]] = {
-                "to": lambda rank: rank.tell(message["word"].encode()),
-                "dump": Rank.dump,
-                "kill": Rank.kill,
-            }
-            ((name, do),) = ((name, do) for name, do in act.items() if name in message)
             for rank in self._ranks:
-                if rank.member == message[name]:
-                    do(rank)
+                if rank.member == message.get("to"):
+                    rank.tell(message["word"].encode())
+                elif rank.member == message.get("dump"):
+                    rank.dump()
+                elif rank.member == message.get("kill"):
+                    rank.kill()
 
     def _pass_on(self, link: Link) -> None:
         """What was asked of this node is the supervisor's to answer."""

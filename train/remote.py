@@ -199,8 +199,8 @@ class There:
             self._take(message)
 
     def brief(self, records: Iterable[dict[str, Any]]) -> None:
-        """Let its ranks know which faults on order have struck."""
-        for record in records:
+        """Let its ranks know which faults on order have struck. Of a node that has gone nothing is read."""
+        for record in () if self.link.lost else records:
             if record["kind"] == "injected":
                 self.link.send(record=record)
 
