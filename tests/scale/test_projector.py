@@ -13,8 +13,9 @@ import yaml
 
 from tests.report.folders import leave, lines
 from train import cli, compose, hardware, links, outlook, plan
-from train.scale import failures, here, law, memory, workload
+from train.scale import failures, here, law, memory, validation, workload
 from train.scale.calibrate import jobs_of
+from train.scale.hardware import TAGS
 from train.scale.network import exact_sum
 from train.scale.project import project
 from train.scale.tables import published
@@ -55,11 +56,16 @@ def test_a_run_scales_what_is_predicted_by_what_it_measured(probed: Path, capsys
         config.tokens_per_step / 5035, rel=0.01
     )  # lines() say 5,000 … 5,070
     assert anchor["ratio"]["value"] == pytest.approx(anchor["measured"]["value"] / anchor["predicted_there"]["value"])
-    assert step == pytest.approx(anchor["without_it"]["value"] * anchor["ratio"]["value"])
+    assert step == pytest.approx(anchor["without_it"]["value"] * anchor["ratio"]["value"] ** validation.FAR)
     assert found["job"]["tokens"]["value"] == 20 * config.tokens_per_step
     assert sum(part["value"] for part in found["where_it_goes"].values()) == pytest.approx(step)
     assert cli.main([*keys, "batch=4096", f"out={probed}/x.html"]) == 0
     page = (probed / "x.html").read_text()
+    capsys.readouterr()
+    assert cli.main([keys[0], keys[1], "cluster=here", keys[3]]) == 0
+    near = json.loads(capsys.readouterr().out)
+    scale = near["step"]["seconds"]["value"] / near["anchor"]["without_it"]["value"]
+    assert scale == pytest.approx(anchor["ratio"]["value"] ** validation.NEAR), "the same kind of device"
     assert all(word in page for word in ("Against the number of GPUs", "MFU against the batch", "<svg", "ratio", "MW"))
     assert "<script" not in page
     hardware.kept().unlink()
@@ -183,6 +189,7 @@ def test_a_plan_says_time_disk_money_and_what_would_fit(
     dear, cheap = (next(one for one in found["rented"] if word in one["cloud"]) for word in ("on demand", "least"))
     assert dear["usd"] > cheap["usd"] > 0
     assert dear["usd"] == pytest.approx(dear["hours"] * 8 * 6.88)
+    assert all(one["source"] and one["tag"] in TAGS for one in found["rented"])
     assert cli.main([*keys[:-1], found["would_fit"][0]]) == 0
     assert "True" in capsys.readouterr().out
 
