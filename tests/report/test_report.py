@@ -109,7 +109,7 @@ def test_a_whole_run(tmp_path: Path, tiny: list[str]) -> None:
         "optimizer.lr",
         "def f():",
         "rank 1",
-        "± 8.",
+        "± 5.",
         "assumed",
         "USD a million tokens",
     ):
