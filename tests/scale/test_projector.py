@@ -17,7 +17,7 @@ from train.scale import failures, here, law, memory, validation, workload
 from train.scale.calibrate import jobs_of
 from train.scale.hardware import TAGS
 from train.scale.network import exact_sum
-from train.scale.project import project
+from train.scale.project import Anchor, project
 from train.scale.tables import published
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -47,7 +47,7 @@ def test_a_run_scales_what_is_predicted_by_what_it_measured(probed: Path, capsys
         lines(20),
         ["model=llama_micro", "data=synthetic", "devices=2", "batch.micro_batch=2", "precision=fp32", "compile=false"],
     )
-    keys = ["scale", f"run={run}", "cluster=colossus_100k", "format=json"]
+    keys = ["scale", f"run={run}", "cluster=colossus_100k", "format=json", "tp=1", "cp=1"]
     assert cli.main(keys) == 0
     found = json.loads(capsys.readouterr().out)
     anchor, step = found["anchor"], found["step"]["seconds"]["value"]
@@ -62,8 +62,14 @@ def test_a_run_scales_what_is_predicted_by_what_it_measured(probed: Path, capsys
     assert cli.main([*keys, "batch=4096", f"out={probed}/x.html"]) == 0
     page = (probed / "x.html").read_text()
     capsys.readouterr()
-    assert cli.main([keys[0], keys[1], "cluster=here", keys[3]]) == 0
+    assert cli.main([*keys[:2], "cluster=here", *keys[3:]]) == 0
     near = json.loads(capsys.readouterr().out)
+    known, there = Anchor("a", 2, "cpu", 2.0, 1.0), here.cluster("here")
+    cut = [jobs_of([run]) for run in published() if run.job and run.job["gpus"] == 8]
+    assert {(known.share(there, j), float(j.tp[0] * j.cp[0]) == 1) for j in cut} == {
+        (validation.NEAR, True),
+        (validation.FAR, False),
+    }
     scale = near["step"]["seconds"]["value"] / near["anchor"]["without_it"]["value"]
     assert scale == pytest.approx(anchor["ratio"]["value"] ** validation.NEAR), "the same kind of device"
     assert all(word in page for word in ("Against the number of GPUs", "MFU against the batch", "<svg", "ratio", "MW"))
