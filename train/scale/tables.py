@@ -147,7 +147,7 @@ def _describe(run: Run) -> None:
     size = max(1, int(batch / replicas / plan["pp"])) if staged else 1
     plan["micro_batch"] = min(whole(row, "microbatch", size), batch / replicas)
     if found := NODE_NETWORK.search(row.get("notes") or ""):
-        plan["nic"] = float(found[1]) * 1e9 / 8 / gpu.domain
+        plan["nic"] = float(found[1]) * 1e9 / 8 / min(8, gpu.domain)
     usual = {"TP": "1", "PP": "1", "microbatch": str(size), "recompute": "none", "framework": "PyTorch"}
     run.assumed += [f"{key} {value}" for key, value in usual.items() if not (row.get(key) or "").strip()]
     if plan["pp"] > 1:
