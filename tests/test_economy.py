@@ -47,7 +47,7 @@ def value(device: str, watts: float | None, key: str) -> tuple[Any, str]:
     return pytest.approx(figure["value"]), figure["tag"]
 
 
-H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+H100, RTX = "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"
 
 
 def test_a_figure_says_what_it_is() -> None:
@@ -61,7 +61,7 @@ def test_a_figure_says_what_it_is() -> None:
 
 def test_what_is_not_known_is_not_guessed() -> None:
     assert economy(records("Some GPU", None)) == dict.fromkeys(economy([]), None)
-    assert economy(records(H200, None))["usd_per_million_tokens"] is None
+    assert economy(records(RTX, None))["usd_per_million_tokens"] is None
     mixed = [*records("cpu AVX2", 80.0), records("cpu AVX2", None)[-1]]  # one window without a meter: all estimated
     figure = economy(mixed)["watts"]
     assert figure is not None

@@ -78,9 +78,14 @@ def economy(records: list[dict[str, Any]]) -> dict[str, Figure | None]:
     return found
 
 
+def prices() -> dict[str, list[Figure]]:
+    """What clouds ask for an hour of a GPU of configs/hardware, or of a "core"; the first is what is counted with."""
+    return dict(yaml.safe_load((CONFIGS / "economy.yaml").read_text())["usd_per_hour"])
+
+
 def _figures(device: str) -> tuple[Figure | None, Figure | None]:
     """Watts and USD an hour of a device, as the driver calls it, or of a "core"; None: the tables have it not."""
-    table = yaml.safe_load((CONFIGS / "economy.yaml").read_text())
-    entries = [yaml.safe_load(path.read_text()) for path in (CONFIGS / "hardware").glob("*.yaml")]
-    tdp = next((entry.get("tdp_w") for entry in entries if device in entry["aliases"]), None)
-    return table["watts"].get(device, tdp), table["usd_per_hour"].get(device)
+    watts = yaml.safe_load((CONFIGS / "economy.yaml").read_text())["watts"]
+    entries = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGS / "hardware").glob("*.yaml")}
+    key = next((key for key, entry in entries.items() if device in entry["aliases"]), device)
+    return watts.get(key, entries.get(key, {}).get("tdp_w")), next(iter(prices().get(key, [])), None)

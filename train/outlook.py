@@ -1,7 +1,7 @@
 """`colossus plan`: what a run would be before it begins: memory and what would make it fit, time, disk, money.
 
 Times are the projector's (train/scale): of this machine where its GPUs have figures or `colossus probe` has measured
-its CPU, and of up to eight rented GPUs at the prices of scale/tables/prices.csv, each with its date.
+its CPU, and of up to eight rented GPUs at the prices of configs/economy.yaml, each with its date.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from train.batch import shares
 from train.checks import DONE, Refused, require
 from train.commands import Format, Plan, Scale
 from train.config import Sharding, Train
+from train.economy import prices
 from train.folder import read_json, read_train
 from train.plan import device_memory, memory, resolve, vocabulary
 from train.scale import here
 from train.scale.hardware import Gpu, gpus
 from train.scale.project import Anchor
-from train.scale.workload import TABLES, of_model, read
+from train.scale.workload import of_model
 
 RENTED = 8  # GPUs of a cloud's node
 
@@ -115,13 +116,13 @@ def _here(config: Train, vocab: int) -> float | None:
 def _rented(config: Train, vocab: int) -> Iterator[dict[str, Any]]:
     """The run on a cloud's node, in bf16, compiled: hours and dollars. One that it does not fit on is left out."""
     rented = replace(config, precision="bf16", compile=True)
-    for row in read(TABLES / "prices.csv"):
-        gpu, ranks = gpus()[row["gpu"]], min(RENTED, config.batch.virtual_ranks)
-        if memory(rented, vocab).total > gpu.memory:
-            continue
-        hours = config.steps * step_seconds(rented, vocab, gpu, ranks) / 3600
-        usd = hours * ranks * float(row["usd_gpu_h"])
-        yield {"cloud": row["cloud"], "gpus": f"{ranks} {gpu.name}", "hours": hours, "usd": usd, "date": row["date"]}
+    ranks, needed = min(RENTED, config.batch.virtual_ranks), memory(rented, vocab).total
+    for gpu, offers in ((gpus()[key], offers) for key, offers in prices().items() if key != "core"):
+        if needed <= gpu.memory:
+            hours = config.steps * step_seconds(rented, vocab, gpu, ranks) / 3600
+            for offer in offers:
+                told = {"gpus": f"{ranks} {gpu.name}", "hours": hours, "usd": hours * ranks * offer["value"]}
+                yield told | {key: str(offer[key]) for key in ("cloud", "date", "source", "tag")}
 
 
 def _smaller(config: Train, vocab: int) -> Iterator[tuple[str, int]]:
@@ -145,10 +146,8 @@ def _show(facts: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
         if key == "rented":
-            rows = [
-                f"{one['hours']:,.3g} h, {one['usd']:,.2f} USD ({one['date']}): {one['gpus']}, {one['cloud']}"
-                for one in value
-            ]
+            told = "{hours:,.3g} h, {usd:,.2f} USD ({tag}, {date}): {gpus}, {cloud}".format_map
+            rows = [told(one) for one in value]
         elif key == "would_fit":
             rows = [f"with {change}" for change in value] or ["nothing that is known" * (not facts["fits"])]
         elif key == "bytes":

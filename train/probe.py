@@ -86,9 +86,8 @@ def _keep(rows: Sequence[Row], between: Row) -> None:
     def figure(value: float) -> Row:
         return {"value": value, "source": f"colossus probe, {time.strftime('%Y-%m-%d')}", "tag": "measured"}
 
-    core = {
-        key: statistics.median(row[key] for row in rows) for key in ("matmul_flops", "fp32_flops", "copy_bytes_per_s")
-    }
+    speeds = ("matmul_flops", "fp32_flops", "copy_bytes_per_s")
+    core = {key: statistics.median(row[key] for row in rows) for key in speeds}
     cores = hardware.cores()
     entry: Row = {"name": f"{hardware.processor()[0]} core", "architecture": "cpu"}
     entry |= {"domain": cores, "memory_gb": figure(hardware.memory() / cores / 1e9)}

@@ -110,7 +110,7 @@ def test_a_whole_run(tmp_path: Path, tiny: list[str]) -> None:
         "def f():",
         "def after_10():",
         "rank 1",
-        "± 8.",
+        "± 5.",
         "assumed",
         "USD a million tokens",
     ):

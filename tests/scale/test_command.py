@@ -12,6 +12,7 @@ import pytest
 
 from train import cli, compose
 from train.checks import Refused
+from train.economy import prices
 from train.scale.command import predict
 from train.scale.hardware import TAGS, cluster, named
 from train.scale.project import project
@@ -141,7 +142,20 @@ def test_rows_of_other_kinds_are_predicted_and_what_is_assumed_is_said(tmp_path:
     assert times[2] > times[0]
     assert times[4] == times[0]
     assert found[0]["assumed"] == "recompute none; VP 8"
-    assert "microbatch 1" in found[1]["assumed"]
+    assert "microbatch 4" in found[1]["assumed"], "torchtitan: as many as stages, of 16 sequences a replica"
+
+
+def test_what_a_row_leaves_open_is_by_its_framework_s_rule(tmp_path: Path) -> None:
+    """Megatron-Bridge's "n/a" is a pipeline in one piece; a node's network is as fast as the notes say."""
+    text = GOOD.replace("bf16,nemo,", "bf16,{},{}")
+    kinds = [("nemo", ""), ("megatron-bridge", ""), ("FSDP", ""), ("FSDP", "400 Gb/s inter-node")]
+    nemo, bridge, fast, slow = predicted(tmp_path, HEAD + "\n".join(text.format(*kind) for kind in kinds) + "\n")
+    assert (nemo["assumed"], bridge["assumed"]) == ("recompute none; VP 8", "recompute none; VP 1")
+    assert float(bridge["predicted_step_time_s"]) > float(nemo["predicted_step_time_s"])
+    assert float(slow["predicted_step_time_s"]) > float(fast["predicted_step_time_s"])
+    cut = text.format("torchtitan", "").replace(",2,4,1,1,1,", ",2,4,1,1,{},")
+    own, said = predicted(tmp_path, HEAD + cut.format("") + "\n" + cut.format(4) + "\n")
+    assert own["predicted_step_time_s"] == said["predicted_step_time_s"]
 
 
 @pytest.mark.parametrize("name", ["H100", "NVIDIA H100 SXM", "h100-80gb-sxm", "H100-SXM5-80GB"])
@@ -217,6 +231,19 @@ def test_llama_3_as_it_ran() -> None:
 def test_a_mixed_cluster_is_as_slow_as_its_slowest_or_better_by_shares() -> None:
     answer = projected("cluster=colossus_200k", "workload=llama3_405b", "batch=8192")
     assert answer["step"]["shares_by_speed"]["value"] < answer["step"]["seconds"]["value"]
+
+
+def test_prices_are_those_of_the_report() -> None:
+    """One table, configs/economy.yaml: a mixed cluster costs what its kinds do, unless its own file says a price."""
+    first = {key: offers[0] for key, offers in prices().items()}
+    mixed = cluster(compose.config("scale", ["cluster=colossus_200k"]).cluster).figure("price_usd_h")
+    assert mixed.value == pytest.approx((3 * first["h100_sxm"]["value"] + first["h200_sxm"]["value"]) / 4)
+    assert mixed.tag == "published"
+    assert "AWS capacity block" in mixed.source
+    entry = compose.config("scale", ["cluster=dgx_h100"]).cluster
+    own = entry | {"price_usd_h": {"value": 2, "source": "a contract", "tag": "measured"}}
+    assert cluster(own).figure("price_usd_h").value == 2
+    assert all(offer["source"] and offer["tag"] in TAGS for offers in prices().values() for offer in offers)
 
 
 def test_figures_can_be_changed() -> None:

@@ -13,10 +13,11 @@ import yaml
 
 from tests.report.folders import leave, lines
 from train import cli, compose, hardware, links, outlook, plan
-from train.scale import failures, here, law, memory, workload
+from train.scale import failures, here, law, memory, validation, workload
 from train.scale.calibrate import jobs_of
+from train.scale.hardware import TAGS
 from train.scale.network import exact_sum
-from train.scale.project import project
+from train.scale.project import Anchor, project
 from train.scale.tables import published
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -46,7 +47,7 @@ def test_a_run_scales_what_is_predicted_by_what_it_measured(probed: Path, capsys
         lines(20),
         ["model=llama_micro", "data=synthetic", "devices=2", "batch.micro_batch=2", "precision=fp32", "compile=false"],
     )
-    keys = ["scale", f"run={run}", "cluster=colossus_100k", "format=json"]
+    keys = ["scale", f"run={run}", "cluster=colossus_100k", "format=json", "tp=1", "cp=1"]
     assert cli.main(keys) == 0
     found = json.loads(capsys.readouterr().out)
     anchor, step = found["anchor"], found["step"]["seconds"]["value"]
@@ -55,11 +56,22 @@ def test_a_run_scales_what_is_predicted_by_what_it_measured(probed: Path, capsys
         config.tokens_per_step / 5035, rel=0.01
     )  # lines() say 5,000 … 5,070
     assert anchor["ratio"]["value"] == pytest.approx(anchor["measured"]["value"] / anchor["predicted_there"]["value"])
-    assert step == pytest.approx(anchor["without_it"]["value"] * anchor["ratio"]["value"])
+    assert step == pytest.approx(anchor["without_it"]["value"] * anchor["ratio"]["value"] ** validation.FAR)
     assert found["job"]["tokens"]["value"] == 20 * config.tokens_per_step
     assert sum(part["value"] for part in found["where_it_goes"].values()) == pytest.approx(step)
     assert cli.main([*keys, "batch=4096", f"out={probed}/x.html"]) == 0
     page = (probed / "x.html").read_text()
+    capsys.readouterr()
+    assert cli.main([*keys[:2], "cluster=here", *keys[3:]]) == 0
+    near = json.loads(capsys.readouterr().out)
+    known, there = Anchor("a", 2, "cpu", 2.0, 1.0), here.cluster("here")
+    cut = [jobs_of([run]) for run in published() if run.job and run.job["gpus"] == 8]
+    assert {(known.share(there, j), float(j.tp[0] * j.cp[0]) == 1) for j in cut} == {
+        (validation.NEAR, True),
+        (validation.FAR, False),
+    }
+    scale = near["step"]["seconds"]["value"] / near["anchor"]["without_it"]["value"]
+    assert scale == pytest.approx(anchor["ratio"]["value"] ** validation.NEAR), "the same kind of device"
     assert all(word in page for word in ("Against the number of GPUs", "MFU against the batch", "<svg", "ratio", "MW"))
     assert "<script" not in page
     hardware.kept().unlink()
@@ -183,6 +195,7 @@ def test_a_plan_says_time_disk_money_and_what_would_fit(
     dear, cheap = (next(one for one in found["rented"] if word in one["cloud"]) for word in ("on demand", "least"))
     assert dear["usd"] > cheap["usd"] > 0
     assert dear["usd"] == pytest.approx(dear["hours"] * 8 * 6.88)
+    assert all(one["source"] and one["tag"] in TAGS for one in found["rented"])
     assert cli.main([*keys[:-1], found["would_fit"][0]]) == 0
     assert "True" in capsys.readouterr().out
 

@@ -17,6 +17,7 @@ import yaml
 
 from train.checks import choice, require
 from train.config import CONFIGS
+from train.economy import prices
 
 TAGS = ("measured", "datasheet", "published", "assumed")
 FIGURES = ("oversubscription", "throughput", "node_gpus", "node_w", "pue", "price_usd_h", "interruptions")
@@ -110,14 +111,18 @@ def named(text: str) -> Gpu | None:
 
 def cluster(entry: Mapping[str, Any]) -> Cluster:
     """A composed configs/cluster, except `gpus: here` (here.py). Raises Refused."""
-    unknown = set(entry) - {"name", "gpus", *FIGURES}
-    require(
-        not unknown, f"cluster.{min(unknown, default='')}", f"no such key: there are name, gpus, {', '.join(FIGURES)}"
-    )
+    unknown, keys = set(entry) - {"name", "gpus", *FIGURES}, ", ".join(FIGURES)
+    require(not unknown, f"cluster.{min(unknown, default='')}", f"no such key: there are name, gpus, {keys}")
     figures = {key: _figure(f"cluster.{key}", entry[key]) for key in FIGURES if key in entry}
     kinds = []
     for key, count in entry["gpus"].items():
         choice(key, "cluster.gpus", tuple(gpus()))
         kinds.append((gpus()[key], int(_figure(f"cluster.gpus.{key}", count).value)))
-    require(sum(count for _, count in kinds) > 0, "cluster.gpus", "there are none")
+    size = sum(count for _, count in kinds)
+    require(size > 0, "cluster.gpus", "there are none")
+    offers = [(found[0], n / size) for gpu, n in kinds if n and (found := prices().get(gpu.key))]
+    if "price_usd_h" not in figures and len(offers) == sum(n > 0 for _, n in kinds):
+        told = "; ".join(f"{one['cloud']}, {one['date']}, {one['source']}" for one, _ in offers)
+        weakest = max((one["tag"] for one, _ in offers), key=TAGS.index)
+        figures["price_usd_h"] = Figure(sum(one["value"] * share for one, share in offers), weakest, told)
     return Cluster(name=entry["name"], gpus=tuple((g, n) for g, n in kinds if n), figures=figures)

@@ -32,11 +32,8 @@ def cluster(name: str) -> Cluster:
     there = [gpu.name for gpu in hardware.gpus()]
     if not there:
         found = measured()
-        require(
-            found is not None,
-            "cluster",
-            "nvidia-smi shows no GPU here: `colossus probe` measures the CPU, or name another cluster",
-        )
+        why = "nvidia-smi shows no GPU here: `colossus probe` measures the CPU, or name another cluster"
+        require(found is not None, "cluster", why)
         assert found is not None
         return Cluster(name=name, gpus=((found, found.domain),), figures={})
     return Cluster(name=name, gpus=tuple((of(one), there.count(one)) for one in dict.fromkeys(there)), figures={})
@@ -63,14 +60,8 @@ def seconds(
     require(known, "precision", f"how fast {gpu.name} multiplies in {precision} is not known")
     rate = gpu.matmul if precision == "bf16" else gpu.figures["fp32_matmul_tflops"].value * 1e12
     crowd = max(1.0, ranks / gpu.domain) if cpu else 1.0
-    device = replace(
-        gpu,
-        matmul=rate / crowd,
-        bandwidth=gpu.bandwidth / crowd,
-        bus=gpu.bus / crowd,
-        nic=gpu.nic / crowd,
-        domain=ranks if cpu else gpu.domain,
-    )
+    shared = {key: getattr(gpu, key) / crowd for key in ("bandwidth", "bus", "nic")}
+    device = replace(gpu, matmul=rate / crowd, domain=ranks if cpu else gpu.domain, **shared)
     cut = {"none": Sharding.NOTHING, "optimizer": Sharding.OPTIMIZER, "full": Sharding.WEIGHTS}[sharding]
     plan = {"sharding": cut, "micro_batch": micro_batch, "stack": Stack.COMPILED if compiled else Stack.EAGER}
     jobs = Jobs([job(shape, device, gpus=ranks, batch=batch, **plan)])  # type: ignore[arg-type]

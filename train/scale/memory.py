@@ -3,6 +3,7 @@
 Activations of an unfused layer are arXiv 2205.05198's: 34·s·b·h bytes, of which 10 are repeated by each tensor-parallel
 rank unless norms are parallel too, and 5·a·s²·b of attention. Flash attention keeps none of the latter.
 The fullest stage is the first: with 1F1B it holds pp micro-batches of L/pp layers, a little more if interleaved.
+What PyTorch keeps is counted in pytorch/torchtitan @9dec370 and in torch/distributed/tensor/parallel/loss.py.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ def state(j: Jobs) -> Array:
     """Weights, gradients and optimizer, bytes of the GPU with the most."""
     table = j.vocab * j.width / j.tp * np.where(j.pp > 1, 1, 2)
     mine = j.layer_parameters / j.ep / j.tp * np.ceil(j.layers / j.pp) + table
-    # PyTorch's FSDP keeps fp32 weights, gradients and moments, all cut, and one layer gathered; under a pipeline all
-    # bf16 weights stay gathered and fp32 gradients whole until the last micro-batch
-    replicas, gathered = j.dp * j.cp, np.where(j.pp > 1, 6 * mine, 2 * j.layer_parameters / j.tp)
+    # PyTorch's FSDP keeps fp32 weights, gradients and moments, all cut; gathered are both embeddings, a layer and the
+    # next; under a pipeline all bf16 weights, with fp32 gradients whole until the last micro-batch
+    replicas, gathered = j.dp * j.cp, np.where(j.pp > 1, 6 * mine, 2 * (2 * j.layer_parameters / j.tp + table))
     gradient = np.where(j.stack == Stack.ENGINE, 2, 4)  # in bf16 by the recipes of NeMo and Megatron-Bridge
     cut = [2 + gradient + 12 / replicas, 2 + 16 / replicas]
     whole = np.select([j.sharding == Sharding.OPTIMIZER, j.sharding == Sharding.GRADIENTS], cut, STATE)
@@ -47,15 +48,18 @@ def activations(j: Jobs) -> Array:
     scores = np.where(j.stack == Stack.MEGATRON, 5 * j.heads * j.context / j.tp, 0)
     layer = residual + inner + np.where(j.recompute == Recompute.SELECTIVE, 0, scores)
     torch = j.stack <= Stack.COMPILED
-    layer = np.where(torch & (j.recompute == Recompute.SELECTIVE), 0.5 * layer, layer)
-    again = np.where(j.recompute == Recompute.FULL, layer, 0)  # one layer at a time, in full
+    some = torch & (j.recompute == Recompute.SELECTIVE)
+    again = np.where(some | (j.recompute == Recompute.FULL), layer, 0)  # one layer at a time, in full
+    # of products every second result, attention's, and the input
+    kept = (4 * j.width + 4 * j.heads * j.head + kv + 2 * j.ffn * np.where(j.experts > 1, j.chosen, 1)) / j.tp
+    layer = np.where(some, kept, layer)
     layer = np.where(j.recompute == Recompute.FULL, 2 * j.width * np.where(j.parallel_norms > 0, 1 / j.tp, 1), layer)
     chunks = np.where(j.pp > 1, j.chunks, 1)
-    kept = j.layers * (1 + np.where(chunks > 1, (j.pp - 1) / (j.pp * chunks), 0))
-    # bf16, fp32, its logarithm or gradient; a fused loss writes the gradient over the logits
-    each = np.select([j.first_flash > 0, torch], [4, 10], 6)
+    layers = j.layers * (1 + np.where(chunks > 1, (j.pp - 1) / (j.pp * chunks), 0))
+    # fp32 logarithms and two gradients; cut over tensor parallel ranks one more; a fused loss has bf16, twice
+    each = np.select([j.fused_loss > 0, torch & (j.tp > 1), torch], [4, 16, 12], 6)
     logits = np.where(j.pp > 1, 0, tokens * j.vocab / j.tp * each)
-    return np.asarray(tokens * (layer * kept + again) + logits)
+    return np.asarray(tokens * (layer * layers + again) + logits)
 
 
 def points() -> list[dict[str, Any]]:
@@ -65,18 +69,11 @@ def points() -> list[dict[str, Any]]:
         run = tables.parse(row)
         assert run.job is not None, run.why_not
         jobs = Jobs([run.job])
-        parts = {"activations": activations(jobs), "peak": state(jobs) + activations(jobs)}
+        parts = {"activations": activations(jobs), "peak": total(jobs)}
         predicted, measured = float(parts.get(row["what"], state(jobs))[0]) / GIB, float(row["GiB"])
         of = " ".join(row[key] for key in ("source", "model", "config"))
-        found.append(
-            {
-                "of": of,
-                "what": row["what"],
-                "model": predicted,
-                "published": measured,
-                "error": predicted / measured - 1,
-            }
-        )
+        off = predicted / measured - 1
+        found.append({"of": of, "what": row["what"], "model": predicted, "published": measured, "error": off})
     return found
 
 

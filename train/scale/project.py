@@ -1,7 +1,8 @@
 """A job on a cluster: the best plan that fits, or the given one, and its time, memory, failures, energy and money.
 
 Each number has its tag; predicted ones the mean error on published runs that were never fitted. Where a run of ours is
-the job (`Anchor`), what it measured over what is predicted of its own machine scales all times.
+the job (`Anchor`), what it measured over what is predicted of its own machine scales all times, as far as published
+runs of one source would be believed of each other (validation.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from train.scale.network import exact_sum
 from train.scale.plans import FULL, Best, best
 from train.scale.step_time import calibration, step_time
 from train.scale.tables import published as runs_published
-from train.scale.workload import Shape, of_model, published
+from train.scale.workload import Jobs, Shape, of_model, published
 
 BATCH = 2048  # sequences, unless somebody says
 SIZES = (8, 64, 512, 1000, 4096, 16_384, 32_768, 100_000, 200_000)
@@ -46,6 +47,11 @@ class Anchor:
     def ratio(self) -> float:
         return self.measured / self.predicted
 
+    def share(self, there: Cluster, plan: Jobs) -> float:
+        """The power of the ratio that scales times there: is it the same kind of device, and data parallel alone?"""
+        same = here.of(self.device).name in {gpu.name for gpu, _ in there.gpus}
+        return validation.NEAR if same and plan.tp[0] == plan.cp[0] == 1 else validation.FAR
+
 
 def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     config = replace(config, batch=config.batch or BATCH)
@@ -54,18 +60,22 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     shape, unknown, origin = _workload(config)
     limit = min(config.gpus or there.size, there.size)
     require(config.gpus <= there.size, "gpus", f"{config.gpus:,} are more than the {there.size:,} of {there.name}")
-    found, ratio = best(config, there, shape, limit), anchor.ratio if anchor else 1.0
+    found = best(config, there, shape, limit)
+    share = anchor.share(there, found.jobs[0]) if anchor else 0.0
+    ratio = anchor.ratio**share if anchor else 1.0
     jobs, step, used = found.jobs, found.step * ratio, int(found.jobs[0].gpus[0])
     wrong, bias = held_out()
     about = f"±{100 * wrong:.0f} %, {100 * bias:+.0f} % on the mean"
     if anchor or there.gpus[0][0].architecture == "cpu":
-        about = "not validated on CPUs" if anchor is None else "scaled by the run's ratio; how far off is not known"
+        about = "scaled by the run; how far off is not known" if anchor else "not validated on CPUs"
     shares = np.array([n for _, n in there.gpus]) / there.size
     paces = np.array([float(step_time(j, calibration())[0]) for j in jobs]) * ratio
     mfu, tokens = found.mfu(there), config.tokens or 20.0 * shape.active
     steps = tokens / (config.batch * shape.context)
     sizes = sorted({n for n in SIZES if n < limit} | {limit})
     batches = [n for n in (int(config.batch * times) for times in (0.25, 0.5, 1, 2, 4, 8)) if n]
+    parts = {k: v for k, v in found.parts().items() if v > 0}
+    spent = {k: (v * ratio, f"s, {100 * v / found.step:.1f} %", "predicted") for k, v in parts.items()}
     answer: dict[str, Any] = {
         "job": figures(
             parameters=(shape.parameters, "", origin),
@@ -78,7 +88,7 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
             "gpus_used": used,
             "gpus_idle": there.size - used,
         },
-        "anchor": _anchored(anchor, found.step),
+        "anchor": _anchored(anchor, share, found.step),
         "plan": found.described(found.order[0]) | {"fits": found.fits},
         "step": figures(
             seconds=(step, "s", "predicted", about),
@@ -87,13 +97,7 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
             shares_by_speed=(1 / (shares @ (1 / paces)), "s", "predicted", about),
             memory_a_gpu=(memory.total(jobs[0])[0] / memory.GIB, "GiB", "predicted", "see show=validation"),
         ),
-        "where_it_goes": figures(
-            **{
-                k: (v * ratio, f"s, {100 * v / found.step:.1f} %", "predicted")
-                for k, v in found.parts().items()
-                if v > 0
-            }
-        ),
+        "where_it_goes": figures(**spent),
         "other_plans": [
             found.described(i) | {"seconds": float(found.seconds[i] * ratio), "fits": bool(found.need[i] <= FULL)}
             for i in found.order[1:6]
@@ -130,13 +134,13 @@ def figures(**found: tuple[Any, ...]) -> dict[str, Any]:
     return {k: {n: x for n, x in zip(names, v, strict=False) if x or n != "about"} for k, v in plain.items()}
 
 
-def _anchored(anchor: Anchor | None, step: float) -> dict[str, Any]:
+def _anchored(anchor: Anchor | None, share: float, step: float) -> dict[str, Any]:
     if anchor is None:
         return {}
     return {"run": f"{anchor.run}: {anchor.ranks} x {anchor.device}"} | figures(
         measured=(anchor.measured, "s a step", "measured"),
         predicted_there=(anchor.predicted, "s a step", "predicted"),
-        ratio=(anchor.ratio, "", "measured", "scales all times below; assumed to hold on other devices"),
+        ratio=(anchor.ratio, "", "measured", f"to the power of {share:g} it scales all times below (show=validation)"),
         without_it=(step, "s a step", "predicted"),
     )
 
@@ -213,13 +217,13 @@ def _toll(there: Cluster, shape: Shape, found: Best, step: float, steps: float, 
     simulated = failures.simulate(tau, save, back["restart"], between, days=54, runs=200)
     mixed = failures.correlated(back["in_place"] + step / 2, back["restart"], tau, save, between, wide)
     days, megawatts = steps * step / share / 86400, used * power.value / node.value * pue.value / 1e6
-    parts = found.parts()
     draw = {"busy": 0.0, "memory": 0.0, "waiting": 0.0}
-    for part, seconds in parts.items():
+    for part, seconds in found.parts().items():
         level = POWER.get(part, IDLE)
         draw["busy" if level == 1 else "memory" if level > IDLE else "waiting"] += seconds / found.step
     mean = megawatts * (draw["busy"] + 0.8 * draw["memory"] + IDLE * draw["waiting"])
     weakest, most = _weakest(power, pue), f"waiting nodes draw {100 * IDLE:.0f} % of the most"
+    daily = {f"{c['cause']} ({c['takes']})": c["rate"] * used * 24 for c in failures.causes()}
     meta = failures.ettr(1 / between, back["restart"], tau, save)
     best_tau = failures.best_by_simulation(save, back["restart"], between)
     return {
@@ -237,12 +241,7 @@ def _toll(there: Cluster, shape: Shape, found: Best, step: float, steps: float, 
             goodput_in_place=(100 * failures.in_place(step, back["in_place"], between), "%", "predicted"),
             goodput_correlated=(100 * mixed, "%", "predicted", f"{100 * wide:.0f} % take switches or power: restart"),
         ),
-        "interruptions_a_day": figures(
-            **{
-                f"{c['cause']} ({c['takes']})": (c["rate"] * used * 24, "", "published", "Llama 3's rate")
-                for c in failures.causes()
-            }
-        ),
+        "interruptions_a_day": figures(**{k: (n, "", "published", "Llama 3's rate") for k, n in daily.items()}),
         "power": figures(
             most=(megawatts, "MW", weakest, "the GPUs' nodes and cooling"),
             products=(megawatts, f"MW, {100 * draw['busy']:.0f} % of a step", weakest),

@@ -32,6 +32,7 @@ OPTIMIZER = 32  # bytes a parameter: fp32 weight and two moments, read and writt
 ACCUMULATE = {"fused": 8, "separate": 5, "deepspeed": 26}
 AGAIN = 0.75  # of what the host does for a layer, forward is that much, which recomputing does again
 PIPELINE, CONTEXT = 0.35, 0.3  # shares of their transfers that are not hidden
+BIASED = 68  # bytes a number that experts with biases put out: fp32, op by op, Megatron-LM's experts.py @55198ba
 BUFFERS = 24  # passes over the residual stream that a layer makes, forward and backward, if each op runs by itself
 
 
@@ -53,14 +54,12 @@ def step_time(jobs: Jobs, c: Calibration) -> Array:
 def breakdown(j: Jobs, c: Calibration) -> dict[str, Array]:
     """Seconds a step of each job, by what they are spent on; the parts add up to the step."""
     forward, backward = _layer(j, c)
-    again = np.where(j.recompute == Recompute.FULL, 1.0, 0.0) + np.where(
-        (j.recompute == Recompute.SELECTIVE) & (j.stack <= Stack.COMPILED), 0.5, 0.0
-    )
+    full, core = j.recompute == Recompute.FULL, (j.recompute == Recompute.SELECTIVE) & (j.stack > Stack.COMPILED)
+    again = full + 0.5 * ((j.recompute == Recompute.SELECTIVE) & ~core)
     layer = {part: forward[part] * (1 + again) + backward[part] for part in forward}
-    core = (j.recompute == Recompute.SELECTIVE) & (j.stack > Stack.COMPILED)
     layer["attention"] += np.where(core, forward["attention"], 0)
     # a checkpoint of PyTorch's stops computing again before the last product, whose result nobody needs
-    layer["products"] -= np.where((j.recompute == Recompute.FULL) & (j.sharding >= Sharding.GRADIENTS), _down(j, c), 0)
+    layer["products"] -= np.where(full & (j.sharding >= Sharding.GRADIENTS), _down(j, c), 0)
     layer |= _waits(j, c, sum(layer.values()))
     seconds = np.asarray(sum(layer.values()))
 
@@ -124,6 +123,7 @@ def _layer(j: Jobs, c: Calibration) -> tuple[dict[str, Array], dict[str, Array]]
     hidden = (5 + 3 * j.gated) * j.ffn / j.tp * np.where(moe, j.chosen, 1)
     moved = 2 * tokens * (residual + 8 * qkv / j.tp + hidden) * (passes + c.casts * j.fp8)
     moved += np.where(moe, 2 * tokens * c.routed * (1 + c.casts * j.fp8) * j.chosen * j.width, 0)
+    moved += np.where(j.biased > 0, BIASED * tokens * j.chosen * j.width, 0)
     memory = moved / j.bandwidth
 
     inside = np.where(j.tp <= j.domain, j.bus, j.nic)
@@ -167,8 +167,8 @@ def _waits(j: Jobs, c: Calibration, layer: Array) -> dict[str, Array]:
     launched = (layer**4 + host**4) ** 0.25  # the longer one, rounded where they are close
     mine = j.layer_parameters / j.ep / j.tp
     collectives = np.select([j.sharding == Sharding.WEIGHTS, j.sharding == Sharding.GRADIENTS], [3.0, 2.0], 0.0)
-    # stages of a pipeline sum their gradients with the last micro-batch only
-    collectives = np.where(j.pp > 1, np.where(j.sharding == Sharding.WEIGHTS, 2, 0), collectives)
+    # stages of a pipeline keep their weights gathered and sum their gradients with the last micro-batch
+    collectives = np.where(j.pp > 1, 0, collectives)
     wide = bus(j.dp, j.tp * j.cp, j.domain, j.bus, j.nic)
     ring = mine * 2 * (j.dp - 1) / j.dp / wide + RING_HOP * nodes(j.dp, j.tp * j.cp, j.domain)
     gathers = np.where(j.dp > 1, collectives * ring, 0)
@@ -206,7 +206,7 @@ def _once(j: Jobs, c: Calibration) -> dict[str, Array]:
     replicas = j.dp * j.cp
     wide = bus(replicas, j.tp, j.domain, j.bus, j.nic)
     # bytes: DeepSpeed's fp32 gradients both ways and weights; fp32 gradients and bf16 weights; both ways in fp32, bf16
-    cut = (j.sharding == Sharding.OPTIMIZER) | ((j.sharding == Sharding.GRADIENTS) & (j.pp > 1))
+    cut = (j.sharding == Sharding.OPTIMIZER) | ((j.sharding >= Sharding.GRADIENTS) & (j.pp > 1))
     each = np.select(
         [j.deepspeed > 0, cut], [np.where(j.bf16 > 0, 10, 4), 6], np.where(j.stack <= Stack.COMPILED, 8, 4)
     )

@@ -1,8 +1,9 @@
 """Published runs, a CSV row each: from text to a job, or to the reason why not. What is missing is not guessed.
 
-A row may leave open, because one answer is the rule: the micro-batch (1), the pieces of an interleaved stage (one layer
-each where Transformer Engine's schedule is used, else one piece), recomputation (none), whose kernels (PyTorch's), a
-degree of parallelism (1). Each is named in the row's `assumed`. Data parallelism is what is left of the GPUs.
+A row may leave open, because one answer is the rule: the micro-batch (1; torchtitan cuts a rank's batch into as many as
+its pipeline has stages), the pieces of an interleaved stage (one layer each by NeMo's and Llama 3's schedules, else one
+piece), recomputation (none), whose kernels (PyTorch's), a degree of parallelism (1). Each is named in the row's
+`assumed`. Data parallelism is what is left of the GPUs. A node's network is what `notes` say: `800 Gb/s inter-node`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ COLUMNS = {"width": "hidden", "context": "seq", "chosen": "topk"}  # by our name
 NEEDED = ("layers", "hidden", "heads", "seq", "vocab", "ffn", "global_batch_seqs", "gpus")
 # As they are written: mxfp8, FP8-CS, amp_bf16, te-fp8, bfloat16, bf16 mixed, … What is narrower or wider has no model.
 PRECISIONS = {r"(mx|te)?fp8|float8|e4m3": 1, r"bf16|bfloat16|fp16|float16|half": 0}
+NODE_NETWORK = re.compile(r"(\d+) ?Gb(?:ps|/s) (?:inter-node|node-node)")  # bits/s of all of a node's cards
 
 
 @dataclass(slots=True)
@@ -108,9 +110,10 @@ def _describe(run: Run) -> None:
     gpu = named(row.get("gpu_type") or "")
     if gpu is None:
         raise _NotThis(f"gpu_type: '{row.get('gpu_type', '')}' is not in configs/hardware")
-    sizes = {key: whole(row, COLUMNS.get(key, key), 1) for key in FIELDS if key not in ("kv_heads", "gated", "head")}
+    others = ("kv_heads", "gated", "head", "biased")
+    sizes = {key: whole(row, COLUMNS.get(key, key), 1) for key in FIELDS if key not in others}
     sizes |= {"kv_heads": whole(row, "kv_heads", sizes["heads"]), "head": int(number(row, "head") or 0)}
-    shape = Shape(**sizes, gated=bool(number(row, "gated")))
+    shape = Shape(**sizes, gated=bool(number(row, "gated")), biased=bool(number(row, "biased")))
     if (shape.width % shape.heads and not sizes["head"]) or shape.chosen > shape.experts:
         raise _NotThis("hidden and heads, or topk and experts, do not fit each other")
     precision = (row.get("precision") or "").strip().lower()
@@ -120,11 +123,8 @@ def _describe(run: Run) -> None:
         run.assumed.append("precision bf16")
     if narrow is None or re.search("fp4|int", precision):
         raise _NotThis(f"precision: '{precision}' is none of bf16, fp16, fp8")
-    plan: dict[str, float] = {
-        "fp8": narrow,
-        "rowwise": "row" in precision,
-        "bf16": not re.search(r"(?<!b)(fp|float)16|half|fp8", precision),
-    }
+    plan: dict[str, float] = {"fp8": narrow, "rowwise": "row" in precision}
+    plan["bf16"] = not re.search(r"(?<!b)(fp|float)16|half|fp8", precision)
     if plan["fp8"] and not gpu.fp8:
         raise _NotThis(f"precision: {gpu.name} has no fp8")
     plan |= _software(row)
@@ -142,8 +142,13 @@ def _describe(run: Run) -> None:
         raise _NotThis(f"PP = {plan['pp']:g} is more than {shape.layers} layers")
     if batch % replicas:
         raise _NotThis(f"global_batch_seqs: {batch} is no multiple of {replicas:g} replicas")
-    plan["micro_batch"] = min(whole(row, "microbatch", 1), batch / replicas)
-    usual = {"TP": "1", "PP": "1", "microbatch": "1", "recompute": "none", "framework": "PyTorch"}
+    # pytorch/torchtitan, torchtitan/parallelisms/pipelining_utils.py @9dec370
+    staged = plan["pp"] > 1 and "torchtitan" in (row.get("framework") or "").lower()
+    size = max(1, int(batch / replicas / plan["pp"])) if staged else 1
+    plan["micro_batch"] = min(whole(row, "microbatch", size), batch / replicas)
+    if found := NODE_NETWORK.search(row.get("notes") or ""):
+        plan["nic"] = float(found[1]) * 1e9 / 8 / min(8, gpu.domain)
+    usual = {"TP": "1", "PP": "1", "microbatch": str(size), "recompute": "none", "framework": "PyTorch"}
     run.assumed += [f"{key} {value}" for key, value in usual.items() if not (row.get(key) or "").strip()]
     if plan["pp"] > 1:
         plan["chunks"] = whole(row, "VP", _chunks(run, shape.layers, int(plan["pp"]), int(plan["stack"])))
@@ -198,6 +203,7 @@ def _software(row: Mapping[str, str]) -> dict[str, float]:
         "recompute": {"f": Recompute.FULL, "s": Recompute.SELECTIVE}.get(recompute[:1], Recompute.NOTHING),
         "deepspeed": "deepspeed" in framework,
         "first_flash": "foundry" in framework,
+        "fused_loss": "foundry" in framework or "compiled loss" in notes,
         "async_tp": "async" in notes,
         "parallel_norms": stack != Stack.MEGATRON or "sp" in recompute.split("+"),
     }
@@ -205,7 +211,9 @@ def _software(row: Mapping[str, str]) -> dict[str, float]:
 
 def _chunks(run: Run, layers: int, stages: int, stack: int) -> int:
     interleaved = "interleaved" in (run.row.get("notes") or "").lower()
-    engine = stack == Stack.ENGINE or "llama3" in (run.row.get("framework") or "").lower()
+    framework = (run.row.get("framework") or "").lower()
+    # Megatron-Bridge's tables say "n/a" of a pipeline in one piece
+    engine = "llama3" in framework or (stack == Stack.ENGINE and "bridge" not in framework)
     chunks = round((layers + (2 if layers % stages else 0)) / stages) if engine else 2 if interleaved else 1
     if not number(run.row, "VP"):
         run.assumed.append(f"VP {chunks}")

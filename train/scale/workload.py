@@ -63,6 +63,7 @@ class Shape:
     experts: int = 1
     chosen: int = 1
     head: int = 0  # a head's width; 0: all heads are as wide as the model
+    biased: bool = False  # experts have biases
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head", self.head or self.width // self.heads)
@@ -100,8 +101,7 @@ def published() -> dict[str, tuple[Shape, dict[str, str]]]:
     """Published models by name: shape, and the row of tables/workloads.csv (source, tag, what is assumed)."""
     found = {}
     for row in read(TABLES / "workloads.csv"):
-        numbers = {k: int(row[k]) for k in Shape.__dataclass_fields__ if k != "gated"}
-        found[row["name"]] = (Shape(**numbers, gated=row["gated"] == "1"), row)
+        found[row["name"]] = (Shape(**{k: int(row[k]) for k in FIELDS}), row)  # type: ignore[arg-type]
     return found
 
 
@@ -123,9 +123,10 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-FIELDS = ("layers", "width", "heads", "kv_heads", "ffn", "gated", "vocab", "context", "experts", "chosen", "head")
+FIELDS = tuple(Shape.__dataclass_fields__)
+COUNTS = ("layer_parameters", "active")
 PLAN = ("batch", "gpus", "tp", "pp", "cp", "ep", "chunks", "micro_batch", "recompute", "sharding", "stack", "fp8")
-KIND = ("rowwise", "async_tp", "deepspeed", "bf16", "parallel_norms", "first_flash")
+KIND = ("rowwise", "async_tp", "deepspeed", "bf16", "parallel_norms", "first_flash", "fused_loss")
 DEVICE = ("peak", "matmul", "fp8_matmul", "bandwidth", "bus", "nic", "domain", "architecture")
 
 
@@ -134,7 +135,7 @@ class Jobs:
 
     def __init__(self, jobs: Iterable[Mapping[str, float]]) -> None:
         rows = list(jobs)
-        self.columns = {k: np.array([row[k] for row in rows], float) for k in (*FIELDS, *PLAN, *KIND, *DEVICE)}
+        self.columns = {k: np.array([row[k] for row in rows], float) for k in (*FIELDS, *COUNTS, *PLAN, *KIND, *DEVICE)}
 
     def __getattr__(self, name: str) -> Array:
         return self.__dict__["columns"][name]  # type: ignore[no-any-return]
@@ -156,17 +157,8 @@ class Jobs:
     @property
     def flops(self) -> Array:
         """Of a step, PaLM's convention."""
-        idle = (2 + self.gated) * self.width * self.ffn * (self.experts - self.chosen)
-        token = (
-            6 * (self.layers * (self.layer_parameters - idle) + self.vocab * self.width)
-            + 12 * self.layers * self.heads * self.head * self.context
-        )
+        token = 6 * self.active + 12 * self.layers * self.heads * self.head * self.context
         return token * self.context * self.batch
-
-    @property
-    def layer_parameters(self) -> Array:
-        attention = 2 * self.width * self.head * (self.heads + self.kv_heads)
-        return attention + (2 + self.gated) * self.width * self.ffn * self.experts
 
 
 def job(shape: Shape, gpu: Gpu, *, gpus: int, batch: int, stack: int, **plan: float) -> dict[str, float]:
@@ -175,6 +167,7 @@ def job(shape: Shape, gpu: Gpu, *, gpus: int, batch: int, stack: int, **plan: fl
     filled |= dict.fromkeys(("tp", "pp", "cp", "ep", "chunks", "micro_batch"), 1.0) | dict.fromkeys(KIND, 0.0)
     filled |= {"recompute": 0.0, "sharding": 0.0, "fp8": 0.0, "bf16": 1.0}
     filled |= {"gpus": gpus, "batch": batch, "stack": stack}
+    filled |= {"layer_parameters": shape.layer, "active": shape.active}
     filled |= {k: getattr(gpu, k) for k in ("peak", "matmul", "bandwidth", "bus", "nic", "domain")}
     filled |= {"fp8_matmul": gpu.fp8, "architecture": ARCHITECTURES.index(gpu.architecture)}
     filled["parallel_norms"] = float(stack != Stack.MEGATRON)
