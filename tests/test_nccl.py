@@ -19,7 +19,8 @@ from torch._C._distributed_c10d import ProcessGroupGloo, Store
 
 from tests import dist, test_regroup
 from tests.test_regroup import LATE, Half, Member
-from train import compose, nccl, plan
+from tests.test_train import summary, train
+from train import compose, events, nccl, plan
 from train.checks import Refused
 from train.group import Changed, Group, Membership, Place
 
@@ -160,3 +161,16 @@ def test_gpus_heal_without_spares_which_would_take_a_rank_s_memory(
     monkeypatch.setattr("train.hardware.gpus", lambda: (SimpleNamespace(name="any", memory=2**36),) * 2)
     with pytest.raises(Refused, match="spares"):
         plan.resolve(compose.config("train", [*tiny, "accelerator=cuda", "recovery.spares=1"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_gpus_a_killed_rank_changes_no_bit(tiny: list[str]) -> None:
+    settings = ["accelerator=cuda", "compile=false", "checkpoint.every=0", "steps=12"]
+    code, folder = train(tiny, *settings, "name=a", "devices=2", "faults.at=[kill:1@backward:4]")
+    assert code == 0
+    kinds = [record["kind"] for record in events.read(folder / "events.jsonl")]
+    assert (kinds.count("start"), kinds.count("fault")) == (1, 1)
+    code, twin = train(tiny, *settings, "name=twin", "devices=1")
+    assert code == 0
+    assert summary(twin)["state_sha256"] == summary(folder)["state_sha256"]
