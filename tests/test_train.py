@@ -67,7 +67,8 @@ def test_the_result_does_not_depend_on_ranks_or_sharding(
         code, folder = train(tiny, *more, *settings)
         assert code == 0
         numbers = [(step["loss_hex"], step["grad_norm"], step["lr"], step["tokens"]) for step in steps(folder)]
-        scores = [r["loss"] for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"]
+        scores = [(r["loss"], r["sample"]) for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"]
+        assert all(text for _, text in scores[:-1])  # the last words are said at the end
         evidence = [
             (r["tokens"], r["leaves"], r["parameters"], r["gradient"])
             for r in events.read(folder / "events.jsonl")

@@ -248,9 +248,10 @@ class Eval:
     every: int = 100  # steps; 0: at the end only
     tokens: int = 65_536  # of the validation set, on the way; at the end it is used whole
     micro_batch: int = 8
+    sample: int = 60  # tokens that the model writes each time, for the report to show; 0: none
 
     def __post_init__(self) -> None:
-        at_least(self, "eval.", every=0, tokens=1, micro_batch=1)
+        at_least(self, "eval.", every=0, tokens=1, micro_batch=1, sample=0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -354,7 +355,7 @@ class Train:
     log: Log = field(default_factory=Log)
     report: bool = True  # report.html in the run's folder at its end
     resume_from: str = ""  # a URL or folder of checkpoints; its newest is fetched where it is newer than what is here
-    sample: str = ""  # a prompt to continue at the end of the run; empty: the corpus's own beginning
+    sample: str = ""  # a prompt to continue at evaluations and the end; empty: a document's beginning
 
     def __post_init__(self) -> None:
         folder = Path(self.name).name == self.name and self.name not in ("", ".", "..")

@@ -156,6 +156,7 @@ class Evaluated(Event):
     experts: list[list[int]] = field(default_factory=list)  # by layer: how often each was chosen
     balance: float | None = None  # the load-balancing loss, 1 where even; mean of layers and micro-batches
     router_z: float | None = None  # the router's z-loss, likewise
+    sample: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -317,8 +318,7 @@ class EventLog:
         self._waiting = b""
 
     def _cut_torn_line(self) -> None:
-        size = os.fstat(self._file).st_size
-        end = size
+        end = size = os.fstat(self._file).st_size
         while end > 0:
             start = max(0, end - 65_536)
             newline = os.pread(self._file, end - start, start).rfind(b"\n")

@@ -9,7 +9,7 @@ Sampling is done in fp32 on the CPU, from the caller's CPU generator: the same s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    beat: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """`count` continuations of `prompt`, `tokens` long each: ids (count, tokens), int64, on the CPU.
 
     Of a prompt longer than the context its end is used. `temperature` 0 takes the likeliest token; `top_k` 0 and
-    `top_p` 1 are off. Raises ValueError for an empty prompt.
+    `top_p` 1 are off. `beat` is called with every token. Raises ValueError for an empty prompt.
     """
     if not prompt:
         raise ValueError("an empty prompt: give at least the end-of-document token")
@@ -40,6 +41,7 @@ def generate(
     ids_BT = torch.tensor(prompt, dtype=torch.int64).expand(count, -1)
     cache, new_BT = model.cache(count), ids_BT[:, -context:]
     for _ in range(tokens):
+        beat()
         if cache.length + new_BT.size(1) > context:
             cache, new_BT = model.cache(count), ids_BT[:, -(context // 2) :]
         new_BT = choose(model.step(new_BT.to(device), cache), temperature, top_k, top_p, generator)

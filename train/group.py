@@ -149,8 +149,7 @@ class Group(Ranks, Strategy):
 
     def newer(self) -> Membership | None:
         """The newest membership, if this group's is an older one."""
-        news = self._news()
-        return news if news is not None and news.epoch > self.membership.epoch else None
+        return news if (news := self._news()) and news.epoch > self.membership.epoch else None
 
     def join(self) -> None:
         """Leave this group for the newest one, once there is a newer. Raises Changed where that has changed again."""

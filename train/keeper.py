@@ -21,7 +21,7 @@ from train.folder import differences
 from train.group import Group
 from train.loop import TrainState
 from train.models.language import LanguageModel
-from train.sample import continue_text
+from train.sample import TOKENS, continue_text
 from train.saver import Saver
 from train.telemetry import Recorder
 
@@ -49,6 +49,7 @@ class Keeper:
         part = self.validation(0 if whole else self.config.eval.tokens)
         score = evaluate(self.model, part, self.fabric, self.channel.beat)
         self.scores[step] = score.loss
+        sample = "" if whole else self._sample(part, self.config.eval.sample)
         if self.fabric.is_global_zero:
             event = events.Evaluated(
                 step=step,
@@ -60,6 +61,7 @@ class Keeper:
                 experts=score.experts,
                 balance=score.balance,
                 router_z=score.router_z,
+                sample=sample,
             )
             self.channel.send(event)
             numbers = {"val/loss": score.loss, "val/bpb": score.bpb}
@@ -90,18 +92,24 @@ class Keeper:
             for logger in self.fabric.loggers:
                 logger.finalize("success")
         if not stopped:
-            with self.state.flat.gathered():
-                if self.fabric.is_global_zero:
-                    self._last_words(end)
+            whole = self.validation(0)
+            end.sample = self._sample(whole, TOKENS)
+            if self.fabric.is_global_zero:
+                end.yardsticks = whole.yardsticks()
         self.channel.phase("checkpoint", self.state.step)
         self.saver.finish()
         if self.fabric.is_global_zero:
             self.channel.send(end)
 
-    def _last_words(self, end: events.Finished) -> None:
-        whole = self.validation(0)
-        end.yardsticks = whole.yardsticks()
-        (end.sample,) = continue_text(self.model, whole.tokenizer, self.config.sample, seed=self.config.seed)
+    def _sample(self, validation: Validation, tokens: int) -> str:
+        """What the model makes of the prompt now, as rank 0 says it; all ranks must ask, since each may hold a part."""
+        if not tokens:
+            return ""
+        with self.state.flat.gathered():
+            if not self.fabric.is_global_zero:
+                return ""
+            options: dict[str, Any] = {"seed": self.config.seed, "tokens": tokens, "beat": self.channel.beat}
+            return continue_text(self.model, validation.tokenizer, self.config.sample, **options)[0]
 
 
 def restore(

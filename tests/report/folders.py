@@ -52,6 +52,7 @@ def lines(steps: int, world: int = 2, experts: bool = False, digest: str = "d0" 
             found.append({**at, "kind": "routing", **more})
         if n % max(1, steps // 5) == 0:
             score: Any = {**at, "loss": loss, "bpb": loss / 2, "tokens": 500, "whole": False, "seconds": 0.01, **more}
+            score["sample"] = f"def after_{n}():"
             saved: Any = {**at, "path": "x", "bytes": 10**6, "seconds": 0.01, "wall": 0.1}
             found += [events.Evaluated(**score).record(), events.Saved(**saved).record()]
     last: Any = {"step": steps, "stopped": False, "state_sha256": digest, "sample": "def f():"}

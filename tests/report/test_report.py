@@ -108,6 +108,7 @@ def test_a_whole_run(tmp_path: Path, tiny: list[str]) -> None:
         "gzip -9: 3.500",
         "optimizer.lr",
         "def f():",
+        "def after_10():",
         "rank 1",
         "± 8.",
         "assumed",
@@ -118,6 +119,16 @@ def test_a_whole_run(tmp_path: Path, tiny: list[str]) -> None:
     assert "waiting for the sum</dt><dd>15.0 %" in text
     assert "least: 5.000 % of the time" in text
     assert "most: 25.000 % of the time" in text or "most: 25.00 % of the time" in text
+
+
+def test_of_many_samples_some_are_shown_evenly_apart(tmp_path: Path, tiny: list[str]) -> None:
+    found = [record for record in lines(5) if record["kind"] != "eval"]
+    for step in range(10, 1000, 10):
+        score: dict[str, Any] = {"step": step, "loss": 2.0, "bpb": 1.0, "tokens": 5, "whole": False, "seconds": 0.1}
+        found.insert(-1, events.Evaluated(**score, time=BEGUN + 5.3, sample=f"wrote_{step}").record())
+    found[-1] |= {"step": 1000, "sample": "wrote_1000"}
+    written = re.findall(r"after step ([\d,]+)</figcaption><pre>(\w+)", shown(leave(tmp_path / "a", found, tiny)))
+    assert written == [(f"{n:,}", f"wrote_{n}") for n in (10, 200, 400, 600, 800, 1000)]
 
 
 def test_experts_have_a_section(tmp_path: Path, tiny: list[str]) -> None:

@@ -12,6 +12,7 @@ from train.report.record import Record, Run
 from train.report.words import NONE, esc, lasting, number, percent, plain, si, table
 
 FAULTS = 200  # that are listed
+SAMPLES = 6  # of what the model wrote
 GROUPS = {  # of the ledger's parts: useful, lost to faults, the run's own upkeep
     "good": ("steps",),
     "lost": ("redone", "detection", "regrouping", "restore", "missing"),
@@ -218,12 +219,12 @@ def _heat(share: float) -> str:
 
 
 def samples(run: Run) -> str:
-    """What the model wrote at the end of each part of the run."""
-    ends = [r for r in run.of("end") if r.get("sample")]
-    return "".join(
-        f"<figure><figcaption>after step {r['step']:,}</figcaption><pre>{esc(plain(r['sample']))}</pre></figure>"
-        for r in ends
-    )
+    """What the model wrote to the same prompt and seed as it learnt: of many evaluations some, evenly apart."""
+    said = {r["step"]: r["sample"] for kind in ("eval", "end") for r in run.of(kind) if r.get("sample")}
+    steps = sorted(said)
+    few = dict.fromkeys(steps[i * (len(steps) - 1) // (SAMPLES - 1)] for i in range(SAMPLES) if steps)
+    shown = [f"<figcaption>after step {step:,}</figcaption><pre>{esc(plain(said[step]))}</pre>" for step in few]
+    return "".join(f"<figure>{each}</figure>" for each in shown)
 
 
 def configuration(run: Run) -> str:
