@@ -259,7 +259,9 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     link.send(node=1, devices=1, agrees={"seed": 0})
     (there,) = arrived(lobby)
     rank = there.fork(0, {"member": 5, "joins": True})
-    for said in ({"word": "mark"}, {"word": "{}"}, {"port": 77}, {"silent": 4.5, "phase": "reduce"}):
+    assert rank.flight() == "on node 1"
+    silence = {"silent": 4.5, "phase": "reduce", "flights": {5: "reduce: waits", 98: "whoever that is"}}
+    for said in ({"word": "mark"}, {"word": "{}"}, {"port": 77}, silence):
         link.send(**{"from": 5, **said})
     link.send(**{"from": 99, "word": "whoever that is"})
     link.send(**{"from": 5, "exit_code": -9, "log": "stuck in reduce"})
@@ -270,5 +272,6 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     assert list(rank.words()) == [b"mark", b"{}"]
     assert (rank.port, rank.silent(), rank.killed) == (77, None, True)
     assert "killed by SIGKILL" in rank.died_of()
+    assert rank.flight() == "reduce: waits (node 1)"
     assert (tmp_path / "logs" / "rank-5.log").read_text() == "stuck in reduce"
     link.close()

@@ -39,6 +39,9 @@ class Ranks:
     def _wait(self, work: Any) -> None:
         work.wait()
 
+    def look(self) -> None:
+        """Raise `group.Changed` where the ranks are not what they were; these never change."""
+
     def settle(self) -> None:
         """Return when what was waited for is there: a stream may wait instead of the host."""
 

@@ -225,8 +225,9 @@ class There:
             rank.port = message["port"]
         elif "silent" in message:
             rank.silence = message["silent"], message["phase"]
-            for member, flight in message["flights"].items():
-                self.ranks[int(member)].seen = f"{flight} (node {self.index})"
+            for one in self.ranks.values():
+                if flight := message["flights"].get(str(one.member)):
+                    one.seen = f"{flight} (node {self.index})"
         elif "exit_code" in message:
             rank.alive, rank.killed = False, message["exit_code"] < 0
             rank.cause = died_of(message["exit_code"])
