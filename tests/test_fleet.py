@@ -96,6 +96,25 @@ def test_ranks_and_nodes_are_lost_and_come_back(tiny: list[str], tmp_path: Path,
     assert any("node 1 is lost" in cause for cause in causes)
 
 
+def test_a_rank_that_hangs_on_another_node_is_found_and_says_where(tiny: list[str], tmp_path: Path, port: int) -> None:
+    at = f"faults.at=[stop:3@backward:3,slow:1@{SLOW}]"
+    both = Nodes(tiny, tmp_path, port, *ENDLESS, "nodes=2", "devices=2", at)
+    head, other = both.start(0), both.start(1)
+    head.wait_for(grown(4, above=3))
+    head.wait_for(at_step(5))
+    equals_one_rank(head, both.overrides, f"runs={tmp_path}/alone", *ENDLESS)
+    assert other.end()[0] == 75
+    found = records(head.folder)
+    once(found)
+    (fault,) = of_kind(found, "fault")
+    assert (fault["fault"], fault["rank"], fault["phase"]) == ("hang", 3, "backward")
+    assert re.match(r"backward: step 3, after an all-gather.*\(node 1\)", fault["flight"]["3"])
+    assert re.match(r"reduce: step 3, waits for the exchange.*\(node 1\)", fault["flight"]["2"])
+    assert re.match("reduce: step 3, waits for the exchange", fault["flight"]["0"])
+    log = (other.folder / "logs" / "rank-3.log").read_text()
+    assert re.search(r'File ".*train/loop.py", line \d+ in micro_batch', log), "the stack of the culprit"
+
+
 def test_nodes_come_and_go(tiny: list[str], tmp_path: Path, port: int) -> None:
     """nodes=1-3: one begins, others join at the end of a step, and leave when they are asked to; the run goes on."""
     some = Nodes(tiny, tmp_path, port, *ENDLESS, "nodes=1-3", f"faults.at=[slow:0@{SLOW}]")
@@ -240,7 +259,9 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     link.send(node=1, devices=1, agrees={"seed": 0})
     (there,) = arrived(lobby)
     rank = there.fork(0, {"member": 5, "joins": True})
-    for said in ({"word": "mark"}, {"word": "{}"}, {"port": 77}, {"silent": 4.5, "phase": "reduce"}):
+    assert rank.flight() == "on node 1"
+    silence = {"silent": 4.5, "phase": "reduce", "flights": {5: "reduce: waits", 98: "whoever that is"}}
+    for said in ({"word": "mark"}, {"word": "{}"}, {"port": 77}, silence):
         link.send(**{"from": 5, **said})
     link.send(**{"from": 99, "word": "whoever that is"})
     link.send(**{"from": 5, "exit_code": -9, "log": "stuck in reduce"})
@@ -251,5 +272,6 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     assert list(rank.words()) == [b"mark", b"{}"]
     assert (rank.port, rank.silent(), rank.killed) == (77, None, True)
     assert "killed by SIGKILL" in rank.died_of()
+    assert rank.flight() == "reduce: waits (node 1)"
     assert (tmp_path / "logs" / "rank-5.log").read_text() == "stuck in reduce"
     link.close()

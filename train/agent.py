@@ -87,7 +87,8 @@ class Agent:
                     link.send(**{"from": rank.member, "word": word.decode()})
                 if rank.member not in told and (found := rank.silent()):
                     told.add(rank.member)
-                    link.send(**{"from": rank.member, "silent": found[0], "phase": found[1]})
+                    flights = {one.member: one.flight() for one in self._ranks}
+                    link.send(**{"from": rank.member, "silent": found[0], "phase": found[1], "flights": flights})
             for rank in dead:
                 code = rank.process.exitcode or 0
                 link.send(**{"from": rank.member, "exit_code": code, "log": self._tail(rank.member)})

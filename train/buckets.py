@@ -20,6 +20,7 @@ from train.batch import Node, micro_batch_seed, root, shares
 from train.clock import Clock
 from train.evidence import GRADIENT, PARAMETERS, Evidence, NoEvidence
 from train.flat import BLOCK, SLICE, Buffer, Flat, Range, chunk, squares
+from train.group import Changed
 from train.ranks import Ranks, Wait, gather
 
 Started = Callable[[], Wait]  # an exchange under way: the call goes on with it, what that returns waits for its end
@@ -78,6 +79,7 @@ class Reducer(ABC):
         self._clock = Clock(flat.device)
         self._tokens: dict[int, int] = {}
         self._unready: list[int] = []  # gradients that each bucket still waits for
+        self._changed: Changed | None = None  # the ranks did, in the middle of the last leaf
         self.hosted: Sequence[Sequence[int]]  # by rank
         self._regular: Sequence[Sequence[int]] | None = None  # to come back to after a step that was taken over
         self._last: Buffer
@@ -162,7 +164,7 @@ class Reducer(ABC):
             self._taken = []
         else:  # it was interrupted; into what is not finished an abandoned collective may still write
             self._taken = list(self._done.values())
-        self._under_way, self._unready = True, []
+        self._under_way, self._unready, self._changed = True, [], None
         kept = self.kept()
         self._tokens = {v: tokens for v, tokens in self._tokens.items() if v in kept}
         self._squares = [torch.zeros(0, device=self.flat.device)]
@@ -185,7 +187,14 @@ class Reducer(ABC):
     def finish(self, stop: bool = False, change: bool = False) -> Total:
         """The sum over all ranks; this one was asked to stop, or knows of a `change` of the ranks."""
         self._clock.stop()
-        self._drain()
+        try:
+            if self._changed is not None:
+                raise self._changed
+            self._drain()
+        except Changed:
+            if not self._gathering:  # no sum stands where the last leaf stood
+                self._keep()
+            raise
         self._clock.summed()
         total = self._exchange_numbers(stop, change)
         self.forget()
@@ -214,6 +223,9 @@ class Reducer(ABC):
     def _exchange(self, bucket: Range) -> Started:
         """Start to sum up a bucket."""
 
+    def _keep(self) -> None:  # noqa: B027 - nothing, where leaves are not told apart
+        """Keep the last leaf, which is whole but cannot be summed up, of whose buckets `_next` have been sent."""
+
     @abstractmethod
     def _losses(self) -> list[Tensor]:
         """The losses, and the numbers beside them, of what this rank contributes."""
@@ -232,12 +244,18 @@ class Reducer(ABC):
         self._unready = []  # what is left (parameters without a gradient) goes out in `finish`
 
     def _ready(self, parameter: int) -> None:
-        """A parameter's gradient is there: send the buckets that are complete, in their order on every rank."""
+        """A parameter's gradient is there: send the buckets that are complete, in their order on every rank.
+
+        If the ranks change meanwhile, the backward pass is finished all the same: a leaf that is whole can be kept.
+        """
         if self._unready:
             for bucket in self._inside[parameter]:
                 self._unready[bucket] -= 1
-            while self._next < len(self._buckets) and self._unready[self._next] == 0:
-                self._send()
+            try:
+                while self._next < len(self._buckets) and self._unready[self._next] == 0:
+                    self._send()
+            except Changed as changed:
+                self._changed, self._unready = changed, []
 
     def _send(self) -> None:
         a, b = self._buckets[self._next]
@@ -270,6 +288,7 @@ class Reducer(ABC):
 
     def _leaf(self, virtual_rank: int, buffer: Buffer) -> Iterator[tuple[int, Buffer]]:
         """Have a leaf's gradient added to what is in `buffer`."""
+        self.ranks.look()  # what is finished is kept, and what is not may be another's
         self.flat.attach(buffer)
         buffer.tokens = 0
         yield virtual_rank, buffer

@@ -398,7 +398,7 @@ class Train:
     @property
     def heals(self) -> bool:
         """Whether a rank that is lost can be replaced, and ranks be added, while the others go on."""
-        return self.recovery.in_place and self.sharding is Sharding.none and self.accelerator == "cpu"
+        return self.recovery.in_place and self.sharding is Sharding.none
 
     @property
     def least_nodes(self) -> int:

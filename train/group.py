@@ -33,7 +33,7 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from train import nodes
+from train import nccl, nodes
 from train.ranks import Ranks
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; whom it waits for is the supervisor's business, which acts sooner
@@ -100,6 +100,8 @@ class Group(Ranks, Strategy):
         self.membership = Membership(epoch=0, members=[place.member], host="", port=0)
         self.store: Store = HashStore()
         self.settled = self.membership  # the last for which all is done that a new group begins with
+        self._on_gpu = wire.type != "cpu"
+        self._launched = nccl.Launched(self.look)
         self._server: Store | None = None
         self._sockets: set[tuple[int, int]] = set()  # of the process group: number, inode
 
@@ -114,8 +116,11 @@ class Group(Ranks, Strategy):
     # Membership.
 
     def _wait(self, work: Any) -> None:
-        if self.wire.type != "cpu" or not self._place.heals:
+        if not self._place.heals:
             work.wait()
+            return
+        if self._on_gpu:
+            self._launched.wait(work)
             return
         while True:
             try:
@@ -129,6 +134,9 @@ class Group(Ranks, Strategy):
                     except RuntimeError as error:
                         raise Changed(str(error)) from error
             self.look()
+
+    def settle(self) -> None:
+        self._launched.see()
 
     def look(self) -> None:
         """Raise Changed where there is a newer membership, unless it waits for the end of a step that is under way.
@@ -175,7 +183,7 @@ class Group(Ranks, Strategy):
         while made.empty():
             self.look()
             time.sleep(0.001)
-        self._sockets = nodes.sockets() - before
+        self._sockets = set() if self._on_gpu else nodes.sockets() - before
         met = made.get()
         if isinstance(met, RuntimeError) and self._place.heals:
             raise Changed(str(met)) from met
@@ -189,11 +197,13 @@ class Group(Ranks, Strategy):
             nodes.bind_to(None if self._place.loopback else (new.host, new.port))
             client = TCPStore(new.host, new.port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
             store = PrefixStore(str(new.epoch), client)
-            if self.wire.type == "cpu":
-                # A newcomer waits here until the others have finished their step, however long that takes.
-                processes: Any = dist.ProcessGroupGloo(store, rank, len(new.members), TIMEOUT)
+            world = len(new.members)  # a newcomer waits until the others have finished their step, however long
+            if not self._on_gpu:
+                processes: Any = dist.ProcessGroupGloo(store, rank, world, TIMEOUT)
+            elif self._place.heals:
+                processes = nccl.communicator(store, rank, world, self._device, TIMEOUT)
             else:
-                dist.init_process_group("nccl", store=store, rank=rank, world_size=len(new.members), timeout=TIMEOUT)
+                dist.init_process_group("nccl", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
                 processes = dist.group.WORLD
             made.put((store, processes))
         except Exception as error:
@@ -215,9 +225,16 @@ class Group(Ranks, Strategy):
                             connection.shutdown(socket.SHUT_RDWR)
         self._sockets = set()
         held, self.processes = [self.processes], None
-        drop = threading.Thread(target=held.clear, daemon=True, name="drop")
+        end = nccl.leave if self._on_gpu else list.clear
+        drop = threading.Thread(target=end, args=(held,), daemon=True, name="drop")
         drop.start()
-        drop.join(DROPPED)
+        until = time.monotonic() + (PATIENCE if self._on_gpu else DROPPED)
+        while drop.is_alive() and time.monotonic() < until:
+            self._news()  # gives a sign of life
+            drop.join(0.001)
+        if self._on_gpu and drop.is_alive():
+            raise TimeoutError("a communicator that was to be left is still on the device")
+        self._launched.forget()
         self.world = 1
 
     def leave(self) -> None:
@@ -244,6 +261,7 @@ class Group(Ranks, Strategy):
             return tensor
         on_wire = tensor.to(self.wire)
         self.wait(self.sum_up(on_wire), "an all-reduce")
+        self.settle()
         return on_wire.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:

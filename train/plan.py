@@ -67,7 +67,8 @@ def resolve(config: Train) -> Train:
         batch = replace(batch, micro_batch=fitting)
     config = replace(config, accelerator=accelerator, backend=backend, devices=devices)
     why = "take the places of lost ranks, which CPU ranks with whole states do in place: use 0"
-    require(config.heals or not config.recovery.spares, "recovery.spares", why)
+    stand_by = config.heals and accelerator == "cpu"  # on a GPU a second process would take a rank's memory
+    require(stand_by or not config.recovery.spares, "recovery.spares", why)
     return replace(config, precision=precision, compile=compiled, batch=batch)
 
 

@@ -39,6 +39,12 @@ class Ranks:
     def _wait(self, work: Any) -> None:
         work.wait()
 
+    def look(self) -> None:
+        """Raise `group.Changed` where the ranks are not what they were; these never change."""
+
+    def settle(self) -> None:
+        """Return when what was waited for is there: a stream may wait instead of the host."""
+
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """(…) on each rank -> (W, …) on all of them."""
         if self.world == 1:
@@ -47,6 +53,7 @@ class Ranks:
         gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
         work = self.processes._allgather_base(gathered.view(-1), sent.view(-1))
         self.wait(work, f"an all-gather of {sent.numel():,} numbers")
+        self.settle()
         return gathered.to(tensor.device)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -56,6 +63,7 @@ class Ranks:
         if self.world > 1:
             on_wire = obj.to(self.wire, copy=True)
             self.wait(self.processes.broadcast(on_wire, src), f"a broadcast from rank {src}")
+            self.settle()
             obj.copy_(on_wire)
         return obj
 

@@ -48,6 +48,7 @@ class ExactReducer(Reducer):
         self._final = None
         subtrees = self._subtrees[self.ranks.rank]
         path, end = spine(subtrees[-1], self._done) if subtrees else ([], None)
+        self._path = path
         for node in subtrees[:-1]:
             self._parts.append((yield from self._subtree(node)))
         for node in path:
@@ -90,11 +91,28 @@ class ExactReducer(Reducer):
         self._give(right)
         return left
 
-    def _exchange(self, bucket: Range) -> Started:
+    def _own(self, bucket: Range) -> Tensor:
+        """The sum of the last subtree, in place if nothing is rounded; zeros where this rank hosts none."""
         a, b = bucket
-        value = self._last.tensor[a:b].to(self.dtype)  # zeros that nobody is sent, where this rank hosts none
+        value = self._last.tensor[a:b].to(self.dtype)
         for left in reversed(self._lefts):
             value.add_(left.tensor[a:b])  # left + value: two numbers have the same sum either way round
+        return value
+
+    def _keep(self) -> None:
+        if self._final is None or self.dtype != torch.float32:
+            return
+        for a, b in self._buckets[self._next :]:
+            self._evidence.of_leaf(self._final, self._last.tensor[a:b], a)
+            self._own((a, b))
+        self._last.numbers.copy_(self._losses()[-1])
+        for node in self._path:
+            del self._done[node]
+        self._done[self._subtrees[self.ranks.rank][-1]] = self._last
+
+    def _exchange(self, bucket: Range) -> Started:
+        a, b = bucket
+        value = self._own(bucket)
         if self.ranks.world == 1:
             self._finish_chunk(value, a)
             return lambda: lambda: None

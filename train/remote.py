@@ -130,6 +130,7 @@ class RemoteRank:
     cause: str = ""
     said: list[bytes] = field(default_factory=list)
     silence: tuple[float, str] | None = None
+    seen: str = ""  # its flight, when a rank of its node hung
 
     @property
     def spot(self) -> Spot:
@@ -149,7 +150,7 @@ class RemoteRank:
         return self.silence if self.alive else None
 
     def flight(self) -> str:
-        return f"on node {self.there.index}" + (f", in {self.silence[1]}" if self.silence else "")
+        return self.seen or f"on node {self.there.index}"
 
     def died_of(self) -> str:
         return self.cause
@@ -224,6 +225,9 @@ class There:
             rank.port = message["port"]
         elif "silent" in message:
             rank.silence = message["silent"], message["phase"]
+            for one in self.ranks.values():
+                if flight := message["flights"].get(str(one.member)):
+                    one.seen = f"{flight} (node {self.index})"
         elif "exit_code" in message:
             rank.alive, rank.killed = False, message["exit_code"] < 0
             rank.cause = died_of(message["exit_code"])

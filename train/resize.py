@@ -11,7 +11,7 @@ import json
 import time
 from pathlib import Path
 
-from train import events
+from train import events, hardware
 from train.checks import DONE, FAILED, Refused
 from train.commands import Resize as Config
 from train.folder import WISH, locate, read_train, replace, under_way
@@ -24,10 +24,12 @@ def resize(config: Config) -> int:
     path = locate(config.run)
     run = read_train(path / "config.yaml")
     if not run.heals or run.most_nodes > 1:
-        why = "only one node's CPU ranks with whole states are resized (of several nodes, let one come or go)"
+        why = "only one node's ranks with whole states are resized (of several nodes, let one come or go)"
         raise Refused("run", f"{why}: stop {config.run} and start it again with devices={config.devices}")
     if not under_way(path):
         raise Refused("run", f"{config.run} is not under way: start it with devices={config.devices}")
+    if run.accelerator == "cuda" and config.devices > (gpus := len(hardware.gpus())):
+        raise Refused("devices", f"{config.devices} are more than the {gpus} GPUs here")
     ranks = min(config.devices, run.batch.virtual_ranks)
     replace(path / WISH, json.dumps({"devices": config.devices}))
     until = time.monotonic() + PATIENCE
