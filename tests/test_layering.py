@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "train"
 LAYERS = [
     ("light", "checks", "config", "shapes", "events", "batch", "flops", "hardware"),
     ("commands", "ledger", "economy", "pulse", "locks", "slots", "flat", "ranks", "muon"),
-    ("scale", "data", "models", "optim", "nodes", "nccl", "summary", "fingerprint", "channel", "manifest"),
+    ("scale", "data", "models", "optim", "nodes", "summary", "fingerprint", "channel", "manifest"),
+    ("backends",),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets", "compose"),
     ("reduce", "shard", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify", "export"),

@@ -12,15 +12,17 @@ import pytest
 import torch
 from lightning.fabric.plugins import Precision
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from tests import dist
 from tests.test_reduce import gradient, odd_model, used
-from train import nodes, optim
+from train import backends, nodes, optim
 from train.config import Optimizer, OptimizerKind
 from train.evidence import Evidence
 from train.flat import Buffer, Flat, Piece
-from train.group import Changed, Dismissed, Group, Membership, Place
+from train.group import Dismissed, Group, Membership, Place
 from train.loop import TrainState
+from train.ranks import Changed
 from train.recovery import Recovery
 from train.reduce import ExactReducer
 
@@ -122,10 +124,11 @@ def test_a_group_that_never_comes_to_its_end_keeps_nobody(monkeypatch: pytest.Mo
         def __del__(self) -> None:
             late.append(left.wait(LATE))
 
-    monkeypatch.setattr("train.group.DROPPED", 0.01)
+    monkeypatch.setattr(backends, "DROPPED", 0.01)
+    monkeypatch.setattr(torch.distributed, "ProcessGroupGloo", lambda *_: Endless())
     alone = Membership(epoch=1, members=[0], host="", port=0)
     group = Group(Place.alone(), Precision(), news=lambda: alone)
-    group.processes = Endless()
+    group._joined = backends.Gloo(HashStore(), 0, 1)
     group.join()
     assert group.processes is None
     assert not late, "it was waited for"
@@ -141,7 +144,7 @@ def changes_often(outer: Group) -> list[int]:
         if outer.rank == 0:
             pending = member.group.sum_up(torch.zeros(1000))  # noqa: F841
         for thread in threading.enumerate():
-            if thread.name == "drop":
+            if thread.name == "leave":
                 thread.join(LATE)
         counts.append(len(nodes.sockets()))
         outer.barrier()

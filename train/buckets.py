@@ -20,8 +20,7 @@ from train.batch import Node, micro_batch_seed, root, shares
 from train.clock import Clock
 from train.evidence import GRADIENT, PARAMETERS, Evidence, NoEvidence
 from train.flat import BLOCK, SLICE, Buffer, Flat, Range, chunk, squares
-from train.group import Changed
-from train.ranks import Ranks, Wait, gather
+from train.ranks import Changed, Ranks, Wait, gather
 
 Started = Callable[[], Wait]  # an exchange under way: the call goes on with it, what that returns waits for its end
 

@@ -14,8 +14,6 @@ loop's back. Fabric brings devices, precision and loggers; the sum of the gradie
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import socket
 import threading
@@ -23,7 +21,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -33,13 +30,10 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from train import nccl, nodes
-from train.ranks import Ranks
+from train import backends, nodes
+from train.ranks import Changed, Ranks
 
-TIMEOUT = timedelta(minutes=30)  # of a collective; whom it waits for is the supervisor's business, which acts sooner
-SLICE = timedelta(milliseconds=50)  # of waiting, between two looks for a newer epoch
 PATIENCE = 60.0  # seconds in which the supervisor must say how it goes on after a collective has failed
-DROPPED = 1.0  # seconds in which a group that is left comes to its end; one in some hundreds never does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +66,6 @@ class Membership:
     why: str = "start"  # "start", "lost", "joined", "resized"
 
 
-class Changed(Exception):
-    """The ranks are not what they were: this group is to be left for the next epoch's."""
-
-
 class Dismissed(Exception):
     """This rank is not a member any more."""
 
@@ -100,10 +90,8 @@ class Group(Ranks, Strategy):
         self.membership = Membership(epoch=0, members=[place.member], host="", port=0)
         self.store: Store = HashStore()
         self.settled = self.membership  # the last for which all is done that a new group begins with
-        self._on_gpu = wire.type != "cpu"
-        self._launched = nccl.Launched(self.look)
+        self._joined = backends.Joined()
         self._server: Store | None = None
-        self._sockets: set[tuple[int, int]] = set()  # of the process group: number, inode
 
     @property
     def global_rank(self) -> int:
@@ -116,27 +104,15 @@ class Group(Ranks, Strategy):
     # Membership.
 
     def _wait(self, work: Any) -> None:
-        if not self._place.heals:
-            work.wait()
-            return
-        if self._on_gpu:
-            self._launched.wait(work)
-            return
-        while True:
-            try:
-                work.wait(SLICE)
-                return
-            except RuntimeError:
-                if work.is_completed():
-                    try:
-                        work.wait()  # it may have come to its end since
-                        return
-                    except RuntimeError as error:
-                        raise Changed(str(error)) from error
-            self.look()
+        try:
+            self._joined.wait(work, self.look)
+        except RuntimeError as error:
+            if not self._place.heals:
+                raise
+            raise Changed(str(error)) from error
 
     def settle(self) -> None:
-        self._launched.see()
+        self._joined.settle(self.look)
 
     def look(self) -> None:
         """Raise Changed where there is a newer membership, unless it waits for the end of a step that is under way.
@@ -153,7 +129,9 @@ class Group(Ranks, Strategy):
 
     def join(self) -> None:
         """Leave this group for the newest one, once there is a newer. Raises Changed where that has changed again."""
-        self._abandon()
+        left, self._joined = self._joined, backends.Joined()
+        self.processes, self.world = None, 1
+        left.leave(self._news)  # asks for news all the time: a sign of life
         until = time.monotonic() + PATIENCE
         while (new := self.newer()) is None:
             if self.membership.epoch == 0:  # a spare, which stands by
@@ -174,73 +152,36 @@ class Group(Ranks, Strategy):
                 new.port,
                 is_master=True,
                 wait_for_workers=False,
-                timeout=TIMEOUT,
+                timeout=backends.TIMEOUT,
                 master_listen_fd=self._listener.detach(),
             )
-        before = nodes.sockets()
         made: queue.Queue[Any] = queue.Queue()
         threading.Thread(target=self._meet, args=(new, self.rank, made), daemon=True, name="meet").start()
         while made.empty():
             self.look()
             time.sleep(0.001)
-        self._sockets = set() if self._on_gpu else nodes.sockets() - before
         met = made.get()
         if isinstance(met, RuntimeError) and self._place.heals:
             raise Changed(str(met)) from met
         if isinstance(met, Exception):
             raise met
-        self.store, self.processes = met
+        self.store, self._joined = met
+        self.processes = self._joined.processes
 
     def _meet(self, new: Membership, rank: int, made: queue.Queue[Any]) -> None:
         """Make the process group; in a thread, since it waits for all members, and one may be lost meanwhile."""
         try:
             nodes.bind_to(None if self._place.loopback else (new.host, new.port))
-            client = TCPStore(new.host, new.port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
+            client = TCPStore(new.host, new.port, is_master=False, wait_for_workers=False, timeout=backends.TIMEOUT)
             store = PrefixStore(str(new.epoch), client)
-            world = len(new.members)  # a newcomer waits until the others have finished their step, however long
-            if not self._on_gpu:
-                processes: Any = dist.ProcessGroupGloo(store, rank, world, TIMEOUT)
-            elif self._place.heals:
-                processes = nccl.communicator(store, rank, world, self._device, TIMEOUT)
-            else:
-                dist.init_process_group("nccl", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-                processes = dist.group.WORLD
-            made.put((store, processes))
+            made.put((store, backends.joined(store, rank, len(new.members), self.wire, self._place.heals)))
         except Exception as error:
             made.put(error)
-
-    def _abandon(self) -> None:
-        """Leave the process group, whatever it is stuck in.
-
-        gloo has no way to end a collective but its time-out, and would write into our tensors when what it waits for
-        arrives after all. Shutting its connections down ends every collective at once, here and for whoever waits for
-        this rank; who waits for another one goes by the supervisor's word. Very nearly every: now and then one that was
-        cut off in the middle waits on, and the group's end with it. That is left to a thread; nothing can reach it.
-        """
-        for number, inode in self._sockets:
-            with contextlib.suppress(OSError):  # closed already; its number may be another's by now
-                if os.fstat(number).st_ino == inode:
-                    with socket.socket(fileno=os.dup(number)) as connection:
-                        if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                            connection.shutdown(socket.SHUT_RDWR)
-        self._sockets = set()
-        held, self.processes = [self.processes], None
-        end = nccl.leave if self._on_gpu else list.clear
-        drop = threading.Thread(target=end, args=(held,), daemon=True, name="drop")
-        drop.start()
-        until = time.monotonic() + (PATIENCE if self._on_gpu else DROPPED)
-        while drop.is_alive() and time.monotonic() < until:
-            self._news()  # gives a sign of life
-            drop.join(0.001)
-        if self._on_gpu and drop.is_alive():
-            raise TimeoutError("a communicator that was to be left is still on the device")
-        self._launched.forget()
-        self.world = 1
 
     def leave(self) -> None:
         if self.processes is not None and dist.is_initialized():
             dist.destroy_process_group()
-        self.processes = None
+        self._joined, self.processes = backends.Joined(), None
 
     # What Fabric asks of a strategy.
 

@@ -21,8 +21,8 @@ from train.buckets import Reducer, Total
 from train.config import Train
 from train.data.stream import Stream
 from train.flat import Buffer, Flat, Piece
-from train.group import Changed
 from train.models.fused import casts_kept
+from train.ranks import Changed
 from train.telemetry import Recorder
 
 

@@ -13,6 +13,10 @@ from torch import Tensor
 Wait = Callable[[], object]
 
 
+class Changed(Exception):
+    """The ranks are not what they were: this group is to be left for the next one."""
+
+
 class Ranks:
     """This rank among the others: what the sum of the gradients needs to know of them."""
 
@@ -40,7 +44,7 @@ class Ranks:
         work.wait()
 
     def look(self) -> None:
-        """Raise `group.Changed` where the ranks are not what they were; these never change."""
+        """Raise Changed where the ranks are not what they were; these never change."""
 
     def settle(self) -> None:
         """Return when what was waited for is there: a stream may wait instead of the host."""

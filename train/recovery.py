@@ -21,9 +21,10 @@ from train.balance import Balance
 from train.batch import taken_over
 from train.buckets import Reducer
 from train.channel import Channel
-from train.group import Changed, Group
+from train.group import Group
 from train.keeper import Keeper
 from train.loop import Parts, TrainState
+from train.ranks import Changed
 
 NOTHING = -1  # the step of a rank that has no state yet
 

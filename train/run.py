@@ -33,12 +33,13 @@ from train.engine import Engine
 from train.faults import detect
 from train.fingerprint import fingerprint
 from train.folder import plain_identity, read_train
-from train.group import Changed, Dismissed, Group, Membership, Place
+from train.group import Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
 from train.loop import Due, fit
 from train.processes import die_with_parent, log_to
 from train.profile import Profiler
 from train.pulse import Pulse, first
+from train.ranks import Changed
 from train.recovery import Recovery
 from train.saver import Saver
 from train.telemetry import Recorder

@@ -1,4 +1,4 @@
-"""Groups on GPUs that lose a rank: what they do is tried on a device that is made of gloo's collectives.
+"""Groups on GPUs that lose a rank (those on CPUs: test_regroup): tried on a device made of gloo's collectives.
 
 It has of a GPU what matters here: waiting for a collective returns at once, and only an event says when it has ended.
 Numbers are not ordered by a stream, so where bits are compared the host runs ahead of nothing.
@@ -8,66 +8,66 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.fabric.plugins import Precision
-from torch._C._distributed_c10d import ProcessGroupGloo, Store
+from torch._C._distributed_c10d import HashStore, ProcessGroupGloo, Store
 
 from tests import dist, test_regroup
 from tests.test_regroup import LATE, Half, Member
 from tests.test_train import summary, train
-from train import compose, events, nccl, plan
+from train import backends, compose, events, plan
 from train.checks import Refused
-from train.group import Changed, Group, Membership, Place
+from train.group import Group
+from train.ranks import Changed
 
 
-class Device:
-    """A communicator, and the one stream of its device."""
+class Communicator:
+    """NCCL's, and the one stream of its device."""
 
     awaited: ClassVar[list[Any]] = []  # by the stream
     left: ClassVar[list[Any]] = []
+    Options = staticmethod(lambda: SimpleNamespace(config=SimpleNamespace()))
 
-    def __init__(self, store: Store, rank: int, world: int, device: torch.device, timeout: timedelta) -> None:
-        self._gloo = ProcessGroupGloo(store, rank, world, timeout)
+    def __init__(self, store: Store, rank: int, world: int, options: Any) -> None:
+        assert options.config.blocking is False
+        self._gloo = ProcessGroupGloo(store, rank, world, options._timeout)
 
     def __getattr__(self, name: str) -> Any:
         def launch(*arguments: Any) -> Any:
             work = getattr(self._gloo, name)(*arguments)
-            return SimpleNamespace(wait=lambda: Device.awaited.append(work))
+            return SimpleNamespace(wait=lambda: Communicator.awaited.append(work))
 
         return launch
 
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        pass
+
     def abort(self) -> None:
-        Device.left.append(self._gloo)  # gloo's own end would wait
+        Communicator.left.append(self._gloo)  # gloo's own end would wait
 
 
 class Event:
     def record(self) -> None:
-        self._before = list(Device.awaited)
+        self._before = list(Communicator.awaited)
 
     def query(self) -> bool:
         return all(work.is_completed() for work in self._before)
 
 
-class OnGpu(Member):
-    def __init__(self, outer: Group) -> None:
-        super().__init__(outer)
-        self.group._on_gpu = True
-
-
-def emulate(ahead: int = nccl.AHEAD) -> None:
-    """In this process, which a test has forked."""
-    nccl.communicator, nccl.AHEAD, torch.cuda.Event = Device, ahead, Event  # type: ignore
+def emulate(ahead: int = backends.AHEAD) -> None:
+    """In this process, which a test has forked: all groups that can be left are on a GPU."""
+    backends.AHEAD, torch.cuda.Event = ahead, Event  # type: ignore
+    torch.distributed.ProcessGroupNCCL = Communicator  # type: ignore
+    backends.Gloo = lambda store, rank, world: backends.Nccl(store, rank, world, torch.device("cpu"))  # type: ignore
 
 
 def leaves_in_the_middle(outer: Group) -> list[Any]:
     """Rank 1 never sends its part of a step's sum. Rank 0 is told to go on without it, and then with it again."""
     emulate()
-    member = OnGpu(outer)
+    member = Member(outer)
     member.join(1, 0, 1)
     assert member.gathered() == [0, 1]
     half, changed, began = Half(member.group), False, time.monotonic()
@@ -81,7 +81,7 @@ def leaves_in_the_middle(outer: Group) -> list[Any]:
             changed = str(change) == "epoch 2"
         assert torch.equal(before, half.flat.parameters)
         member.group.join()
-        assert (member.group.world, len(Device.left)) == (1, 1)
+        assert (member.group.world, len(Communicator.left)) == (1, 1)
     outer.barrier()
     member.join(3, 0, 1)
     assert member.gathered() == [0, 1]
@@ -90,20 +90,19 @@ def leaves_in_the_middle(outer: Group) -> list[Any]:
 
 def test_a_sum_that_never_arrives_is_left_before_the_optimizer_is_launched() -> None:
     """What of the step is finished is kept: two subtrees of the four leaves that were computed."""
-    (changed, soon, kept), _ = dist.run("tests.test_nccl:leaves_in_the_middle", 2)
+    (changed, soon, kept), _ = dist.run("tests.test_backends:leaves_in_the_middle", 2)
     assert (changed, soon) == (True, True)
     assert kept in ([0, 1], [0, 1, 2])
 
 
 def takes_over(group: Group, **arguments: Any) -> dict[str, Any]:
     emulate(ahead=0)
-    test_regroup.Member = OnGpu  # type: ignore[misc]
     return test_regroup.takes_over(group, **arguments)
 
 
 def test_a_step_is_taken_over_to_the_same_bits() -> None:
     arguments: dict[str, Any] = {"dtype": "float32", "done": [2, 1, 0]}
-    assert dist.run("tests.test_nccl:takes_over", 3, **arguments) == dist.run(
+    assert dist.run("tests.test_backends:takes_over", 3, **arguments) == dist.run(
         "tests.test_regroup:takes_over", 3, **arguments
     )
 
@@ -118,36 +117,37 @@ class Never(Event):
         return False
 
 
-def test_the_host_does_not_run_far_ahead_of_a_collective_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the queue of launches fills up, and holds it where nothing can be heard."""
+@pytest.fixture
+def nccl(monkeypatch: pytest.MonkeyPatch) -> backends.Nccl:
+    """A group of one, none of whose collectives ever ends."""
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Communicator, raising=False)
     monkeypatch.setattr(torch.cuda, "Event", Never)
+    return backends.Nccl(HashStore(), 0, 1, torch.device("cuda"))
+
+
+def test_the_host_does_not_run_far_ahead_of_a_collective_that_never_ends(nccl: backends.Nccl) -> None:
+    """Else the queue of launches fills up, and holds it where nothing can be heard."""
 
     def look() -> None:
         raise Changed
 
-    launched = nccl.Launched(look)
-    for _ in range(nccl.AHEAD):
-        launched.wait(SimpleNamespace(wait=lambda: None))
+    before = Never.made
+    for _ in range(backends.AHEAD):
+        nccl.wait(SimpleNamespace(wait=lambda: None), look)
     with pytest.raises(Changed):
-        launched.wait(SimpleNamespace(wait=lambda: None))
-    assert Never.made == nccl.AHEAD + 1
-    launched.forget()
-    launched.see()
+        nccl.wait(SimpleNamespace(wait=lambda: None), look)
+    assert Never.made == before + backends.AHEAD + 1
 
 
-def test_a_communicator_that_cannot_be_aborted_ends_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_communicator_that_cannot_be_aborted_ends_the_rank(
+    nccl: backends.Nccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its kernels would hold up whatever is launched next. Meanwhile the rank gives signs of life."""
-    monkeypatch.setattr("train.group.PATIENCE", 0.05)
-    alone, signs, let_go = Membership(epoch=1, members=[0], host="", port=0), [], threading.Event()
-
-    def news() -> Membership:
-        signs.append(time.monotonic())
-        return alone
-
-    group = Group(Place.alone(), Precision(), news=news)
-    group._on_gpu, group.processes = True, SimpleNamespace(abort=lambda: let_go.wait(LATE))
+    let_go, signs = threading.Event(), []
+    monkeypatch.setattr(backends, "ABORTED", 0.05)
+    monkeypatch.setattr(nccl.processes, "abort", lambda: let_go.wait(LATE))
     with pytest.raises(TimeoutError, match="still on the device"):
-        group.join()
+        nccl.leave(lambda: signs.append(time.monotonic()))
     let_go.set()
     assert len(signs) > 3
 
