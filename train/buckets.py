@@ -199,7 +199,7 @@ class Reducer(ABC):
         if self._sharded and self.ranks.world > 1:
             stretch = self.flat.stretch
             gathers = [
-                gather(self.ranks, stretch(a, b), stretch(c, d).clone())
+                self._gather(stretch(a, b), stretch(c, d).clone())
                 for (a, b), (c, d) in zip(self._buckets, self._mine, strict=True)
             ]
             for wait in gathers:
@@ -213,6 +213,10 @@ class Reducer(ABC):
     @abstractmethod
     def _exchange(self, bucket: Range) -> Started:
         """Start to sum up a bucket."""
+
+    def _gather(self, target: Tensor, own: Tensor) -> Wait:
+        """Start to bring every rank's chunk of a bucket to all of them."""
+        return gather(self.ranks, target, own)
 
     @abstractmethod
     def _losses(self) -> list[Tensor]:

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -67,6 +67,7 @@ class Membership:
     members: list[int]  # by rank
     host: str  # where the first of them hosts the store
     port: int
+    hosts: list[int] = field(default_factory=list)  # by rank, the number of the node that it is on
     recorded: int = 0  # the last step whose event the supervisor has
     boundary: bool = False  # nobody is lost: go on to it together, between two steps
     why: str = "start"  # "start", "lost", "joined", "resized"
@@ -158,6 +159,7 @@ class Group(Ranks, Strategy):
             raise Dismissed
         self.membership = new
         self.rank, self.world = new.members.index(self._place.member), len(new.members)
+        self.hosts = new.hosts
         if self.world == 1:
             self.store = HashStore()
             return
