@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-efficiency bench-detection bench-healthy bench-report bench-forecast bench-peers bench-startup bench-scaling bench-large bench-experts gpu-check clean
+.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-efficiency bench-detection bench-healthy bench-report bench-forecast bench-peers bench-startup bench-scaling bench-large bench-experts bench-fabrics gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -105,6 +105,9 @@ bench-large: setup ## Measure: a step of a 1 B llama and of grok_small, peak mem
 
 bench-experts: setup ## Measure: a mixture of experts beside a dense model of the same active parameters (minutes)
 	@$(BIN)/python -m tests.bench.experts $(ARGS)
+
+bench-fabrics: setup ## Measure: two hosts at 10 Gbit/s, 1 Gbit/s, 100 Mbit/s: bytes a token, tokens/s (root; ten minutes)
+	@$(BIN)/python -m tests.bench.fabrics $(ARGS)
 
 gpu-check: setup ## On a machine with a GPU: what of all this holds there, in under 8 minutes
 	@$(BIN)/python -m tests.bench.gpu_check $(ARGS)

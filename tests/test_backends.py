@@ -61,7 +61,7 @@ def emulate(ahead: int = backends.AHEAD) -> None:
     """In this process, which a test has forked: all groups that can be left are on a GPU."""
     backends.AHEAD, torch.cuda.Event = ahead, Event  # type: ignore
     torch.distributed.ProcessGroupNCCL = Communicator  # type: ignore
-    backends.Gloo = lambda store, rank, world: backends.Nccl(store, rank, world, torch.device("cpu"))  # type: ignore
+    backends.Gloo = lambda store, rank, world, before: backends.Nccl(store, rank, world, torch.device("cpu"))  # type: ignore
 
 
 def leaves_in_the_middle(outer: Group) -> list[Any]:
@@ -101,7 +101,7 @@ def takes_over(group: Group, **arguments: Any) -> dict[str, Any]:
 
 
 def test_a_step_is_taken_over_to_the_same_bits() -> None:
-    arguments: dict[str, Any] = {"dtype": "float32", "done": [2, 1, 0]}
+    arguments: dict[str, Any] = {"dtype": "float32", "done": [2, 1, 0], "hosts": []}
     assert dist.run("tests.test_backends:takes_over", 3, **arguments) == dist.run(
         "tests.test_regroup:takes_over", 3, **arguments
     )

@@ -166,6 +166,22 @@ def test_a_clock_that_is_wrong_elsewhere_is_harmless(tiny: list[str], tmp_path: 
     assert abs(elsewhere - time.time()) < 60
 
 
+def test_ranks_are_told_on_which_node_each_of_them_is(tiny: list[str], tmp_path: Path) -> None:
+    """By rank, of those who are members; by that they add up inside nodes first."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=1"]))
+    told: list[bytes] = []
+    with RunFolder(tmp_path / "run") as run:
+        watch = watching(config, run)
+        watch._ranks = [
+            SimpleNamespace(member=member, spot=(node, 0), named=member == 5, port=1, tell=told.append)  # type: ignore[misc]
+            for member, node in ((2, 1), (5, 0), (7, 2), (8, 1))
+        ]
+        watch._members = [5, 2, 8]
+        watch._publish("lost")
+    (membership,) = map(json.loads, told)
+    assert (membership["members"], membership["hosts"]) == ([5, 2, 8], [0, 1, 1])
+
+
 def test_a_node_with_other_settings_is_refused(tiny: list[str], tmp_path: Path, port: int) -> None:
     """Before anything starts, on both, by the key that differs."""
     both = Nodes(tiny, tmp_path, port, "nodes=2", "devices=1")

@@ -18,7 +18,20 @@ LAYERS = [
     ("backends",),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets", "compose"),
-    ("reduce", "shard", "telemetry", "checkpoint", "saver", "trained", "sample", "evaluate", "verify", "export"),
+    (
+        "reduce",
+        "fast",
+        "hierarchy",
+        "shard",
+        "telemetry",
+        "checkpoint",
+        "saver",
+        "trained",
+        "sample",
+        "evaluate",
+        "verify",
+        "export",
+    ),
     ("loop", "outlook"),
     ("keeper", "balance", "engine", "audit", "profile"),
     ("recovery", "run", "rerun"),
@@ -92,7 +105,7 @@ def test_the_core_keeps_its_budget() -> None:
     """The core is what one must read to know a step, and what a loss does to it; ARCHITECTURE says why so long."""
     core = ("batch", "buckets", "reduce", "ranks", "group", "recovery", "loop", "checkpoint", "run", "events", "config")
     assert sum(len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in core) <= 2500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 18_000
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 18_200
 
 
 def test_the_projector_keeps_its_budget() -> None:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests import dist, nanogpt
+from train.fast import FastReducer
 from train.group import Group
-from train.reduce import ExactReducer, FastReducer
+from train.reduce import ExactReducer
 
 ROOT = Path(__file__).parent.parent
 URL, COMMIT = "https://github.com/karpathy/nanoGPT", "3adf61e154c3fe3fca428ad6bc3818b27a3b8291"

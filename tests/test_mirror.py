@@ -206,6 +206,29 @@ def test_a_save_does_not_wait_for_the_mirror(tmp_path: Path, monkeypatch: pytest
     assert Remote(f"{tmp_path}/store", "").steps() == [2, 1]
 
 
+def test_who_waits_for_a_slow_store_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the rank that saves would be taken for hung at the end of the run, and be killed."""
+    root, go, beats = tmp_path / "checkpoints", threading.Event(), 0
+    upload = Remote.upload
+
+    def slow(self: Remote, path: Path) -> None:
+        assert go.wait(30)
+        upload(self, path)
+
+    def beat() -> None:
+        nonlocal beats
+        beats += 1
+        if beats == 3:
+            go.set()
+
+    monkeypatch.setattr(Remote, "upload", slow)
+    simple(root, 1)
+    copier = Mirror(root, Checkpoint(store=f"{tmp_path}/store"), lambda step: True, lambda text, step: None)
+    copier.update(1)
+    copier.close(beat)
+    assert Remote(f"{tmp_path}/store", "").steps() == [1]
+
+
 def test_what_cannot_be_read_or_is_no_url_is_refused_in_one_line(
     aws: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

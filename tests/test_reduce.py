@@ -16,10 +16,12 @@ from tests import dist
 from train import balance as balancing
 from train.balance import Balance
 from train.evidence import Evidence
+from train.fast import FastReducer
 from train.flat import BLOCK, Buffer, Flat, squares
 from train.group import Group
+from train.hierarchy import HostsFirstReducer
 from train.ranks import Ranks
-from train.reduce import ExactReducer, FastReducer
+from train.reduce import ExactReducer
 
 
 def odd_model() -> nn.Module:
@@ -41,14 +43,17 @@ def used(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if name != "unused"]
 
 
-def sums(group: Group, mode: str, **more: Any) -> dict[str, Any]:
+KINDS: dict[str, Any] = {"exact": ExactReducer, "fast": FastReducer, "hosts first": HostsFirstReducer}
+
+
+def sums(group: Group, mode: str, ranks: Ranks | None = None, **more: Any) -> dict[str, Any]:
     """Two steps of real backward passes, two micro-batches a leaf; what came of them, as digests."""
     flat = Flat(model := odd_model(), group.world)
     options: dict[str, Any] = {"virtual_ranks": 8, "micro_batches": 2, **more}
     options["dtype"] = getattr(torch, options.get("dtype", "float32"))
     hosted = options.pop("hosted", None)
     options["evidence"] = Evidence(flat, options.pop("by_parameter", False))
-    reducer = {"exact": ExactReducer, "fast": FastReducer}[mode](Ranks.default(), flat, **options)
+    reducer = KINDS[mode](ranks or Ranks.default(), flat, **options)
     if hosted:
         reducer.assign([range(*own) for own in hosted])
     early = 0
@@ -183,8 +188,9 @@ def peak(group: Group, mode: str) -> int:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     flat = Flat(model := nn.Linear(512, 2048), group.world)
-    kind = {"exact": ExactReducer, "fast": FastReducer}[mode]
-    reducer = kind(Ranks.default(), flat, virtual_ranks=group.world, bucket_bytes=BUCKET, evidence=Evidence(flat))
+    reducer = KINDS[mode](
+        Ranks.default(), flat, virtual_ranks=group.world, bucket_bytes=BUCKET, evidence=Evidence(flat)
+    )
     alive = most = 0
 
     class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]

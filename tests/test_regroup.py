@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,10 +22,10 @@ from train.config import Optimizer, OptimizerKind
 from train.evidence import Evidence
 from train.flat import Buffer, Flat, Piece
 from train.group import Dismissed, Group, Membership, Place
+from train.hierarchy import HostsFirstReducer
 from train.loop import TrainState
 from train.ranks import Changed
 from train.recovery import Recovery
-from train.reduce import ExactReducer
 
 V = 8
 ALL = V  # leaves, and then the sum, which never comes
@@ -36,8 +37,9 @@ LATE = 5.0  # seconds after which a rank that nothing has freed is freed by the 
 class Member:
     """A rank of a group that changes; who belongs to it is `sent`."""
 
-    def __init__(self, outer: Group) -> None:
-        self.outer = outer
+    def __init__(self, outer: Group, hosts: Sequence[int] = ()) -> None:
+        """`hosts`: where each of the outer ranks lives, if that is to be known."""
+        self.outer, self._hosts = outer, hosts
         listener = nodes.listen(nodes.here(1)) if outer.rank == 0 else None
         port = torch.tensor(listener.getsockname()[1] if listener else 0)
         self._port = int(outer.broadcast(port))
@@ -46,10 +48,9 @@ class Member:
         self.group = Group(place, Precision(), listener, lambda: self._newest)
 
     def send(self, epoch: int, *members: int, boundary: bool = False) -> None:
-        port = self._port
-        self._newest = Membership(
-            epoch=epoch, members=list(members), host="127.0.0.1", port=port, boundary=boundary, why="lost"
-        )
+        hosts = [self._hosts[member] for member in members if self._hosts]
+        where: dict[str, Any] = {"host": "127.0.0.1", "port": self._port, "hosts": hosts}
+        self._newest = Membership(epoch=epoch, members=list(members), **where, boundary=boundary, why="lost")
 
     def join(self, epoch: int, *members: int) -> None:
         self.send(epoch, *members)
@@ -128,7 +129,7 @@ def test_a_group_that_never_comes_to_its_end_keeps_nobody(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.distributed, "ProcessGroupGloo", lambda *_: Endless())
     alone = Membership(epoch=1, members=[0], host="", port=0)
     group = Group(Place.alone(), Precision(), news=lambda: alone)
-    group._joined = backends.Gloo(HashStore(), 0, 1)
+    group._joined = backends.Gloo(HashStore(), 0, 1, set())
     group.join()
     assert group.processes is None
     assert not late, "it was waited for"
@@ -186,7 +187,7 @@ class Half:
         self.model = odd_model()
         self.flat = Flat(self.model, V)
         self.optimizer = optim.build(Optimizer(kind=OptimizerKind.adamw), self.flat)
-        self.reducer = ExactReducer(
+        self.reducer = HostsFirstReducer(  # the flat sum where hosts are not known
             ranks, self.flat, V, 1, dtype=getattr(torch, dtype), bucket_bytes=20_480, evidence=Evidence(self.flat)
         )
         self.computed: list[int] = []
@@ -263,11 +264,12 @@ def recovered(half: Half, member: Member, step: int, whole: bool, again: bool = 
     return said
 
 
-def takes_over(group: Group, dtype: str, done: list[int]) -> dict[str, Any]:
+def takes_over(group: Group, dtype: str, done: list[int], hosts: list[int]) -> dict[str, Any]:
     """Rank r is interrupted when it has computed `done[r]` of its leaves; the last rank is a newcomer afterwards."""
-    member = Member(group)
+    member = Member(group, hosts)
     member.join(1, 0, 1, 2)
     half = Half(member.group, dtype)
+    assert half.reducer._flat_sum == (not hosts)
     hosted = len(half.reducer.hosted[group.rank])
     half.leaves(done[group.rank])
     if done[group.rank] == ALL:
@@ -305,15 +307,15 @@ def alone(group: Group, dtype: str) -> dict[str, Any]:
     return half.total()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_is_taken_over_with_what_is_finished(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "hosts"), [("float32", []), ("bfloat16", []), ("float32", [0, 0, 1])])
+def test_a_step_is_taken_over_with_what_is_finished(dtype: str, hosts: list[int]) -> None:
     """Of 2 or 3 leaves; everything that is missing is computed once.
 
     A rank has lost its last leaf where sums stand on it, or a bf16 one; not where the sum never came.
     """
     (expected,) = dist.run("tests.test_regroup:alone", 1, dtype=dtype)
     for done in ([3, 3, 2], [1, 2, 0], [0, 0, 0], [ALL, ALL, 1], [ALL, 1, 0]):
-        results = dist.run("tests.test_regroup:takes_over", 3, dtype=dtype, done=done)
+        results = dist.run("tests.test_regroup:takes_over", 3, dtype=dtype, done=done, hosts=hosts)
         kept = [result["kept"] for result in results]
         again = sorted(v for result in results for v in result["again"])
         assert all(set(one) <= set(result["before"]) for one, result in zip(kept, results, strict=True))

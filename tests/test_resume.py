@@ -253,14 +253,22 @@ def test_what_has_no_say_in_the_bits_may_change(begun: RunFolder, tiny: list[str
 
 
 def test_free_keys_cover_what_moves_work_but_not_how_sums_round() -> None:
-    free = {"batch.weights", "sharding", "evidence", "resume_from", "checkpoint", "reduce.bucket_mib"}
+    free = {
+        "batch.weights",
+        "sharding",
+        "evidence",
+        "resume_from",
+        "checkpoint",
+        "reduce.bucket_mib",
+        "reduce.hosts_first",
+    }
     assert free <= set(FREE)
     assert not {"reduce", "reduce.dtype", "batch", "schedule", "compile", "accelerator"} & set(FREE)
 
 
 def test_nodes_must_agree_on_all_that_the_ranks_do_together(tiny: list[str]) -> None:
     config = compose.config("train", [*tiny, "name=a"])
-    assert {"eval.every", "checkpoint.every", "reduce.bucket_mib"} <= set(identity(config, LOCAL))
+    assert {"eval.every", "checkpoint.every", "reduce.bucket_mib", "reduce.hosts_first"} <= set(identity(config, LOCAL))
     assert not {"runs", "data.cache", "data.path", "name"} & set(identity(config, LOCAL))
 
 

@@ -67,6 +67,7 @@ def configuration(
         optimizer=Optimizer(kind=OptimizerKind[kind], lr=0.01),
         reduce=Reduce(mode=ReduceMode.exact, dtype=dtype, bucket_mib=0.02),
         sharding=Sharding[sharding],
+        most_nodes=1,
         evidence=Evidence(),
         batch=Batch(sequences=2 * virtual_ranks * micro_batches, virtual_ranks=virtual_ranks, micro_batch=2),
     )

@@ -38,6 +38,7 @@ TIMEOUT = timedelta(minutes=30)  # of a collective; whom it waits for is the sup
 SLICE = timedelta(milliseconds=50)  # of waiting for gloo, between two looks
 DROPPED = 1.0  # seconds in which a gloo group that is left comes to its end; one in some hundreds never does
 ABORTED = 60.0  # seconds in which a communicator must be gone from the device
+Sockets = set[tuple[int, int]]  # number, inode
 AHEAD = 8  # collectives that may be under way on the device when the host launches the next
 
 
@@ -60,10 +61,9 @@ class Joined:
 
 
 class Gloo(Joined):
-    def __init__(self, store: Store, rank: int, world: int) -> None:
-        before = nodes.sockets()
+    def __init__(self, store: Store, rank: int, world: int, before: Sockets) -> None:
         super().__init__(dist.ProcessGroupGloo(store, rank, world, TIMEOUT))
-        self._sockets = nodes.sockets() - before  # number, inode
+        self._sockets = nodes.sockets() - before
 
     def wait(self, work: Any, look: Callable[[], None]) -> None:
         while True:
@@ -125,10 +125,13 @@ class Nccl(Joined):
         self.processes = None
 
 
-def joined(store: Store, rank: int, world: int, wire: torch.device, heals: bool) -> Joined:
-    """This rank's place in a new group, once all its ranks have come to the store, however long that takes."""
+def joined(store: Store, rank: int, world: int, wire: torch.device, heals: bool, before: Sockets) -> Joined:
+    """This rank's place in a new group, once all its ranks have come to the store, however long that takes.
+
+    `before`: the sockets that there were before this rank went to the store; the others end with the group.
+    """
     if heals:
-        return Gloo(store, rank, world) if wire.type == "cpu" else Nccl(store, rank, world, wire)
+        return Gloo(store, rank, world, before) if wire.type == "cpu" else Nccl(store, rank, world, wire)
     if wire.type == "cpu":
         return Joined(dist.ProcessGroupGloo(store, rank, world, TIMEOUT))
     dist.init_process_group("nccl", store=store, rank=rank, world_size=world, timeout=TIMEOUT)

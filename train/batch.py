@@ -114,11 +114,7 @@ def shares(virtual_ranks: int, ranks: int, speeds: Sequence[float] = ()) -> list
         least = most if rank == ranks - 1 else min(most, max(rank + 1, ideal - WINDOW))
         best = {
             end: min(
-                (
-                    max(slowest, (end - first) / speeds[rank]),
-                    subtrees + _subtrees(first, end, whole),
-                    (*cuts, end),
-                )
+                (max(slowest, (end - first) / speeds[rank]), subtrees + _subtrees(first, end, whole), (*cuts, end))
                 for first, (slowest, subtrees, cuts) in best.items()
                 if first < end
             )

@@ -207,7 +207,7 @@ class Reducer(ABC):
         if self._sharded and self.ranks.world > 1:
             stretch = self.flat.stretch
             gathers = [
-                gather(self.ranks, stretch(a, b), stretch(c, d).clone())
+                self._gather(stretch(a, b), stretch(c, d).clone())
                 for (a, b), (c, d) in zip(self._buckets, self._mine, strict=True)
             ]
             for wait in gathers:
@@ -224,6 +224,10 @@ class Reducer(ABC):
 
     def _keep(self) -> None:  # noqa: B027 - nothing, where leaves are not told apart
         """Keep the last leaf, which is whole but cannot be summed up, of whose buckets `_next` have been sent."""
+
+    def _gather(self, target: Tensor, own: Tensor) -> Wait:
+        """Start to bring every rank's chunk of a bucket to all of them."""
+        return gather(self.ranks, target, own)
 
     @abstractmethod
     def _losses(self) -> list[Tensor]:

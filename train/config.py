@@ -223,6 +223,7 @@ class Reduce:
     mode: ReduceMode = MISSING
     dtype: str = "fp32"  # bf16: every node of the tree is rounded, and half the bytes travel
     bucket_mib: float = 8.0  # of the gradient on its way at a time
+    hosts_first: bool = True  # nodes of several ranks: added up inside each, so that it leaves each once (exact only)
 
     def __post_init__(self) -> None:
         choice(self.dtype, "reduce.dtype", ("fp32", "bf16"))

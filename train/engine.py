@@ -21,14 +21,16 @@ from train.config import ReduceMode, Sharding, Train
 from train.data.prepare import Prepared
 from train.data.stream import Stream
 from train.evidence import Evidence
+from train.fast import FastReducer
 from train.flat import Flat
 from train.group import Group
+from train.hierarchy import HostsFirstReducer
 from train.loop import Due, Parts, TrainState
 from train.models import hf
 from train.models.build import build
 from train.models.language import LanguageModel
 from train.ranks import Ranks
-from train.reduce import ExactReducer, FastReducer
+from train.reduce import ExactReducer
 from train.shard import RoundReducer, ShardedFlat
 from train.telemetry import Recorder
 
@@ -86,7 +88,8 @@ def laid_out(config: Train, ranks: Ranks, model: nn.Module) -> tuple[Flat, Reduc
     """The parameters' layout and the reducer that a run's configuration asks for."""
     size = int(config.reduce.bucket_mib * 2**20)
     flat: Flat
-    kind: type[Reducer] = FastReducer if config.reduce.mode is ReduceMode.fast else ExactReducer
+    exact = HostsFirstReducer if config.reduce.hosts_first and config.most_nodes > 1 else ExactReducer
+    kind: type[Reducer] = FastReducer if config.reduce.mode is ReduceMode.fast else exact
     if config.sharding is Sharding.full and ranks.world > 1:
         flat, kind = ShardedFlat(model, ranks, bucket_elements(size, ranks.world)), RoundReducer
     else:

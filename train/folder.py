@@ -39,7 +39,7 @@ LOCAL = (
 FREE = (
     *LOCAL,
     *("nodes", "eval", "checkpoint", "recovery", "faults", "evidence", "sharding"),
-    *("batch.weights", "reduce.bucket_mib"),
+    *("batch.weights", "reduce.bucket_mib", "reduce.hosts_first"),
 )
 WISH = "resize.json"  # in a run's folder: how many ranks it shall have from now on
 PINNED = ("precision", "compile", "accelerator", "batch.micro_batch")  # `auto` means: as this run has it

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Membership:
     members: list[int]  # by rank
     host: str  # where the first of them hosts the store
     port: int
+    hosts: list[int] = field(default_factory=list)  # by rank, the number of the node that it is on
     recorded: int = 0  # the last step whose event the supervisor has
     boundary: bool = False  # nobody is lost: go on to it together, between two steps
     why: str = "start"  # "start", "lost", "joined", "resized"
@@ -143,6 +144,7 @@ class Group(Ranks, Strategy):
             raise Dismissed
         self.membership = new
         self.rank, self.world = new.members.index(self._place.member), len(new.members)
+        self.hosts = new.hosts
         if self.world == 1:
             self.store = HashStore()
             return
@@ -171,10 +173,12 @@ class Group(Ranks, Strategy):
     def _meet(self, new: Membership, rank: int, made: queue.Queue[Any]) -> None:
         """Make the process group; in a thread, since it waits for all members, and one may be lost meanwhile."""
         try:
+            before = nodes.sockets()
             nodes.bind_to(None if self._place.loopback else (new.host, new.port))
             client = TCPStore(new.host, new.port, is_master=False, wait_for_workers=False, timeout=backends.TIMEOUT)
             store = PrefixStore(str(new.epoch), client)
-            made.put((store, backends.joined(store, rank, len(new.members), self.wire, self._place.heals)))
+            world, heals = len(new.members), self._place.heals
+            made.put((store, backends.joined(store, rank, world, self.wire, heals, before)))
         except Exception as error:
             made.put(error)
 

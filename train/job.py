@@ -80,12 +80,7 @@ def _train(config: Train, node: nodes.Node, run: folder.RunFolder, console: Cons
 
 
 def _fetch(
-    origin: mirror.Origin,
-    data: str,
-    config: Train,
-    run: folder.RunFolder,
-    supervisor: Supervisor,
-    console: Console,
+    origin: mirror.Origin, data: str, config: Train, run: folder.RunFolder, supervisor: Supervisor, console: Console
 ) -> bool:
     """Bring in the newest checkpoint of `resume_from`, if it is newer than this folder's; whether there was one."""
     url = config.resume_from

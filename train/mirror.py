@@ -153,11 +153,13 @@ class Mirror:
         self._step = step
         self._due.set()
 
-    def close(self) -> None:
-        """Wait until all is copied, or has failed to be."""
+    def close(self, beat: Callable[[], object] = lambda: None) -> None:
+        """Wait until all is copied, or has failed to be; `beat` is called again and again meanwhile."""
         self._closing.set()
         self._due.set()
-        self._thread.join()
+        while self._thread.is_alive():
+            beat()
+            self._thread.join(1.0)
 
     def _work(self) -> None:
         last = False

@@ -94,11 +94,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        config: Optimizer,
-        flat: Flat,
-        ranks: Ranks,
-        adamw: Callable[[Optimizer, Flat], torch.optim.Optimizer],
+        self, config: Optimizer, flat: Flat, ranks: Ranks, adamw: Callable[[Optimizer, Flat], torch.optim.Optimizer]
     ) -> None:
         """Cuts `flat.owned` into Muon's stretches, and AdamW's two kinds, with decay and without."""
         kinds = [(muon, *part) for muon, run in runs(flat) for part in overlap(flat.ranges, *run)]

@@ -23,6 +23,7 @@ class Ranks:
     def __init__(self, rank: int, world: int, wire: torch.device, processes: Any = None) -> None:
         """`processes`: torch's process group, or a bare backend; None where the world is 1."""
         self.rank, self.world, self.processes = rank, world, processes
+        self.hosts: Sequence[int] = ()  # by rank, the host that it is on, where that is known
         self.doing = ""  # which collective is waited for, or was last: for who asks why it takes so long
         self.wire = wire  # where tensors must lie to travel: gloo's in the host's memory, nccl's in the device's own
 

@@ -14,9 +14,6 @@ the same step is begun again, with other ranks, and what is at hand is not compu
 
 With `reduce.dtype=bf16` every node of the tree is rounded, leaves included, not every message: the law holds.
 
-`FastReducer` stands beside `ExactReducer`: the same interface over the backend's own all-reduce, whose order of
-addition depends on the world size.
-
 Canonical trees for data-parallel determinism: EasyScale (SC'23) fixes virtual workers and the order of their
 gradients; TBIK (arXiv 2511.17826) orders the adds of tensor-parallel matrix products along a tree.
 """
@@ -31,7 +28,7 @@ from torch import Tensor
 from train.batch import Node, children, fold, maximal, spine
 from train.buckets import Reducer, Started
 from train.flat import Buffer, Range, chunk
-from train.ranks import Ranks, Wait, gather
+from train.ranks import Ranks, Wait
 
 
 class ExactReducer(Reducer):
@@ -117,13 +114,17 @@ class ExactReducer(Reducer):
             self._finish_chunk(value, a)
             return lambda: lambda: None
         sent = [part.tensor[a:b] for part in self._parts] + [value] * bool(self._subtrees[self.ranks.rank])
+        return self._between(bucket, sent)
+
+    def _between(self, bucket: Range, sent: list[Tensor]) -> Started:
+        """Start to add up what the ranks have of a bucket; `sent`: this one's subtree sums."""
         exchange = Exchange(self.ranks, self._subtrees, sent, bucket, self.dtype)
         c, _ = chunk(bucket, self.ranks.rank, self.ranks.world)
 
         def go_on() -> Wait:
             own = fold(self._root, exchange.sums().get, Tensor.add_).to(self.flat.device)
             self._finish_chunk(own, c)
-            return (lambda: None) if self._sharded else gather(self.ranks, self._last.tensor[a:b], own)
+            return (lambda: None) if self._sharded else self._gather(self._last.tensor[slice(*bucket)], own)
 
         return go_on
 
@@ -174,44 +175,3 @@ class Exchange:
         """Wait; this rank's chunk of every subtree's sum."""
         self._ranks.wait(self._work, self._what)
         return dict(zip(self._nodes, self._received, strict=True))
-
-
-class FastReducer(Reducer):
-    """The backend's own all-reduce. Its order of addition, and so the result, depends on the world size."""
-
-    _most_losses = 1
-
-    def assign(self, hosted: Sequence[Sequence[int]]) -> None:
-        self._host(hosted)
-        self._final = hosted[self.ranks.rank][-1]
-
-    def _leaves(self) -> Iterator[tuple[int, Buffer]]:
-        self._last = self._zeros()
-        for virtual_rank in self.hosted[self.ranks.rank][:-1]:
-            yield from self._leaf(virtual_rank, self._last)
-        yield from self._last_leaf()
-
-    def _exchange(self, bucket: Range) -> Started:
-        a, b = bucket
-        c, d = chunk(bucket, self.ranks.rank, self.ranks.world)
-        whole = self._last.tensor[a:b]
-        if self.ranks.world == 1:
-            self._summed(whole, a)
-            return lambda: lambda: None
-        on_wire = whole.to(self.ranks.wire, self.dtype)
-        work = self.ranks.sum_up(on_wire)
-
-        def go_on() -> Wait:
-            self.ranks.wait(work, f"the sum of elements {a:,} to {b:,}")
-            whole.copy_(on_wire)  # nothing to do where they are the same tensor
-            self._summed(self._last.tensor[c:d], c)
-            return lambda: None
-
-        return go_on
-
-    def _losses(self) -> list[Tensor]:
-        return [self._last.numbers]
-
-    def _loss(self, losses: Tensor) -> Tensor:
-        total: Tensor = losses.sum((0, 1))
-        return total

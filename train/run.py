@@ -164,10 +164,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         recorder,
         phase=phase,
         asked=lambda: (channel.stop_requested(), group.newer() is not None),
-        due=(
-            Due(config.eval.every, keeper.evaluate),
-            Due(config.checkpoint.every, keeper.save, when_stopping=True),
-        ),
+        due=(Due(config.eval.every, keeper.evaluate), Due(config.checkpoint.every, keeper.save, when_stopping=True)),
     )
 
     if config.recovery.audit:

@@ -134,7 +134,7 @@ class Saver:
         self._join()
         self._group.barrier()  # rank 0 comes here when it has committed, or given up
         if self._mirror is not None:
-            self._mirror.close()
+            self._mirror.close(self._beat)
         if self._failed is not None:
             found = [path.name for path in manifest.candidates(self._root)]
             raise NotSaved(f"{self._failed}; the last checkpoint is {found[0] if found else 'none'}")

@@ -122,8 +122,7 @@ class Supervisor:
 
     def _admit(self, why: str = "joined") -> None:
         """Make members of those who stand by, as far as there is work for them; tell all, if there is any change."""
-        waiting = [rank for rank in self._ranks if rank.stands_by]
-        chosen = waiting[: max(0, self._most - len(self._members))]
+        chosen = [rank for rank in self._ranks if rank.stands_by][: max(0, self._most - len(self._members))]
         for rank in chosen:
             rank.stands_by, rank.named = False, True
         self._members = [*self._members, *(rank.member for rank in chosen)]
@@ -135,8 +134,8 @@ class Supervisor:
     def _publish(self, why: str) -> None:
         """Tell the ranks who belongs together from now on."""
         self._epoch += 1
-        alive = {rank.member for rank in self._ranks}
-        if why in ("joined", "resized") and not alive.issuperset(self._present):
+        alive = {rank.member: rank.spot[0] for rank in self._ranks}
+        if why in ("joined", "resized") and not alive.keys() >= set(self._present):
             why = "lost"  # and they have not gone on without it: nobody may wait for the end of a step
         first = next(rank for rank in self._ranks if rank.member == self._members[0])
         membership = {
@@ -144,6 +143,7 @@ class Supervisor:
             "members": self._members,
             "host": self._fleet.at(first.spot[0]).host,
             "port": first.port,
+            "hosts": [alive.get(member, 0) for member in self._members],
             "recorded": self._last["step"],
             "boundary": why in ("joined", "resized"),
             "why": why,

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces with addresses of their own, joined by a pair of virtual cables."""
+"""Two hosts, joined by a cable: what a run does when it is slow, flaps or is cut."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import Fresh, Running, at_step, gone
+from tests.system.hosts import NoHosts, call, heal, left, on, place, shape, two_hosts
 from tests.system.packages import need, need_root
 from tests.test_fleet import SLOW
 from tests.test_recovery import equals_one_rank, of_kind, once, records
@@ -24,51 +24,32 @@ from train.remote import GONE
 pytestmark = pytest.mark.system
 
 FEW = f"faults.at=[slow:1@{SLOW}]"  # steps, for the twin
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Two namespaces that see each other and nothing else. Installs iproute2 where it is missing and can be had."""
+    """Installs iproute2 where it is missing and can be had."""
     need_root("making network namespaces")
     need("ip", "iproute2")
-    names = [f"pc{os.getpid()}{side}" for side in "ab"]
     try:
-        for name in names:
-            _run("ip", "netns", "add", name)
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"skipped, because this machine makes no network namespaces ({error.stderr.strip()})")
-    try:
-        _run("ip", "link", "add", "pc0", "netns", names[0], "type", "veth", "peer", "name", "pc0", "netns", names[1])
-        for name, address in zip(names, ADDRESSES, strict=True):
-            _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "pc0")
-            _run("ip", "-n", name, "link", "set", "pc0", "up")
-            _run("ip", "-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def _command(name: str, overrides: list[str]) -> list[str]:
-    return ["ip", "netns", "exec", name, sys.executable, "-m", "train", *overrides]
+        with two_hosts() as names:
+            yield names
+    except NoHosts as why:
+        pytest.skip(f"skipped, because this machine makes no network namespaces ({why})")
 
 
 class Host(Fresh):
     """A node of a run of two, on one of the hosts."""
 
-    def __init__(self, hosts: list[str], index: int, tiny: list[str], folder: Path, *more: str) -> None:
-        where = {"PET_NODE_RANK": str(index), "PET_MASTER_ADDR": ADDRESSES[0], "COLOSSUS_TOKEN": "of this test"}
+    def __init__(
+        self, hosts: list[str], index: int, tiny: list[str], folder: Path, *more: str, **environment: str
+    ) -> None:
         overrides = [override for override in tiny if not override.startswith("runs=")]
         overrides += [f"runs={folder}/host{index}", "name=a", "nodes=2", "devices=2", *more]
         self.folder = folder / f"host{index}" / "a"
         self.process = subprocess.Popen(
-            _command(hosts[index], overrides),
-            env={**os.environ, **where},
+            on(hosts[index], "python", "-m", "train", *overrides),
+            env={**os.environ, **place(index), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -77,11 +58,7 @@ class Host(Fresh):
 
 def cut(host: str) -> None:
     """Nothing leaves this host any more; what others send still arrives."""
-    _run("tc", "-n", host, "qdisc", "add", "dev", "pc0", "root", "tbf", "rate", "8bit", "burst", "10", "limit", "10")
-
-
-def heal(host: str) -> None:
-    _run("tc", "-n", host, "qdisc", "del", "dev", "pc0", "root")
+    shape(host, "rate", "8bit", "burst", "10", "limit", "10")
 
 
 def test_two_hosts_leave_the_state_of_one(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
@@ -92,6 +69,23 @@ def test_two_hosts_leave_the_state_of_one(hosts: list[str], tiny: list[str], tmp
         assert code == 0, out + err
     assert summary(running[0].folder)["state_sha256"] == sha256(tiny, "name=alone", "devices=1")
     assert sorted(path.name for path in (running[1].folder / "logs").iterdir()) == ["rank-2.log", "rank-3.log"]
+
+
+def test_a_step_crosses_the_cable_once_a_host(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
+    """By the interfaces' own counters, of whole runs: with two ranks a host 1 of the gradient's bytes, else 1.75."""
+    crossed, states = [], set()
+    for first in ("true", "false"):
+        before = [left(host) for host in hosts]
+        more = ("steps=40", "eval.every=0", "checkpoint.every=0", f"reduce.hosts_first={first}")
+        running = [Host(hosts, index, tiny, tmp_path / first, *more) for index in (0, 1)]
+        for node in running:
+            code, out, err = node.end()
+            assert code == 0, out + err
+        states.add(summary(running[0].folder)["state_sha256"])
+        crossed.append([left(host) - was for host, was in zip(hosts, before, strict=True)])
+    assert len(states) == 1
+    for ours, flat in zip(*crossed, strict=True):
+        assert 0.5 < ours / flat < 0.7, crossed
 
 
 def test_a_cable_that_flaps_only_takes_its_time(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
@@ -143,14 +137,16 @@ def test_one_host_listens_on_loopback_only(hosts: list[str], tiny: list[str], tm
     if shutil.which("ss") is None:
         pytest.skip("skipped, because the ss command is missing")
     process = subprocess.Popen(
-        _command(hosts[0], [*tiny, "name=a", "devices=3", "steps=100000"]), stdout=subprocess.PIPE, text=True
+        on(hosts[0], "python", "-m", "train", *tiny, "name=a", "devices=3", "steps=100000"),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step "):
                 break
-        listening = _run("ip", "netns", "exec", hosts[0], "ss", "-Hltn").stdout.splitlines()
+        listening = call(*on(hosts[0], "ss", "-Hltn")).stdout.splitlines()
         addresses = [line.split()[3] for line in listening]
         assert addresses
         assert all(address.startswith("127.0.0.1:") for address in addresses), addresses

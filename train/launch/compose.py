@@ -20,11 +20,7 @@ RUNS = "/work/runs"  # docker/Dockerfile's
 NAME = r"[a-z0-9][a-z0-9_-]*"  # of a Compose project
 
 
-def submissions(jobs: list[Job]) -> list[Submission]:
-    return [_submission(job) for job in jobs]
-
-
-def _submission(job: Job) -> Submission:
+def submission(job: Job) -> Submission:
     name, text = named(job, NAME), yaml.safe_dump(services(job), sort_keys=False, width=120)
     command = ["docker", "compose", "--project-name", name, "--file", FILE, "up", "--detach"]
     return Submission(f"{name}.compose.yaml", text, command)

@@ -23,11 +23,7 @@ NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"  # a label of DNS, with room for what 
 USER = 1000  # docker/Dockerfile's
 
 
-def submissions(jobs: list[Job]) -> list[Submission]:
-    return [_submission(job) for job in jobs]
-
-
-def _submission(job: Job) -> Submission:
+def submission(job: Job) -> Submission:
     text = yaml.safe_dump_all(objects(job), sort_keys=False, width=120)
     return Submission(f"{named(job, NAME)}.k8s.yaml", text, ["kubectl", "apply", "--filename", FILE])
 
@@ -40,6 +36,8 @@ def objects(job: Job) -> list[dict[str, Any]]:
     metadata = {"name": named(job, NAME), "namespace": target.namespace}
     resources = {"nvidia.com/gpu": str(target.gpus)} if target.gpus else {}
     resources |= {"cpu": str(target.cpus)} if target.cpus else {}
+    refused = {"name": "refused", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    policy = {"maxRestarts": target.restarts, "rules": [refused]}
     runtime = {
         "apiVersion": API,
         "kind": "TrainingRuntime",
@@ -47,15 +45,7 @@ def objects(job: Job) -> list[dict[str, Any]]:
         "spec": {
             "mlPolicy": {"numNodes": job.config.most_nodes, "torch": {}},
             "template": {
-                "spec": {
-                    "failurePolicy": {
-                        "maxRestarts": target.restarts,
-                        "rules": [
-                            {"name": "refused", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-                        ],
-                    },
-                    "replicatedJobs": [{"name": "node", "template": node(job)}],
-                }
+                "spec": {"failurePolicy": policy, "replicatedJobs": [{"name": "node", "template": node(job)}]}
             },
         },
     }

@@ -20,11 +20,7 @@ from train.config import CONFIGS
 from train.launch.job import FILE, Job, Submission, elsewhere, named, tokens
 
 
-def submissions(jobs: list[Job]) -> list[Submission]:
-    return [_submission(job) for job in jobs]
-
-
-def _submission(job: Job) -> Submission:
+def submission(job: Job) -> Submission:
     name, text = named(job), yaml.safe_dump(task(job), sort_keys=False, width=120)
     return Submission(f"{name}.sky.yaml", text, ["sky", "jobs", "launch", "--yes", "--detach-run", FILE])
 

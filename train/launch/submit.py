@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from train.checks import DONE, FAILED, Refused
+from train.checks import DONE, FAILED, require
 from train.commands import Launch, Place
 from train.launch import compose, kubernetes, local, skypilot, slurm
 from train.launch.job import FILE, Job, Submission
@@ -19,9 +19,9 @@ from train.launch.job import FILE, Job, Submission
 PLACES: dict[Place, Callable[[list[Job]], list[Submission]]] = {
     Place.local: local.submissions,
     Place.slurm: slurm.submissions,
-    Place.skypilot: skypilot.submissions,
-    Place.kubernetes: kubernetes.submissions,
-    Place.compose: compose.submissions,
+    Place.skypilot: lambda jobs: [skypilot.submission(job) for job in jobs],
+    Place.kubernetes: lambda jobs: [kubernetes.submission(job) for job in jobs],
+    Place.compose: lambda jobs: [compose.submission(job) for job in jobs],
 }
 
 
@@ -35,9 +35,8 @@ def launch(found: list[tuple[Launch, list[str]]]) -> int:
             print(submission.text, end="")
         return DONE
     tool = submissions[0].command[0]
-    if shutil.which(tool) is None:
-        why = f"{place.name} needs {tool}, which is not here (dry=true prints what would be submitted)"
-        raise Refused("target", why)
+    why = f"{place.name} needs {tool}, which is not here (dry=true prints what would be submitted)"
+    require(shutil.which(tool) is not None, "target", why)
     if place is Place.local:
         os.execv(tool, submissions[0].command)
     folder = Path(config.runs).expanduser() / ".launch"
