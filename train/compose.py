@@ -165,9 +165,8 @@ def _compose(command: str, arguments: list[str]) -> DictConfig:
     try:
         chosen, plain = [*(str(o.input_line) for o in groups), *_search_path()], len(groups) == len(parsed)
         composed = compose(command, chosen, return_hydra_config=plain)
-        for override in parsed:
-            if override not in groups:
-                _check_key(override, composed)
+        for override in (one for one in parsed if one not in groups):
+            _check_key(override, composed)
         if not plain:  # composing takes 50 ms: not twice where nothing is left to check
             composed = compose(command, [*overrides, *_search_path()], return_hydra_config=True)
     except HydraException as error:

@@ -38,8 +38,7 @@ def show(found: dict[str, Any], form: Format) -> None:
     console = Console(width=max(Console().width, 180), highlight=False, markup=False, emoji=False)
     for name, part in ((name, part) for name, part in found.items() if part):
         console.print(_table(name, part))
-        for line in _notes(part) if isinstance(part, list) else ():
-            console.print(line, soft_wrap=True)
+        console.print(*_notes(part), sep="", end="", soft_wrap=True)
 
 
 def predict(path: Path, out: Path | None) -> dict[str, Any]:
@@ -84,12 +83,12 @@ def _table(name: str, part: Any) -> Table:
     return table
 
 
-def _notes(records: list[dict[str, Any]]) -> Iterator[str]:
-    """What is too long for a column, a line each: `left out  PaLM Table 3: the row does not say gpus (1)`."""
-    for record in records:
+def _notes(part: Any) -> Iterator[str]:
+    """Of records what is too long for a column: `left out  PaLM Table 3: the row does not say gpus (1)`."""
+    for record in part if isinstance(part, list) else ():
         for key, value in record.items():
             for words, count in value.items() if isinstance(value, dict) else ():
-                yield f" {key.replace('_', ' ')}  {next(iter(record.values()))}: {words} ({count})"
+                yield f" {key.replace('_', ' ')}  {next(iter(record.values()))}: {words} ({count})\n"
 
 
 def shown(value: Any, key: str = "") -> str:

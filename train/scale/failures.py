@@ -82,10 +82,7 @@ def ettr(rate: float, init: float, interval: float, save: float) -> float:
 def simulate(
     interval: float | Array, save: float, recover: float, between: float, *, days: float, runs: int, seed: int = 0
 ) -> Array:
-    """Goodput of each of `runs` simulated trainings: all advance from failure to failure at once.
-
-    `interval`: one, or a column of them, each of which meets the same failures; (runs,) or (intervals, runs).
-    """
+    """Goodput of `runs` simulated trainings, all from failure to failure at once; a row for each of many intervals."""
     random, horizon = np.random.default_rng(seed), days * 86400
     clock, done = np.zeros(runs), np.zeros(np.broadcast_shapes(np.shape(interval), (runs,)))
     while (clock < horizon).any():

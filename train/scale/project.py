@@ -77,19 +77,16 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     sizes = sorted({n for n in SIZES if n < limit} | {limit})
     batches = [n for n in (int(config.batch * times) for times in (0.25, 0.5, 1, 2, 4, 8)) if n]
     parts = {k: v for k, v in found.parts().items() if v > 0}
+    kinds = ", ".join(f"{n:,} {g.name}" for g, n in there.gpus)
     spent = {k: (v * ratio, f"s, {100 * v / found.step:.1f} %", "predicted") for k, v in parts.items()}
-    answer: dict[str, Any] = {
+    return {
         "job": figures(
             parameters=(shape.parameters, "", origin),
             active_parameters=(shape.active, "", origin),
             tokens=(tokens, "", *(("configured",) if config.tokens else ("assumed", "20 an active parameter"))),
         )
-        | {
-            "unknown": unknown or "–",
-            "cluster": there.name + ": " + ", ".join(f"{n:,} {g.name}" for g, n in there.gpus),
-            "gpus_used": used,
-            "gpus_idle": there.size - used,
-        },
+        | {"unknown": unknown or "–", "cluster": f"{there.name}: {kinds}"}
+        | {"gpus_used": used, "gpus_idle": there.size - used},
         "anchor": _anchored(anchor, share, found.step),
         "plan": found.described(found.order[0]) | {"fits": found.fits},
         "step": figures(
@@ -108,8 +105,7 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
         "learning": _learning(config, shape, tokens, steps * step, about),
         "by_size": _others(((config, n) for n in sizes), there, shape, tokens, ratio),
         "by_batch": _others(((replace(config, batch=n), limit) for n in batches), there, shape, tokens, ratio),
-    }
-    return answer | (_toll(there, shape, found, step, steps, about) if there.figures else {})
+    } | (_toll(there, shape, found, step, steps, about) if there.figures else {})
 
 
 def _workload(config: Scale) -> tuple[Shape, str, str]:
@@ -188,9 +184,8 @@ def _others(
         step, used, parts = found.step * ratio, int(found.jobs[0].gpus[0]), found.parts()
         needed = law.tokens_needed(tokens, config.batch * shape.context, nats)
         row = {"batch": config.batch, "gpus": used, "fits": found.fits, "seconds": step}
-        row |= {"mfu": found.mfu(there) / ratio}
-        row |= {"fabric": sum(parts[k] for k in FABRIC) / found.step, "tokens_to_loss": needed}
-        row["days"] = needed / (config.batch * shape.context) * step / 86400
+        row |= {"mfu": found.mfu(there) / ratio, "fabric": sum(parts[k] for k in FABRIC) / found.step}
+        row |= {"tokens_to_loss": needed, "days": needed / (config.batch * shape.context) * step / 86400}
         if "interruptions" in there.figures:
             tau, save, back, between = _cycle(shape, used, step, float(found.jobs[0].nic[0]), there)
             row["goodput_restart"] = failures.goodput(tau, save, back["restart"], between)
