@@ -6,7 +6,9 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import hydra
 import pytest
 
 from train import cli, compose
@@ -62,6 +64,20 @@ def test_a_mistake_is_named(override: str, words: list[str]) -> None:
     message = refused(override)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+def test_nothing_is_composed_twice_where_no_key_is_to_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        calls.append(arguments)
+        return hydra.compose(*arguments, **more)
+
+    monkeypatch.setattr(compose, "compose", counted)
+    chosen = compose.config("train", ["model=llama_micro"])
+    assert len(calls) == 1
+    assert chosen == compose.config("train", ["model=llama_micro", f"seed={chosen.seed}"])
+    assert len(calls) == 3
 
 
 def test_a_missing_data_path_is_named() -> None:

@@ -163,11 +163,12 @@ def _compose(command: str, arguments: list[str]) -> DictConfig:
     for override in groups:
         _check_option(override)
     try:
-        known = compose(command, [*(str(o.input_line) for o in groups), *_search_path()])
-        for override in parsed:
-            if override not in groups:
-                _check_key(override, known)
-        composed = compose(command, [*overrides, *_search_path()], return_hydra_config=True)
+        chosen, plain = [*(str(o.input_line) for o in groups), *_search_path()], len(groups) == len(parsed)
+        composed = compose(command, chosen, return_hydra_config=plain)
+        for override in (one for one in parsed if one not in groups):
+            _check_key(override, composed)
+        if not plain:  # composing takes 50 ms: not twice where nothing is left to check
+            composed = compose(command, [*overrides, *_search_path()], return_hydra_config=True)
     except HydraException as error:
         cause = error.__cause__ or error
         key = next((o.key_or_group for o in parsed if o.input_line and o.input_line in str(error)), "")

@@ -95,9 +95,8 @@ def asked(path: Path, scale: Scale) -> tuple[Train, Scale]:
 
 def anchor(path: Path, start: dict[str, Any] | None, tokens_per_s: float | None) -> Anchor:
     """A run's own step time, and what is predicted of it where it ran. `start`: its last event of that kind."""
-    require(bool(start and tokens_per_s), "run", f"{path} has measured no throughput yet: it needs log.every steps")
-    assert start is not None
-    assert tokens_per_s is not None
+    if not start or not tokens_per_s:
+        raise Refused("run", f"{path} has measured no throughput yet: it needs log.every steps")
     config, data = read_train(path / "config.yaml"), read_json(path / "data.json") or {}
     ran = replace(config, precision=start["precision"], compile=start["compiled"])
     seconds = step_seconds(ran, data["vocab"], here.of(start["device"]), start["world"])

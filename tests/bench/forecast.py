@@ -1,9 +1,9 @@
 """Predicted against measured, on this machine: `make bench-forecast`.
 
-CPU seconds of steps on 4 and 8 ranks, by the model of this machine (`colossus probe` is run first), anchored on what 1
-and 2 ranks measured; and the goodput of a drill, by what a fault cost in another drill with more of them and
-another seed; the peak of a rank by `colossus plan`. Ranks share 2 cores here, and other work is on them: what is shown
-is the arithmetic, not a cluster.
+Steps on 4 and 8 ranks, by the model of this machine (`colossus probe` is run first), anchored as `colossus scale run=`
+does on what 1 and 2 ranks measured; and the goodput of a drill, by what a fault cost in another drill with more of them
+and another seed; the peak of a rank by `colossus plan`. Ranks share this machine's cores: what is shown is the
+arithmetic, not a cluster. Wall time is what is anchored, so the cores must be free: the load beforehand is said.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from train import hardware
 from train.ledger import ledger
 from train.outlook import anchor
 from train.report.record import Run
-from train.scale import failures
+from train.scale import failures, here
+from train.scale.project import Anchor
 
 KEYS = ["data=synthetic", "data.synthetic_tokens=400_000", "data.tokenizer.vocab=1000", "accelerator=cpu", "logger=[]"]
 KEYS += ["eval.every=0", "checkpoint.every=0", "precision=fp32"]
@@ -45,56 +45,38 @@ def colossus(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def spent(root: int) -> float:
-    """CPU seconds of a process and of all that came from it and live."""
-    stats = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        stats[int(path.parent.name)] = int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    family, more = set[int](), {root}
-    while more:
-        family |= more
-        more = {pid for pid, (parent, _) in stats.items() if parent in family} - family
-    return sum(stats[pid][1] for pid in family if pid in stats)
-
-
-def step_cpu(folder: Path, *arguments: str) -> float:
-    """CPU seconds of a step, all ranks together: from the fourth step to the last."""
-    seen: list[tuple[float, float]] = []
-    command = [str(Path(sys.executable).with_name("colossus")), "train", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            seen.append((time.time(), spent(process.pid)))
-            time.sleep(0.2)
-    ends = {record["step"]: record["time"] for record in Run(folder).of("step")}
-    first, last = 4, max(ends)
-    before, after = (min(seen, key=lambda one: abs(one[0] - ends[step]))[1] for step in (first, last))
-    return float((after - before) / (last - first))
-
-
 def ranks(folder: str, rounds: int, steps: int) -> dict[str, Any]:
-    """By number of ranks: CPU seconds a step, all ranks together, as measured and as predicted; interleaved medians.
-
-    Wall time would say how many others wait for the cores: with 20 of them, eight ranks are given more than two are.
-    """
-    found: dict[int, list[tuple[float, float]]] = {}
+    """Steps of 1, 2, 4 and 8 ranks as the command anchors them: medians of interleaved runs."""
+    found: dict[int, list[Anchor]] = {}
+    load = os.getloadavg()[0]
+    if load > hardware.cores() / 2:
+        print(f"others are using the cores (load {load:.1f}): these steps will say little", file=sys.stderr)
     for turn in range(rounds):
         for world in (1, 2, 4, 8):
             path = Path(folder) / f"w{world}-{turn}"
-            keys = [*KEYS, *STEP, f"devices={world}", f"steps={steps}", f"runs={folder}", f"name={path.name}"]
-            cpu, run = step_cpu(path, *keys), Run(path)
-            one = anchor(path, run.last("start"), run.summary["tokens_per_s"])
-            found.setdefault(world, []).append((cpu, one.predicted * min(world, hardware.cores())))
-    times = {world: [statistics.median(x) for x in zip(*pairs, strict=True)] for world, pairs in found.items()}
-    ratio = statistics.mean(times[w][0] / times[w][1] for w in (1, 2))
-    rows = [
-        {"ranks": w, "measured": m, "predicted": p, "anchored": ratio * p, "error": ratio * p / m - 1, "anchor": w <= 2}
-        for w, (m, p) in times.items()
-    ]
-    return {"ratio": ratio, "load": os.getloadavg()[0], "rows": rows}
+            keys = [f"devices={world}", f"steps={steps}", f"runs={folder}", f"name={path.name}"]
+            colossus("train", *KEYS, *STEP, *keys)
+            run = Run(path)
+            found.setdefault(world, []).append(anchor(path, run.last("start"), run.summary["tokens_per_s"]))
+    return {"load": load, "rows": anchored([median(some) for some in found.values()])}
+
+
+def median(runs: list[Anchor]) -> Anchor:
+    """The run whose step is the middle one."""
+    return sorted(runs, key=lambda run: run.measured)[len(runs) // 2]
+
+
+def anchored(runs: list[Anchor]) -> list[dict[str, Any]]:
+    """Each run's step beside what is predicted of it from a run with fewer ranks: the mean of those of 1 and 2."""
+    known = [run for run in runs if run.ranks <= 2]
+    rows = []
+    for run in runs:
+        times = [
+            run.predicted * one.ratio ** one.share([here.of(run.device)], alone=True) for one in known if one is not run
+        ]
+        row = {"ranks": run.ranks, "measured": run.measured, "predicted": run.predicted, "anchor": run in known}
+        rows.append(row | {"anchored": statistics.mean(times), "error": statistics.mean(times) / run.measured - 1})
+    return rows
 
 
 def peaks(folder: str) -> list[dict[str, Any]]:
@@ -156,9 +138,7 @@ def main() -> int:
         if "drills" not in parts:
             parts["drills"] = drills(folder, options.faults)
     print(json.dumps(parts, indent=1))
-    report.write(
-        "forecast", "make bench-forecast", cores=hardware.cores(), background="other work on both cores", **parts
-    )
+    report.write("forecast", "make bench-forecast", cores=hardware.cores(), **parts)
     return 0
 
 

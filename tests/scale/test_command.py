@@ -16,7 +16,7 @@ from train.economy import prices
 from train.scale.command import predict
 from train.scale.hardware import TAGS, cluster, named
 from train.scale.project import project
-from train.scale.tables import published
+from train.scale.tables import parse, published, rows
 from train.scale.workload import TABLES
 
 NAMES = ("dgx_h100", "grok2_15k", "llama3_16k", "meta_24k", "colossus_100k", "colossus_200k")
@@ -58,6 +58,16 @@ def test_a_table_goes_through_the_command(tmp_path: Path, capsys: pytest.Capture
     assert source["rows"] == source["predicted"] == 3
     assert (tmp_path / "out.csv").read_text().splitlines()[0].endswith("predicted_step_time_s,not_predicted,assumed")
     assert cli.main(["scale", f"table={table}", f"out={tmp_path}/nowhere/out.csv"]) == 2
+
+
+def test_a_printed_table_has_a_line_a_source_and_its_reasons_below(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["scale", f"table={TABLES}/misc_runs.csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    reasons = [line for line in lines if line.startswith(" left out")]
+    assert " left out  OPT-175B: the row does not say global_batch_seqs (1)" in reasons
+    assert max(len(line) for line in lines if line not in reasons) < 120
+    names = {run.source for run in map(parse, rows(TABLES / "misc_runs.csv")[1])}
+    assert all(sum(line.startswith(f" {name} ") for line in lines) == 1 for name in names)
 
 
 HEAD = "source,layers,hidden,heads,kv_heads,seq,vocab,ffn,gated,global_batch_seqs,gpus,gpu_type,TP,PP,CP,EP,microbatch,"

@@ -64,6 +64,13 @@ def test_the_simulation_agrees_with_the_closed_form() -> None:
     assert np.array_equal(runs, failures.simulate(tau, save, recover, LLAMA, days=54, runs=1000))
 
 
+def test_intervals_side_by_side_meet_the_same_failures() -> None:
+    taus = np.array([300.0, 800.0, 2000.0])
+    both = failures.simulate(taus[:, None], 60, 300, LLAMA, days=10, runs=50)
+    alone = [failures.simulate(float(tau), 60, 300, LLAMA, days=10, runs=50) for tau in taus]
+    assert np.array_equal(both, alone)
+
+
 def test_the_best_interval_by_simulation_is_daly_s() -> None:
     best = failures.best_by_simulation(60, 300, LLAMA)
     assert best == pytest.approx(failures.daly(60, LLAMA), rel=0.35)  # the optimum is flat: 1 % of goodput over this

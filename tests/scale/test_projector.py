@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.bench.forecast import anchored
 from tests.report.folders import leave, lines
 from train import cli, compose, hardware, links, outlook, plan
 from train.scale import failures, here, law, memory, validation, workload
 from train.scale.calibrate import jobs_of
-from train.scale.hardware import TAGS
+from train.scale.hardware import TAGS, gpus
 from train.scale.network import exact_sum
 from train.scale.project import Anchor, project
 from train.scale.tables import published
@@ -64,12 +65,9 @@ def test_a_run_scales_what_is_predicted_by_what_it_measured(probed: Path, capsys
     capsys.readouterr()
     assert cli.main([*keys[:2], "cluster=here", *keys[3:]]) == 0
     near = json.loads(capsys.readouterr().out)
-    known, there = Anchor("a", 2, "cpu", 2.0, 1.0), here.cluster("here")
-    cut = [jobs_of([run]) for run in published() if run.job and run.job["gpus"] == 8]
-    assert {(known.share(there, j), float(j.tp[0] * j.cp[0]) == 1) for j in cut} == {
-        (validation.NEAR, True),
-        (validation.FAR, False),
-    }
+    known, core = Anchor("a", 2, "cpu", 2.0, 1.0), here.of("cpu")
+    assert known.share([core], alone=True) == validation.NEAR
+    assert known.share([core], alone=False) == known.share([gpus()["h100_sxm"]], alone=True) == validation.FAR
     scale = near["step"]["seconds"]["value"] / near["anchor"]["without_it"]["value"]
     assert scale == pytest.approx(anchor["ratio"]["value"] ** validation.NEAR), "the same kind of device"
     assert all(word in page for word in ("Against the number of GPUs", "MFU against the batch", "<svg", "ratio", "MW"))
@@ -212,6 +210,17 @@ def test_what_was_predicted_of_this_machine_and_measured() -> None:
     errors = [abs(row["error"]) for row in found["ranks"]["rows"] if not row["anchor"]]
     assert len(errors) == 2
     assert max(errors) < 0.10
+
+
+def test_the_bench_anchors_as_the_command_does(probed: Path) -> None:
+    """Steps of 2 s where 1 s is predicted: from another run of that machine, 1 s to the power that is believed."""
+    rows = anchored([Anchor("a", ranks, "cpu", 2.0 / ranks, 1.0 / ranks) for ranks in (1, 2, 4)])
+    assert [row["anchored"] * row["ranks"] for row in rows] == pytest.approx([2**validation.NEAR] * 3)
+    assert [row["error"] for row in rows] == pytest.approx([2 ** (validation.NEAR - 1) - 1] * 3)
+    assert [row["anchor"] for row in rows] == [True, True, False]
+    odd = anchored([Anchor("a", ranks, "cpu", seconds, 1.0) for ranks, seconds in ((1, 1.0), (2, 4.0), (8, 2.0))])
+    assert odd[0]["anchored"] == pytest.approx(4**validation.NEAR), "never by itself"
+    assert odd[2]["anchored"] == pytest.approx((1 + 4**validation.NEAR) / 2)
 
 
 def test_peaks_of_runs_are_as_planned() -> None:

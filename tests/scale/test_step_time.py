@@ -209,13 +209,23 @@ def test_an_expert_model_multiplies_with_the_chosen_experts_only() -> None:
 
 
 def test_biases_of_experts_are_moved_by_themselves() -> None:
-    """By hand: 68 bytes for each number that the chosen experts put out."""
+    """By hand: 68 bytes for each number that the chosen experts put out, 58 for each between their products."""
     plan: dict[str, float] = {"gpus": 8, "batch": 8, "stack": Stack.ENGINE}
     shapes = [dataclasses.replace(SMALL, experts=8, chosen=2, biased=biased) for biased in (False, True)]
     jobs = Jobs([job(shape, gpus()["h100_sxm"], **plan) for shape in shapes])  # type: ignore[arg-type]
     without, beside = breakdown(jobs, calibration())["memory"]
-    moved = 68 * SMALL.context * 2 * SMALL.width * SMALL.layers
+    moved = SMALL.context * 2 * (68 * SMALL.width + 58 * SMALL.ffn) * SMALL.layers
     assert beside - without == pytest.approx(moved / gpus()["h100_sxm"].bandwidth)
+
+
+def test_experts_are_launched_one_by_one() -> None:
+    """By hand, of a layer that computes next to nothing: 60 us for each expert on a GPU, 176 with biases."""
+    tiny = Shape(layers=1, width=64, heads=1, kv_heads=1, ffn=64, gated=True, vocab=64, context=8, chosen=2, experts=64)
+    shapes = [tiny, dataclasses.replace(tiny, experts=128), dataclasses.replace(tiny, biased=True)]
+    jobs = Jobs([job(shape, gpus()["h100_sxm"], gpus=8, batch=8, stack=Stack.ENGINE) for shape in shapes])
+    few, many, biased = breakdown(jobs, calibration())["host"]
+    assert many - few == pytest.approx(64 * 60e-6, rel=0.05)
+    assert biased - few == pytest.approx(64 * 116e-6, rel=0.05)
 
 
 def test_a_pipeline_gathers_once_a_step() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ def show(found: dict[str, Any], form: Format) -> None:
     if form is Format.json:
         print(json.dumps(found))
         return
-    console = Console(width=max(Console().width, 180), highlight=False)
+    console = Console(width=max(Console().width, 180), highlight=False, markup=False, emoji=False)
     for name, part in ((name, part) for name, part in found.items() if part):
         console.print(_table(name, part))
+        console.print(*_notes(part), sep="", end="", soft_wrap=True)
 
 
 def predict(path: Path, out: Path | None) -> dict[str, Any]:
@@ -67,16 +69,26 @@ def _table(name: str, part: Any) -> Table:
     records = isinstance(part, list) and bool(part)
     table = Table(title=name.replace("_", " "), title_justify="left", title_style="bold", box=None, show_header=records)
     if records:
-        keys = list(part[0])
+        keys = [key for key, value in part[0].items() if not isinstance(value, dict)]
         for key in keys:
             numeric = all(isinstance(record[key], int | float | None) for record in part)
-            table.add_column(key.replace("_", " "), justify="right" if numeric else "left", max_width=48)
+            words, widest = (key.replace("_", "\n"), None) if numeric else (key.replace("_", " "), 48)
+            table.add_column(words, justify="right" if numeric else "left", max_width=widest)
+        table.columns[0].no_wrap, table.columns[0].max_width = True, None  # what a record is about
         for record in part:
             table.add_row(*(shown(record[key], key) for key in keys))
         return table
     for key, value in part.items() if isinstance(part, dict) else [("", part)]:
         table.add_row(key.replace("_", " "), shown(value, key))
     return table
+
+
+def _notes(part: Any) -> Iterator[str]:
+    """Of records what is too long for a column: `left out  PaLM Table 3: the row does not say gpus (1)`."""
+    for record in part if isinstance(part, list) else ():
+        for key, value in record.items():
+            for words, count in value.items() if isinstance(value, dict) else ():
+                yield f" {key.replace('_', ' ')}  {next(iter(record.values()))}: {words} ({count})\n"
 
 
 def shown(value: Any, key: str = "") -> str:

@@ -80,11 +80,11 @@ def ettr(rate: float, init: float, interval: float, save: float) -> float:
 
 
 def simulate(
-    interval: float, save: float, recover: float, between: float, *, days: float, runs: int, seed: int = 0
+    interval: float | Array, save: float, recover: float, between: float, *, days: float, runs: int, seed: int = 0
 ) -> Array:
-    """Goodput of each of `runs` simulated trainings: all advance from failure to failure at once."""
+    """Goodput of `runs` simulated trainings, all from failure to failure at once; a row for each of many intervals."""
     random, horizon = np.random.default_rng(seed), days * 86400
-    clock, done = np.zeros(runs), np.zeros(runs)
+    clock, done = np.zeros(runs), np.zeros(np.broadcast_shapes(np.shape(interval), (runs,)))
     while (clock < horizon).any():
         span = np.minimum(random.exponential(between, runs), np.maximum(horizon - clock, 0))
         started = np.where(clock == 0, 0, recover)  # nothing to recover from before the first failure
@@ -96,9 +96,9 @@ def simulate(
 
 def best_by_simulation(save: float, recover: float, between: float) -> float:
     """The interval with the best mean of 200 simulated runs, on a grid of tenths around Young's."""
-    grid, days = young(save, between) * 1.1 ** np.arange(-8, 9), 200 * between / 86400
-    means = [simulate(float(tau), save, recover, between, days=days, runs=200).mean() for tau in grid]
-    return float(grid[int(np.argmax(means))])
+    grid: Array = young(save, between) * 1.1 ** np.arange(-8.0, 9.0)
+    means = simulate(grid[:, None], save, recover, between, days=200 * between / 86400, runs=200).mean(1)
+    return float(grid[means.argmax()])
 
 
 def recovery(gpus: int, state: float, nic: float, step: float) -> dict[str, dict[str, float]]:

@@ -32,9 +32,8 @@ def cluster(name: str) -> Cluster:
     there = [gpu.name for gpu in hardware.gpus()]
     if not there:
         found = measured()
-        why = "nvidia-smi shows no GPU here: `colossus probe` measures the CPU, or name another cluster"
-        require(found is not None, "cluster", why)
-        assert found is not None
+        if found is None:
+            raise Refused("cluster", "nvidia-smi shows no GPU: `colossus probe` measures the CPU, or name a cluster")
         return Cluster(name=name, gpus=((found, found.domain),), figures={})
     return Cluster(name=name, gpus=tuple((of(one), there.count(one)) for one in dict.fromkeys(there)), figures={})
 
@@ -46,8 +45,8 @@ def of(device: str) -> Gpu:
         return known[table[device].name]
     require(device.startswith("cpu"), "cluster", f"'{device}' has no figures: add it to configs/hardware")
     core = measured()
-    require(core is not None, "run", "nothing is known of this machine's CPU yet: `colossus probe` measures it")
-    assert core is not None
+    if core is None:
+        raise Refused("run", "nothing is known of this machine's CPU yet: `colossus probe` measures it")
     return core
 
 

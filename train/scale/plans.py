@@ -102,8 +102,7 @@ def _jobs(config: Scale, shape: Shape, there: Cluster, gpu: Gpu, plans: list[dic
     fp8 = config.precision == "fp8"
     require(not fp8 or gpu.fp8 > 0, "precision", f"{gpu.name} has no fp8: use bf16")
     share = there.figures["throughput"].value if "throughput" in there.figures else 1.0
-    cut = Sharding[config.sharding.upper()]
-    fixed = {"stack": Stack.ENGINE, "sharding": cut, "fp8": float(fp8), "nic": gpu.nic * share}
-    jobs = Jobs([job(shape, gpu, gpus=1, batch=config.batch, **fixed)]).take([0] * len(plans))  # type: ignore[arg-type]
+    fixed: dict[str, Any] = {"stack": Stack.ENGINE, "sharding": Sharding[config.sharding.upper()], "fp8": float(fp8)}
+    jobs = Jobs([job(shape, gpu, gpus=1, batch=config.batch, nic=gpu.nic * share, **fixed)]).take([0] * len(plans))
     jobs.columns |= {key: np.array([plan[key] for plan in plans], float) for key in plans[0]}
     return jobs

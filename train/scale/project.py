@@ -18,12 +18,12 @@ from train.checks import Refused, choice, require
 from train.commands import Scale
 from train.scale import failures, here, law, memory, validation
 from train.scale.calibrate import SOURCES
-from train.scale.hardware import Cluster, Figure, cluster
+from train.scale.hardware import Cluster, Figure, Gpu, cluster
 from train.scale.network import exact_sum
 from train.scale.plans import FULL, Best, best
 from train.scale.step_time import calibration, step_time
 from train.scale.tables import published as runs_published
-from train.scale.workload import Jobs, Shape, of_model, published
+from train.scale.workload import Shape, of_model, published
 
 BATCH = 2048  # sequences, unless somebody says
 SIZES = (8, 64, 512, 1000, 4096, 16_384, 32_768, 100_000, 200_000)
@@ -47,10 +47,10 @@ class Anchor:
     def ratio(self) -> float:
         return self.measured / self.predicted
 
-    def share(self, there: Cluster, plan: Jobs) -> float:
-        """The power of the ratio that scales times there: is it the same kind of device, and data parallel alone?"""
-        same = here.of(self.device).name in {gpu.name for gpu, _ in there.gpus}
-        return validation.NEAR if same and plan.tp[0] == plan.cp[0] == 1 else validation.FAR
+    def share(self, there: Iterable[Gpu], alone: bool) -> float:
+        """The power of the ratio that scales times there: on its own kind of device, by data parallelism alone?"""
+        same = here.of(self.device).name in {gpu.name for gpu in there}
+        return validation.NEAR if same and alone else validation.FAR
 
 
 def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
@@ -61,9 +61,11 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     limit = min(config.gpus or there.size, there.size)
     require(config.gpus <= there.size, "gpus", f"{config.gpus:,} are more than the {there.size:,} of {there.name}")
     found = best(config, there, shape, limit)
-    share = anchor.share(there, found.jobs[0]) if anchor else 0.0
+    jobs = found.jobs
+    alone = bool(jobs[0].tp[0] == jobs[0].cp[0] == 1)
+    share = anchor.share((gpu for gpu, _ in there.gpus), alone) if anchor else 0.0
     ratio = anchor.ratio**share if anchor else 1.0
-    jobs, step, used = found.jobs, found.step * ratio, int(found.jobs[0].gpus[0])
+    step, used = found.step * ratio, int(jobs[0].gpus[0])
     wrong, bias = held_out()
     about = f"±{100 * wrong:.0f} %, {100 * bias:+.0f} % on the mean"
     if anchor or there.gpus[0][0].architecture == "cpu":
@@ -75,19 +77,16 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     sizes = sorted({n for n in SIZES if n < limit} | {limit})
     batches = [n for n in (int(config.batch * times) for times in (0.25, 0.5, 1, 2, 4, 8)) if n]
     parts = {k: v for k, v in found.parts().items() if v > 0}
+    kinds = ", ".join(f"{n:,} {g.name}" for g, n in there.gpus)
     spent = {k: (v * ratio, f"s, {100 * v / found.step:.1f} %", "predicted") for k, v in parts.items()}
-    answer: dict[str, Any] = {
+    return {
         "job": figures(
             parameters=(shape.parameters, "", origin),
             active_parameters=(shape.active, "", origin),
             tokens=(tokens, "", *(("configured",) if config.tokens else ("assumed", "20 an active parameter"))),
         )
-        | {
-            "unknown": unknown or "–",
-            "cluster": there.name + ": " + ", ".join(f"{n:,} {g.name}" for g, n in there.gpus),
-            "gpus_used": used,
-            "gpus_idle": there.size - used,
-        },
+        | {"unknown": unknown or "–", "cluster": f"{there.name}: {kinds}"}
+        | {"gpus_used": used, "gpus_idle": there.size - used},
         "anchor": _anchored(anchor, share, found.step),
         "plan": found.described(found.order[0]) | {"fits": found.fits},
         "step": figures(
@@ -106,8 +105,7 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
         "learning": _learning(config, shape, tokens, steps * step, about),
         "by_size": _others(((config, n) for n in sizes), there, shape, tokens, ratio),
         "by_batch": _others(((replace(config, batch=n), limit) for n in batches), there, shape, tokens, ratio),
-    }
-    return answer | (_toll(there, shape, found, step, steps, about) if there.figures else {})
+    } | (_toll(there, shape, found, step, steps, about) if there.figures else {})
 
 
 def _workload(config: Scale) -> tuple[Shape, str, str]:
@@ -186,9 +184,8 @@ def _others(
         step, used, parts = found.step * ratio, int(found.jobs[0].gpus[0]), found.parts()
         needed = law.tokens_needed(tokens, config.batch * shape.context, nats)
         row = {"batch": config.batch, "gpus": used, "fits": found.fits, "seconds": step}
-        row |= {"mfu": found.mfu(there) / ratio}
-        row |= {"fabric": sum(parts[k] for k in FABRIC) / found.step, "tokens_to_loss": needed}
-        row["days"] = needed / (config.batch * shape.context) * step / 86400
+        row |= {"mfu": found.mfu(there) / ratio, "fabric": sum(parts[k] for k in FABRIC) / found.step}
+        row |= {"tokens_to_loss": needed, "days": needed / (config.batch * shape.context) * step / 86400}
         if "interruptions" in there.figures:
             tau, save, back, between = _cycle(shape, used, step, float(found.jobs[0].nic[0]), there)
             row["goodput_restart"] = failures.goodput(tau, save, back["restart"], between)

@@ -32,7 +32,13 @@ OPTIMIZER = 32  # bytes a parameter: fp32 weight and two moments, read and writt
 ACCUMULATE = {"fused": 8, "separate": 5, "deepspeed": 26}
 AGAIN = 0.75  # of what the host does for a layer, forward is that much, which recomputing does again
 PIPELINE, CONTEXT = 0.35, 0.3  # shares of their transfers that are not hidden
-BIASED = 68  # bytes a number that experts with biases put out: fp32, op by op, Megatron-LM's experts.py @55198ba
+# Bytes a number, op by op, of GPT OSS's experts: put out and biased in fp32 (Megatron-LM @55198ba, experts.py); between
+# the products, clamped by halves and joined (fused_bias_geglu.py: 16 forward, 20 backward), and all of that again as
+# NVIDIA's recipe for H100 has it (22; Megatron-Bridge @067f987, gpt_oss_workload_base_configs.py).
+BIASED, CLAMPED = 68, 58
+# Seconds of the host for each expert on a GPU: its six products are launched one by one at 10 us (Transformer Engine's
+# cublaslt_gemm.cu); its bias is two calls at 28 us and six kernels backward. The same figures as in launch's prior.
+EXPERT, BIAS = 60e-6, 116e-6
 BUFFERS = 24  # passes over the residual stream that a layer makes, forward and backward, if each op runs by itself
 
 
@@ -59,7 +65,9 @@ def breakdown(j: Jobs, c: Calibration) -> dict[str, Array]:
     layer = {part: forward[part] * (1 + again) + backward[part] for part in forward}
     layer["attention"] += np.where(core, forward["attention"], 0)
     # a checkpoint of PyTorch's stops computing again before the last product, whose result nobody needs
-    layer["products"] -= np.where(full & (j.sharding >= Sharding.GRADIENTS), _down(j, c), 0)
+    tokens = j.micro_batch * j.context / j.cp
+    down = _product(tokens, j.ffn / j.tp, j.width, _rates(j, c)[1])
+    layer["products"] -= np.where(full & (j.sharding >= Sharding.GRADIENTS) & (j.experts == 1), down, 0)
     layer |= _waits(j, c, sum(layer.values()))
     seconds = np.asarray(sum(layer.values()))
 
@@ -68,7 +76,6 @@ def breakdown(j: Jobs, c: Calibration) -> dict[str, Array]:
     most, last = _stages(j, chunks)
     head = _head(j, c)
     stage = np.maximum(most * seconds, last * seconds + head)
-    tokens = j.micro_batch * j.context / j.cp
     sent = 2 * chunks * tokens * j.width * 2 / np.where(j.deepspeed > 0, 1, j.tp)
     wire = np.where(j.gpus <= j.domain, j.bus, j.nic)
     hidden = np.where(j.deepspeed > 0, 1, PIPELINE)
@@ -98,11 +105,6 @@ def _passes(j: Jobs, c: Calibration) -> Array:
     return np.asarray(each[j.stack.astype(int)])
 
 
-def _down(j: Jobs, c: Calibration) -> Array:
-    tokens = j.micro_batch * j.context / j.cp
-    return np.where(j.experts > 1, 0, _product(tokens, j.ffn / j.tp, j.width, _rates(j, c)[1]))
-
-
 def _layer(j: Jobs, c: Calibration) -> tuple[dict[str, Array], dict[str, Array]]:
     """Seconds of a layer's forward and backward pass over a micro-batch, without waiting for anybody."""
     tokens, moe = j.micro_batch * j.context / j.cp, j.experts > 1
@@ -123,7 +125,7 @@ def _layer(j: Jobs, c: Calibration) -> tuple[dict[str, Array], dict[str, Array]]
     hidden = (5 + 3 * j.gated) * j.ffn / j.tp * np.where(moe, j.chosen, 1)
     moved = 2 * tokens * (residual + 8 * qkv / j.tp + hidden) * (passes + c.casts * j.fp8)
     moved += np.where(moe, 2 * tokens * c.routed * (1 + c.casts * j.fp8) * j.chosen * j.width, 0)
-    moved += np.where(j.biased > 0, BIASED * tokens * j.chosen * j.width, 0)
+    moved += np.where(j.biased > 0, (BIASED * j.width + CLAMPED * j.ffn / j.tp) * tokens * j.chosen, 0)
     memory = moved / j.bandwidth
 
     inside = np.where(j.tp <= j.domain, j.bus, j.nic)
@@ -163,6 +165,7 @@ def _attention(j: Jobs, c: Calibration, bf16: Array) -> tuple[Array, Array]:
 def _waits(j: Jobs, c: Calibration, layer: Array) -> dict[str, Array]:
     """What a layer waits for: the host that launches it, parameters on their way, its gradient's accumulation."""
     host = c.launch * np.where(j.recompute == Recompute.FULL, 1 + AGAIN, 1) * np.where(j.experts > 1, 2, 1)
+    host += np.where(j.experts > 1, (EXPERT + BIAS * j.biased) * j.experts / j.ep, 0)
     host = np.where(j.architecture > 0, host, 0)  # a CPU is the host
     launched = (layer**4 + host**4) ** 0.25  # the longer one, rounded where they are close
     mine = j.layer_parameters / j.ep / j.tp

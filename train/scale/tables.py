@@ -176,19 +176,11 @@ def _software(row: Mapping[str, str]) -> dict[str, float]:
     keys = ("framework", "notes", "recompute", "evidence", "precision")
     framework, notes, recompute, evidence, precision = ((row.get(key) or "").lower() for key in keys)
     pytorch = "fsdp" in framework or "torchtitan" in framework
-    if "nemo" in framework or "bridge" in framework or "megatron-core" in framework:
-        stack = Stack.ENGINE
-    elif "megatron" in framework:
-        stack = Stack.MEGATRON
-    elif (
-        re.search("llama3|maxtext", framework)
-        or "trainy" in evidence
-        or "compile" in notes
-        or ("torchtitan" in framework and "fp8" in precision)  # whose casts need a compiler
-    ):
-        stack = Stack.COMPILED
-    else:
-        stack = Stack.EAGER
+    compiled = re.search("llama3|maxtext", framework) or "trainy" in evidence or "compile" in notes
+    compiled = compiled or ("torchtitan" in framework and "fp8" in precision)  # whose casts need a compiler
+    stack = Stack.COMPILED if compiled else Stack.EAGER
+    if re.search("megatron|nemo|bridge", framework):
+        stack = Stack.ENGINE if re.search("nemo|bridge|megatron-core", framework) else Stack.MEGATRON
     if "eager" in notes:
         stack = Stack.EAGER
     zero = "deepspeed" in framework and "bf16" in precision  # its bf16 optimizer is always cut

@@ -84,8 +84,7 @@ def errors_per_source(runs: list[Run], c: Calibration) -> list[dict[str, Any]]:
         ratio = ratios(measured, c)
         entry: dict[str, Any] = {"source": name, "rows": len(some), "measured": len(measured)}
         entry["predicted"] = sum(run.job is not None for run in some)
-        entry["error"] = error(ratio) if measured else None
-        entry["bias"] = float(ratio.mean() - 1) if measured else None
+        entry |= {"error": error(ratio), "bias": float(ratio.mean() - 1)} if measured else {"error": None, "bias": None}
         entry |= {"anchored": anchored(measured, ratio), "constant_mfu_anchored": constant_mfu(measured)}
         entry["left_out"] = dict(Counter(run.why_not for run in some if run.why_not))
         result.append(entry)
@@ -140,7 +139,7 @@ def _plans(usable: list[Run]) -> dict[str, Any]:
     for run in usable:
         key = tuple(run.row.get(k, "") for k in ("source", "model", "gpus", "global_batch_seqs", "seq", "precision"))
         groups.setdefault(key, []).append(run)
-    rank, regret, best = [], [], 0
+    rank, regret = [], []
     vtrain = fit(calibration_set([run for run in usable if run.source != "vTrain ground truth"]))
     for some in groups.values():
         plans = {tuple(run.row.get(k, "") for k in ("TP", "PP", "CP", "microbatch", "VP")) for run in some}
@@ -151,8 +150,7 @@ def _plans(usable: list[Run]) -> dict[str, Any]:
             one, other = (np.argsort(np.argsort(values)) for values in (measured, predicted))
             rank.append(float(np.corrcoef(one, other)[0, 1]))
             regret.append(float(measured[predicted.argmin()] / measured.min() - 1))
-            best += regret[-1] == 0
-    return {"jobs": len(rank), "spearman": _mean(rank), "best_chosen": best, "regret": _mean(regret)}
+    return {"jobs": len(rank), "spearman": _mean(rank), "best_chosen": regret.count(0), "regret": _mean(regret)}
 
 
 def _ablation(usable: list[Run]) -> list[dict[str, Any]]:
