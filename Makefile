@@ -1,6 +1,6 @@
 # `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-efficiency bench-detection bench-healthy bench-report bench-forecast bench-peers bench-startup bench-scaling bench-large bench-experts bench-fabrics gpu-check clean
+.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-efficiency bench-detection bench-healthy bench-report bench-forecast bench-peers bench-loss bench-startup bench-scaling bench-large bench-experts bench-fabrics gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -93,6 +93,9 @@ bench-report: setup ## Measure: what the report of 100,000 steps costs (half a m
 
 bench-peers: setup ## Measure: nanoGPT, transformers' Trainer, lightning's beside us at the same work (NANOGPT=PATH; a quarter of an hour)
 	@$(BIN)/python -m tests.bench.peers $(ARGS)
+
+bench-loss: setup ## Measure: time and tokens to a loss, beside nanoGPT's train.py on the same corpus (NANOGPT=PATH; half an hour)
+	@$(BIN)/python -m tests.bench.to_a_loss $(ARGS)
 
 bench-startup: setup ## Measure: from the command to the first step, cold and warm (two minutes)
 	@$(BIN)/python -m tests.bench.startup $(ARGS)
