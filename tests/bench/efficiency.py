@@ -6,11 +6,11 @@ the same moments and places for both contestants. The twin runs beside it, at th
 machine holds both up alike. All four ranks may be struck, rank 0 too; exempt are our supervisor and torchft's
 lighthouse. Both jobs sleep in the place of computing (`asleep.py`): a step lasts a second, or ten.
 
-Ours is `colossus train` as it comes, without spares: 48 micro-batches a step, by 12 virtual ranks or by 48. The finer
-the leaves, the less is lost with a rank, and with the last leaf of each survivor. Each step has the whole batch; in the
-end `state_sha256` is the twin's, or the command fails. torchft's is the job of `torchft.py`, with as many bytes of
-gradients and of state. It drops the step in which a replica is lost, and until that is back what it would have added.
-Beside its efficiency in steps stands that in work, where a step counts as the share of replicas that computed it.
+Ours is `colossus train` as it comes, without spares: 48 micro-batches a step, by 12 virtual ranks or by 48. Each step
+has the whole batch; in the end `state_sha256` is the twin's, or the command fails. torchft's is the job of
+`torchft.py`, with as many bytes of gradients and of state. It drops the step in which a replica is lost, and until that
+is back what it would have added. Beside its efficiency in steps stands that in work, where a step counts as the share
+of replicas that computed it.
 
 A job that takes more than twice as long as it should is ended there, and judged by the steps that it has done.
 """
@@ -204,9 +204,6 @@ def theirs(step: float, every: float, steps: int, join: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    if importlib.util.find_spec("torchft") is None:
-        print("torchft is not here: .venv/bin/python -m pip install torchft")
-        return 2
     os.environ.setdefault("RUST_LOG", "error")  # the lighthouse tells of every heartbeat
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=float, nargs="+", default=[1.0, 10.0], help="seconds that a step lasts")
@@ -216,12 +213,16 @@ def main() -> int:
     parser.add_argument("--virtual", type=int, nargs="*", default=[12, 48], help="virtual ranks of our runs")
     parser.add_argument("--join", type=int, nargs="*", default=[1000], help="ms that torchft waits for a late replica")
     options = parser.parse_args()
+    if options.join and importlib.util.find_spec("torchft") is None:
+        print("torchft is not here: .venv/bin/python -m pip install torchft, or ARGS=--join for ours alone")
+        return 2
     contestants: list[tuple[str, Contestant]] = [
         ("ours", partial(ours, virtual=virtual)) for virtual in options.virtual
     ]
     contestants += [("torchft", partial(theirs, join=join)) for join in options.join]
-    head = {"torchft": importlib.metadata.version("torchft"), "cores": os.cpu_count()}
-    head |= {"parameters": PARAMETERS, "ranks": RANKS}
+    head: dict[str, Any] = {"cores": os.cpu_count(), "parameters": PARAMETERS, "ranks": RANKS}
+    if options.join:
+        head["torchft"] = importlib.metadata.version("torchft")
     given = f" ARGS='{' '.join(sys.argv[1:])}'" if len(sys.argv) > 1 else ""
     rows = []
     for every, step in itertools.product(options.every, options.steps):

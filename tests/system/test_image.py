@@ -12,13 +12,14 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.system.packages import need, need_root
+from train import events
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 
@@ -110,33 +111,43 @@ def test_the_main_job_trains_in_it(images: Images) -> None:
     assert "6" in again, "the run folder is the user's, and stays in the container"
 
 
-JOB = ["name=pair", "devices=1", "model=llama_micro", "data=synthetic", "data.synthetic_tokens=100_000", "steps=120"]
-JOB += ["precision=fp32", "checkpoint.every=10", "eval.every=0", "logger=[]"]
+JOB = ["name=pair", "devices=1", "model=llama_micro", "model.context=32", "data=synthetic", "precision=fp32"]
+JOB += ["data.synthetic_tokens=100_000", "schedule=constant", "eval.every=0", "checkpoint.every=0", "logger=[]"]
 
 
 def test_two_containers_train_together_and_one_is_killed(images: Images) -> None:
-    """Both end, both are started again as Compose would, and the state is that of one process."""
+    """The other goes on; the lost one, started again as Compose would, joins it; the state is that of one process."""
+    path = Path(images("mount", "node0")) / "work/runs/pair"
 
-    def nodes() -> list[subprocess.Popen[str]]:
-        where = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": "29417"}
-        return [images.start(f"node{i}", "train", "nodes=2", *JOB, PET_NODE_RANK=str(i), **where) for i in (0, 1)]
+    def node(index: int) -> subprocess.Popen[str]:
+        where = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": "29417", "COLOSSUS_TOKEN": "of these two"}
+        return images.start(f"node{index}", "train", "nodes=2", "steps=100000", *JOB, PET_NODE_RANK=str(index), **where)
 
-    first = Path(images("mount", "node0"))
-    running = nodes()
-    until = time.monotonic() + 300
-    while not list(first.glob("work/runs/pair/checkpoints/step-*")):
-        assert time.monotonic() < until, [process.communicate() for process in running if process.poll() is not None]
-        time.sleep(0.1)
+    def wait_for(seen: Callable[[dict[str, Any]], bool]) -> None:
+        until = time.monotonic() + 300
+        while not any(map(seen, events.read(path / "events.jsonl"))):
+            assert time.monotonic() < until, [one.communicate() for one in (head, other) if one.poll() is not None]
+            time.sleep(0.1)
+
+    head, other = node(0), node(1)
+    wait_for(lambda record: record["kind"] == "step")
     for pid in supervisors(b"PET_NODE_RANK=1"):
         os.kill(pid, signal.SIGKILL)
-    assert 0 not in [process.wait(timeout=300) for process in running]
-    for process in nodes():
+    assert other.wait(timeout=300) != 0
+    other = node(1)
+    wait_for(lambda record: record["kind"] == "regroup" and record["world"] == 2)
+    for pid in supervisors(b"PET_NODE_RANK=0"):
+        os.kill(pid, signal.SIGINT)
+    for process in (head, other):
         out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out
-    images("run", "--isolation=chroot", "box", "--", "colossus", "train", *JOB)
+        assert process.returncode == 75, out
+    end = json.loads((path / "summary.json").read_text())
+    images("run", "--isolation=chroot", "box", "--", "colossus", "train", *JOB, f"steps={end['steps']}")
     alone = Path(images("mount", "box")) / "work/runs/pair/summary.json"
-    states = [json.loads(path.read_text())["state_sha256"] for path in (first / "work/runs/pair/summary.json", alone)]
-    assert states[0] == states[1]
+    assert json.loads(alone.read_text())["state_sha256"] == end["state_sha256"]
+    found = list(events.read(path / "events.jsonl"))
+    assert [record["kind"] for record in found].count("start") == 1
+    assert [record["world"] for record in found if record["kind"] == "regroup"] == [1, 2]
 
 
 def supervisors(variable: bytes) -> list[int]:
