@@ -110,12 +110,12 @@ def test_a_whole_run(tmp_path: Path, tiny: list[str]) -> None:
         "def f():",
         "def after_10():",
         "rank 1",
-        "± 5.",
         "assumed",
         "USD a million tokens",
     ):
         assert said in text, said
     assert text.count('class="line') >= 8
+    assert re.search(r"± \d+\.?\d* %", text), "the projection's error stands beside it"
     assert "waiting for the sum</dt><dd>15.0 %" in text
     assert "least: 5.000 % of the time" in text
     assert "most: 25.000 % of the time" in text or "most: 25.00 % of the time" in text
