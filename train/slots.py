@@ -33,7 +33,7 @@ class Slot:
         """Another one has, after `step`; whether that makes too many."""
         self.deaths.append((step, now))
         recent = self.lately(step, now)
-        self.due = now + (BACK_OFF * 2 ** (recent - 2) if recent > 1 else 0)
+        self.due = now + (BACK_OFF * 2 ** (min(recent, LIVES) - 2) if recent > 1 else 0)  # all may start again often
         return recent == LIVES
 
     def takes(self, step: int, now: float) -> bool:
