@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import report
-from tests.system.hosts import call, heal, left, on, place, shape, two_hosts
+from tests.system.hosts import call, heal, joined_hosts, left, on, place, shape
 from train import events
 from train.summary import summarize
 
@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="the speeds whose name has this in it")
     options = parser.parse_args()
     rows, kernel = [], call("uname", "-r").stdout.strip()
-    with two_hosts() as hosts:
+    with joined_hosts() as hosts:
         for speed, bucket in SPEEDS.items():
             if options.only not in speed:
                 continue

@@ -1,4 +1,4 @@
-"""Hosts on this machine: network namespaces with addresses of their own, joined by a pair of virtual cables."""
+"""Hosts on this machine: network namespaces with addresses of their own, each with a virtual cable to one switch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
 CABLE = "pc0"  # the name of the interface on either host
+
+
+def address(index: int) -> str:
+    """Of a host, the first being 0."""
+    return f"10.77.0.{index + 1}"
 
 
 class NoHosts(Exception):
@@ -21,23 +25,28 @@ def call(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextlib.contextmanager
-def two_hosts() -> Iterator[list[str]]:
-    """The names of two namespaces that see each other and nothing else. Needs root and iproute2; raises NoHosts."""
-    names = [f"pc{os.getpid()}{side}" for side in "ab"]
+def joined_hosts(count: int = 2) -> Iterator[list[str]]:
+    """The names of namespaces that see each other and nothing else. Needs root and iproute2; raises NoHosts."""
+    names = [f"pc{os.getpid()}{letter}" for letter in "abcdefgh"[:count]]
+    switch = f"pc{os.getpid()}switch"
     try:
         try:
-            for name in names:
+            for name in (switch, *names):
                 call("ip", "netns", "add", name)
+            call("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
         except subprocess.CalledProcessError as error:
             raise NoHosts(error.stderr.strip()) from error
-        call("ip", "link", "add", CABLE, "netns", names[0], "type", "veth", "peer", "name", CABLE, "netns", names[1])
-        for name, address in zip(names, ADDRESSES, strict=True):
-            call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", CABLE)
+        call("ip", "-n", switch, "link", "set", "bridge", "up")
+        for index, name in enumerate(names):
+            port = f"port{index}"
+            call("ip", "link", "add", CABLE, "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
+            call("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
+            call("ip", "-n", name, "addr", "add", f"{address(index)}/24", "dev", CABLE)
             call("ip", "-n", name, "link", "set", CABLE, "up")
             call("ip", "-n", name, "link", "set", "lo", "up")
         yield names
     finally:
-        for name in names:
+        for name in (*names, switch):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
@@ -48,7 +57,7 @@ def on(host: str, *command: str) -> list[str]:
 
 def place(index: int) -> dict[str, str]:
     """What tells a node which one it is."""
-    return {"PET_NODE_RANK": str(index), "PET_MASTER_ADDR": ADDRESSES[0], "COLOSSUS_TOKEN": "of this test"}
+    return {"PET_NODE_RANK": str(index), "PET_MASTER_ADDR": address(0), "COLOSSUS_TOKEN": "of this test"}
 
 
 def shape(host: str, *rate: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.running import Fresh
 from tests.system import bad_bucket
-from tests.system.hosts import ADDRESSES, on
+from tests.system.hosts import address, on
 from tests.system.test_hosts import Host, hosts
 from tests.test_mirror import environment
 from tests.test_recovery import of_kind, records
@@ -41,8 +41,8 @@ class Bucket:
 
     def __init__(self, host: str, record: Path) -> None:
         self._record = record
-        self.environment = environment(f"http://{ADDRESSES[1]}:{bad_bucket.PORT}")
-        command = on(host, "python", "-m", "tests.system.bad_bucket", ADDRESSES[1], str(record))
+        self.environment = environment(f"http://{address(1)}:{bad_bucket.PORT}")
+        command = on(host, "python", "-m", "tests.system.bad_bucket", address(1), str(record))
         self.process = subprocess.Popen(command, env=os.environ | self.environment, stderr=subprocess.DEVNULL)
 
     def requests(self) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Two hosts, joined by a cable: what a run does when it is slow, flaps or is cut."""
+"""Hosts joined by cables: what a run does when one is slow, flaps or is cut, or a host is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import Fresh, Running, at_step, gone
-from tests.system.hosts import NoHosts, call, heal, left, on, place, shape, two_hosts
+from tests.system.hosts import NoHosts, call, heal, joined_hosts, left, on, place, shape
 from tests.system.packages import need, need_root
 from tests.test_fleet import SLOW
 from tests.test_recovery import equals_one_rank, of_kind, once, records
@@ -27,12 +27,12 @@ FEW = f"faults.at=[slow:1@{SLOW}]"  # steps, for the twin
 
 
 @pytest.fixture
-def hosts() -> Iterator[list[str]]:
-    """Installs iproute2 where it is missing and can be had."""
+def hosts(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Two, or as many as a test's parameter says. Installs iproute2 where it is missing and can be had."""
     need_root("making network namespaces")
     need("ip", "iproute2")
     try:
-        with two_hosts() as names:
+        with joined_hosts(getattr(request, "param", 2)) as names:
             yield names
     except NoHosts as why:
         pytest.skip(f"skipped, because this machine makes no network namespaces ({why})")
@@ -61,7 +61,7 @@ def cut(host: str) -> None:
     shape(host, "rate", "8bit", "burst", "10", "limit", "10")
 
 
-def test_two_hosts_leave_the_state_of_one(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
+def test_joined_hosts_leave_the_state_of_one(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
     """nodes=2 with two ranks each, over a network, against one process: equal to the bit."""
     running = [Host(hosts, index, tiny, tmp_path) for index in (0, 1)]
     for node in running:
@@ -130,6 +130,32 @@ def test_a_cable_that_is_cut_for_good(side: int, hosts: list[str], tiny: list[st
     lost = of_kind(found, "fault")
     assert len(lost) == 2
     assert all("node 1 is lost" in fault["cause"] for fault in lost)
+
+
+@pytest.mark.parametrize("hosts", [3], indirect=True)
+def test_of_three_unequal_hosts_one_is_lost_and_replaced(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
+    """One, two and one ranks at 100 Mbit/s; the second host dies with its disk, and another one takes its place."""
+
+    def node(index: int, folder: Path) -> Host:
+        ranks = (1, 2, 1)[index]
+        return Host(hosts, index, tiny, folder, *ENDLESS, FEW, "nodes=3", f"devices={ranks}")
+
+    for host in hosts:
+        shape(host, "rate", "100mbit", "burst", "64kb", "latency", "50ms")
+    first, second, third = (node(index, tmp_path) for index in range(3))
+    first.wait_for(at_step(2))
+    ranks = set(sorted(second.children())[-2:])
+    second.process.kill()
+    assert gone(ranks, within=5)
+    second.end()
+    first.wait_for(lambda found: bool(of_kind(found, "regroup", world=2)))
+    second = node(1, tmp_path / "another disk")
+    first.wait_for(lambda found: bool(of_kind(found, "regroup", world=4)))
+    equals_one_rank(first, tiny, *ENDLESS)
+    assert [other.end()[0] for other in (second, third)] == [75, 75]
+    found = records(first.folder)
+    once(found)
+    assert len(of_kind(found, "start")) == 1
 
 
 def test_one_host_listens_on_loopback_only(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
