@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,6 +266,25 @@ def test_a_node_that_is_silent_is_lost_and_its_ranks_with_it(lobby: Fleet, monke
     assert re.match(r"node 1 is lost: nothing heard for \d+ s", rank.died_of())
     list(link.receive())
     assert "closed" in link.lost
+
+
+def test_the_last_word_arrives_though_both_speak_at_once(lobby: Fleet) -> None:
+    """A socket that is closed with something unread takes back what was sent last; node 1 would wait for node 0."""
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    (there,) = arrived(lobby)
+    link.send(**{"from": 99, "word": "not read yet"})
+    parting = threading.Thread(target=there.link.part, kwargs={"over": 0, "why": ""})
+    parting.start()
+    time.sleep(0.2)
+    for _ in range(3):
+        link.send(**{"from": 99, "word": "still here"})
+        time.sleep(0.05)
+    assert {"over": 0, "why": ""} in list(link.receive())
+    link.close()
+    parting.join(remote.SETTLED - 1)
+    assert not parting.is_alive()
 
 
 def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:

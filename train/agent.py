@@ -95,6 +95,7 @@ class Agent:
             self._ranks = [rank for rank in self._ranks if rank not in dead]
             for message in link.receive():
                 if "over" in message:
+                    link.close()
                     if message["why"]:
                         self._console.error(message["why"])
                     return int(message["over"])

@@ -76,8 +76,7 @@ class Fleet:
         codes = {Refused: REFUSED, KeyboardInterrupt: STOPPED}
         code, why = self.verdict or (codes.get(kind, FAILED) if kind else DONE, str(error or ""))
         for there in self.others.values():
-            there.link.send(over=code, why=why)
-            there.link.close()
+            there.link.part(over=code, why=why)
         if self._lobby is not None:
             self._lobby.close()
 
@@ -120,8 +119,7 @@ class Fleet:
             link, hello = self._lobby.arrived.get()
             if why := self._unfit(hello):
                 self._turned_away = f"node {hello.get('node')} at {link.peer} cannot take part: {why}"
-                link.send(over=REFUSED, why=self._turned_away)
-                link.close()
+                link.part(over=REFUSED, why=self._turned_away)
                 continue
             there = There(hello["node"], hello["devices"], link, self.here.folder / "logs")
             if there.index in self.others:  # it has come back before we noticed that it was gone
@@ -131,7 +129,7 @@ class Fleet:
         for there in list(self.others.values()):
             there.hear()
             if there.leaves and not any(rank.alive for rank in there.ranks.values()):
-                there.link.send(over=STOPPED, why="")
+                there.link.part(over=STOPPED, why="")
                 there.drop()
             if there.link.lost:
                 there.drop()

@@ -108,6 +108,16 @@ class Link:
         except (OSError, EOFError, ValueError) as error:
             self._broken = f"its connection broke ({str(error) or 'closed at the other end'})"
 
+    def part(self, **message: Any) -> None:
+        """Say the last word, and close when the other side has: what is not read yet may be lost with a connection."""
+        self.send(**message)
+        until = time.monotonic() + SETTLED
+        while not self._broken and time.monotonic() < until:
+            for _ in self.receive():
+                pass
+            time.sleep(0.01)
+        self.close()
+
     def close(self) -> None:
         self._broken = self._broken or "its connection was closed"
         self._connection.close()
