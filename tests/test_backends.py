@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -18,8 +19,9 @@ from torch._C._distributed_c10d import HashStore, ProcessGroupGloo, Store
 from tests import dist, test_regroup
 from tests.test_regroup import LATE, Half, Member
 from tests.test_train import summary, train
-from train import backends, compose, events, plan
+from train import backends, compose, events, folder, plan, resize
 from train.checks import Refused
+from train.commands import Resize
 from train.group import Group
 from train.ranks import Changed
 
@@ -163,14 +165,24 @@ def test_gpus_heal_without_spares_which_would_take_a_rank_s_memory(
         plan.resolve(compose.config("train", [*tiny, "accelerator=cuda", "recovery.spares=1"]))
 
 
+def test_no_more_ranks_than_gpus(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose.config("train", [*tiny, "name=a", "devices=2", "accelerator=cuda", "backend=nccl"])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text(folder.to_yaml(config))
+    monkeypatch.setattr("train.resize.under_way", lambda path: True)
+    monkeypatch.setattr("train.hardware.gpus", lambda: (SimpleNamespace(),) * 2)
+    with pytest.raises(Refused, match="3 are more than the 2 GPUs here"):
+        resize.resize(Resize(run=str(tmp_path / "a"), devices=3))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_on_gpus_a_killed_rank_changes_no_bit(tiny: list[str]) -> None:
     settings = ["accelerator=cuda", "compile=false", "checkpoint.every=0", "steps=12"]
-    code, folder = train(tiny, *settings, "name=a", "devices=2", "faults.at=[kill:1@backward:4]")
+    code, run = train(tiny, *settings, "name=a", "devices=2", "faults.at=[kill:1@backward:4]")
     assert code == 0
-    kinds = [record["kind"] for record in events.read(folder / "events.jsonl")]
+    kinds = [record["kind"] for record in events.read(run / "events.jsonl")]
     assert (kinds.count("start"), kinds.count("fault")) == (1, 1)
     code, twin = train(tiny, *settings, "name=twin", "devices=1")
     assert code == 0
-    assert summary(twin)["state_sha256"] == summary(folder)["state_sha256"]
+    assert summary(twin)["state_sha256"] == summary(run)["state_sha256"]

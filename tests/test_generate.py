@@ -79,6 +79,13 @@ def test_the_seed_decides(model: LanguageModel) -> None:
     assert all(token < VOCAB for row in first for token in row)
 
 
+def test_every_token_is_a_sign_of_life(model: LanguageModel) -> None:
+    """One of a large model may take longer than a rank may be silent."""
+    beats: list[int] = []
+    generate(model, [1, 2, 3], tokens=20, temperature=0.0, beat=lambda: beats.append(1))
+    assert len(beats) == 20
+
+
 def test_generation_has_no_dropout_and_leaves_the_mode_alone(model: LanguageModel) -> None:
     quiet = draw(model.eval(), temperature=0)
     assert draw(model.train(), temperature=0) == quiet

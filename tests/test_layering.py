@@ -14,8 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "train"
 LAYERS = [
     ("light", "checks", "config", "shapes", "events", "batch", "flops", "hardware"),
     ("commands", "ledger", "economy", "pulse", "locks", "slots", "flat", "ranks", "muon"),
-    ("scale", "data", "models", "optim", "nodes", "summary", "fingerprint", "channel", "manifest"),
-    ("backends",),
+    ("scale", "data", "models", "optim", "nodes", "backends", "summary", "fingerprint", "channel", "manifest"),
     ("folder", "mirror", "group", "clock", "evidence", "generate", "plan", "console", "faults", "processes"),
     ("buckets", "compose"),
     (

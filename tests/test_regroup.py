@@ -301,6 +301,25 @@ def takes_over(group: Group, dtype: str, done: list[int], hosts: list[int]) -> d
     return result | {"next": half.total(), "shares": [len(own) for own in half.reducer.hosted]}
 
 
+def notices_between_leaves(group: Group) -> list[Any]:
+    """The ranks change while a leaf is computed: it is kept, and no other one is begun."""
+    member = Member(group)
+    member.join(1, 0, 1)
+    member.group.settled = member.group.membership
+    half = Half(member.group)
+    leaves = half.reducer.leaves()
+    for _ in range(2):
+        half._leaf(*next(leaves))
+    member.send(2, 0, 1)
+    with pytest.raises(Changed):
+        next(leaves)
+    return [half.computed, sorted(half.reducer.kept())]
+
+
+def test_a_change_is_noticed_between_two_leaves() -> None:
+    assert dist.run("tests.test_regroup:notices_between_leaves", 2) == [[[0, 1], [0, 1]], [[4, 5], [4, 5]]]
+
+
 def alone(group: Group, dtype: str) -> dict[str, Any]:
     half = Half(group, dtype)
     half.leaves()

@@ -236,6 +236,12 @@ def scored_elsewhere(tiny: list[str], folder: Path, capsys: pytest.CaptureFixtur
     assert "data.tokenizer: is the run's own" in capsys.readouterr().err
 
 
+def test_without_samples_nothing_is_written_at_evaluations(tiny: list[str]) -> None:
+    code, folder = train(tiny, "name=a", "devices=1", "steps=3", "eval.every=1", "eval.sample=0")
+    assert code == 0
+    assert [r["sample"] for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"] == [""] * 3
+
+
 def test_a_finished_run_says_so_and_more_steps_continue_it(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     constant = [*tiny, "schedule=constant", "name=a", "devices=2"]
     assert train(constant)[0] == 0

@@ -38,8 +38,9 @@ TIMEOUT = timedelta(minutes=30)  # of a collective; whom it waits for is the sup
 SLICE = timedelta(milliseconds=50)  # of waiting for gloo, between two looks
 DROPPED = 1.0  # seconds in which a gloo group that is left comes to its end; one in some hundreds never does
 ABORTED = 60.0  # seconds in which a communicator must be gone from the device
-Sockets = set[tuple[int, int]]  # number, inode
 AHEAD = 8  # collectives that may be under way on the device when the host launches the next
+
+Sockets = set[tuple[int, int]]  # number, inode
 
 
 class Joined:

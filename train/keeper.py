@@ -108,8 +108,9 @@ class Keeper:
         with self.state.flat.gathered():
             if not self.fabric.is_global_zero:
                 return ""
-            options: dict[str, Any] = {"seed": self.config.seed, "tokens": tokens, "beat": self.channel.beat}
-            return continue_text(self.model, validation.tokenizer, self.config.sample, **options)[0]
+            config, beat = self.config, self.channel.beat
+            tokenizer = validation.tokenizer
+            return continue_text(self.model, tokenizer, config.sample, seed=config.seed, tokens=tokens, beat=beat)[0]
 
 
 def restore(

@@ -29,7 +29,7 @@ from tests import nanogpt
 from tests.bench import report
 from train import cli, compose, events, hardware, plan, trained
 from train.config import Train
-from train.data.prepare import Prepared, prepare
+from train.data.prepare import Prepared
 from train.data.store import Store
 from train.data.stream import Validation
 from train.evaluate import evaluate
@@ -53,7 +53,8 @@ BABY = {"beta2": 0.99, "warmup_iters": 100, "grad_clip": 1.0, "weight_decay": 0.
 Curve = dict[str, Any]  # name, parameters, seconds a step, tokens a step, points: [step, bits per byte]
 
 
-def ours(config: Train, validation: Validation, folder: Path) -> Curve:
+def ours(config: Train, folder: Path) -> tuple[Curve, Prepared, Validation]:
+    """Our run, and what it was trained and scored on."""
     words = [
         f"runs={folder}",
         "name=ours",
@@ -69,10 +70,13 @@ def ours(config: Train, validation: Validation, folder: Path) -> Curve:
     points = [[r["step"], r["bpb"]] for r in records if r["kind"] == "eval" and not r["whole"]]
     on = trained.device("cpu")
     last = trained.load(run, -1, on)
+    shape: dict[str, Any] = {"context": config.model.context, "micro_batch": config.eval.micro_batch}
+    validation = Validation(last.prepared, tokens=config.eval.tokens, **shape)
     points.append([last.step, evaluate(last.model, validation, trained.fabric(last, on)).bpb])
     seconds = statistics.median(r["seconds"] for r in records if r["kind"] == "step")
     parameters = sum(p.numel() for p in last.model.parameters())
-    return {"name": "colossus train", "parameters": parameters, "step_s": seconds, "points": points}
+    curve = {"name": "colossus train", "parameters": parameters, "step_s": seconds, "points": points}
+    return curve, last.prepared, validation
 
 
 def theirs(config: Train, validation: Validation, folder: Path, source: Path, rate: float) -> Curve:
@@ -184,12 +188,9 @@ def main() -> int:
     tokens = config.tokens_per_step
     with tempfile.TemporaryDirectory() as workspace:
         folder = Path(workspace)
-        prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context)
-        assert preparer is None
-        shape: dict[str, Any] = {"context": config.model.context, "micro_batch": config.eval.micro_batch}
-        validation = Validation(prepared, tokens=config.eval.tokens, **shape)
+        curve, prepared, validation = ours(config, folder)
+        curves = [curve]
         write_data(prepared, validation, folder)
-        curves = [ours(config, validation, folder)]
         for rate in options.rates:
             curves.append(theirs(config, validation, folder, source, rate))
             print(curves[-1]["name"], curves[-1]["points"][-1], f"{curves[-1]['step_s']:.3f} s a step", flush=True)
