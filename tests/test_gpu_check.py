@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import gpu_check
-from train import hardware
+from train import compose, hardware
 
 
 def test_the_checks_run_and_find_what_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +24,43 @@ def test_the_checks_run_and_find_what_holds(tmp_path: Path, capsys: pytest.Captu
     assert speed["memory_bytes"] > 0
     assert same["state_sha256"][0] in different["state_sha256"]
     assert "FAILS  two seeds" in capsys.readouterr().out
+
+
+def test_what_has_no_time_left_is_named_and_not_run(tmp_path: Path) -> None:
+    check = gpu_check.Check(tmp_path, "cpu", limit=0)
+    gpu_check.run_all(check, gpu_check.TINY, gpu_check.speeds(), None)
+    assert check.found == []
+    assert "llama_1b, compile=true, exact" in check.left_out
+    assert any("nanoGPT" in left for left in check.left_out)
+
+
+def test_all_that_a_gpu_is_asked_composes() -> None:
+    for row in gpu_check.speeds():
+        config = compose.config("train", ["data=synthetic", *row.overrides])
+        assert config.batch.sequences % (config.batch.virtual_ranks * int(config.batch.micro_batch)) == 0, row.what
+    ours = compose.config("train", ["data=synthetic", *gpu_check.SHAPES["gpt2_124m"]])
+    theirs = gpu_check.TRAIN_PY["batch_size"] * gpu_check.TRAIN_PY["gradient_accumulation_steps"] * 1024
+    assert ours.tokens_per_step == theirs
+
+
+TRAIN_PY = """
+import sys
+print(sys.argv[1:])
+for number in range(30):
+    print(f"iter {number}: loss 5.0000, time {100 if number < 10 else 20}.00ms, mfu -100.00%")
+sys.exit("--batch_size=3" in sys.argv)
+"""
+
+
+def test_the_peer_is_timed_by_its_own_words_after_it_has_warmed_up(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TRAIN_PY)
+    check = gpu_check.Check(tmp_path, "cpu")
+    check.nanogpt("well", tmp_path, 100, batch_size=2, gradient_accumulation_steps=4, block_size=10)
+    check.nanogpt("ill", tmp_path, 100, batch_size=3, gradient_accumulation_steps=4, block_size=10)
+    well, ill = check.found
+    assert well["tokens_per_s"] == pytest.approx(2 * 4 * 10 / 0.020)
+    assert not ill["holds"]
+    assert "exit code 1" in ill["error"]
 
 
 @pytest.mark.skipif(hardware.gpus() != (), reason="this machine has a GPU")

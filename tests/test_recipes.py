@@ -31,8 +31,8 @@ def recipes() -> list[tuple[str, list[str]]]:
 
 def test_there_is_a_recipe_for_each_place() -> None:
     titles = " ".join(title for title, _ in recipes())
-    assert len(recipes()) == 8
-    for place in ("laptop", "One GPU", "8 H100s", "Slurm", "Spot", "Own data", "own model", "resume elsewhere"):
+    assert len(recipes()) == 9
+    for place in ("laptop", "One GPU", "8 H100s", "FineWeb", "Slurm", "Spot", "Own data", "own model", "elsewhere"):
         assert place in titles
 
 

@@ -22,7 +22,7 @@ from train.commands import Format, Plan, Scale
 from train.config import Sharding, Train
 from train.economy import prices
 from train.folder import read_json, read_train
-from train.plan import device_memory, memory, resolve, vocabulary
+from train.plan import device_memory, fitting, memory, resolve, vocabulary
 from train.scale import here
 from train.scale.hardware import Gpu, gpus
 from train.scale.project import Anchor
@@ -59,7 +59,7 @@ def plan(config: Plan) -> int:
         "disk_bytes": 12 * parameters * (resolved.checkpoint.keep + 1),  # fp32 weights and moments; one being written
         "step_seconds": seconds,
         "seconds": seconds and seconds * resolved.steps,
-        "rented": list(_rented(resolved, vocab)),
+        "rented": list(_rented(resolved, vocab, auto=config.batch.micro_batch == "auto")),
     }
     if config.format is Format.json:
         print(json.dumps(facts))
@@ -112,12 +112,16 @@ def _here(config: Train, vocab: int) -> float | None:
         return None
 
 
-def _rented(config: Train, vocab: int) -> Iterator[dict[str, Any]]:
-    """The run on a cloud's node, in bf16, compiled: hours and dollars. One that it does not fit on is left out."""
-    rented = replace(config, precision="bf16", compile=True)
-    ranks, needed = min(RENTED, config.batch.virtual_ranks), memory(rented, vocab).total
+def _rented(config: Train, vocab: int, auto: bool) -> Iterator[dict[str, Any]]:
+    """The run on a cloud's node, in bf16, compiled: hours and dollars. One that it does not fit on is left out.
+
+    `auto`: micro-batches as that GPU's memory has room for, and not this machine's.
+    """
+    ranks, cloud = min(RENTED, config.batch.virtual_ranks), replace(config, precision="bf16", compile=True)
     for gpu, offers in ((gpus()[key], offers) for key, offers in prices().items() if key != "core"):
-        if needed <= gpu.memory:
+        size = fitting(config, "cuda", "bf16", int(gpu.memory)) if auto else config.batch.micro_batch
+        rented = replace(cloud, accelerator="cuda", batch=replace(config.batch, micro_batch=size))
+        if memory(rented, vocab).total <= gpu.memory:
             hours = config.steps * step_seconds(rented, vocab, gpu, ranks) / 3600
             for offer in offers:
                 told = {"gpus": f"{ranks} {gpu.name}", "hours": hours, "usd": hours * ranks * offer["value"]}

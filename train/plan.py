@@ -55,21 +55,25 @@ def resolve(config: Train) -> Train:
     if batch.micro_batch == "auto":
         # `devices` has no say in it: a run on 1 rank and on 4 must cut the same micro-batches. Hence the memory of
         # the usual number of ranks, and the gradient buffers of a rank that hosts everything.
-        fitting = flops.auto_micro_batch(
-            config.model,
-            vocabulary(config),
-            batch.sequences // batch.virtual_ranks,
-            budget_bytes=device_memory(accelerator, usual),
-            accelerator=accelerator,
-            precision=precision,
-            gradient_buffers=_gradient_buffers(batch.virtual_ranks, 1),
-        )
-        batch = replace(batch, micro_batch=fitting)
+        batch = replace(batch, micro_batch=fitting(config, accelerator, precision, device_memory(accelerator, usual)))
     config = replace(config, accelerator=accelerator, backend=backend, devices=devices)
     why = "take the places of lost ranks, which CPU ranks with whole states do in place: use 0"
     stand_by = config.heals and accelerator == "cpu"  # on a GPU a second process would take a rank's memory
     require(stand_by or not config.recovery.spares, "recovery.spares", why)
     return replace(config, precision=precision, compile=compiled, batch=batch)
+
+
+def fitting(config: Train, accelerator: str, precision: str, there: int) -> int:
+    """The micro-batch that `auto` is where a rank has so many bytes."""
+    return flops.auto_micro_batch(
+        config.model,
+        vocabulary(config),
+        config.batch.sequences // config.batch.virtual_ranks,
+        budget_bytes=there,
+        accelerator=accelerator,
+        precision=precision,
+        gradient_buffers=_gradient_buffers(config.batch.virtual_ranks, 1),
+    )
 
 
 def device_memory(accelerator: str, devices: int) -> int:

@@ -3,10 +3,14 @@
 It says, line by line, whether
 - two runs give equal bits, eager and compiled, and resuming in the middle does too;
 - 1, 2 and 4 ranks give equal bits (several ranks share the one GPU over gloo; with more GPUs, one rank each over nccl);
-- a run is exact at what price: tokens/s, MFU and memory of `reduce=exact` against `reduce=fast`, eager and compiled.
+- a run is exact at what price: tokens/s, MFU and memory of llama_124m with `reduce=fast` and `reduce=exact`, eager and
+  compiled, and of what lies between: deterministic kernels, eight virtual ranks, checksums;
+- it is fast: llama_350m, llama_1b, both ways, and grok_small; gpt2_124m beside nanoGPT's own train.py, compiled, with
+  as many tokens a step (`--nanogpt PATH`, a checkout).
 
-Everything goes through the front door, `colossus train`, on synthetic tokens. Without a GPU it says so and exits with
-2; `--cpu` runs the same script on a CPU with models of a few thousand parameters, which is how its own test runs it.
+Everything goes through the front door, `colossus train`, on synthetic tokens. What does not begin within the time is
+left out, and named. torchtitan is not beside us here. Without a GPU it says so and exits with 2; `--cpu` runs the same
+script on a CPU with models of a few thousand parameters, which is how its own test runs it.
 """
 
 from __future__ import annotations
@@ -18,13 +22,17 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from train import cli, hardware
@@ -35,14 +43,60 @@ RESULTS = Path(__file__).parent / "results"
 SMALL = ["model=llama_nano", "data.tokenizer.vocab=4096", "batch.sequences=32", "batch.micro_batch=2", "steps=20"]
 TINY = ["model=llama_micro", "model.layers=1", "model.width=32", "model.heads=2", "model.kv_heads=1", "model.ffn=64"]
 TINY += ["model.context=16", "data.tokenizer.vocab=256", "batch.sequences=16", "batch.micro_batch=1", "steps=4"]
-SPEED = ["model=llama_124m", "data.tokenizer.vocab=50304", "batch.sequences=128", "batch.micro_batch=16", "steps=30"]
+LIMIT = 440.0  # seconds after which nothing more begins: eight minutes, less a run
+WARM = 10  # iterations of train.py that are not timed
+
+BEST, EXACT = "the best inexact run", "exact"
+PARTS = {  # each with what the one before it has, and one thing more
+    BEST: ["reduce=fast", "batch.virtual_ranks=1", "evidence.digests=false"],
+    "deterministic kernels": ["batch.virtual_ranks=1", "evidence.digests=false"],
+    "eight virtual ranks": ["evidence.digests=false"],
+    EXACT: [],
+}
+
+
+class Speed(NamedTuple):
+    """A row of tokens/s."""
+
+    what: str
+    overrides: list[str]
+
+
+WIDE = ["data.tokenizer.vocab=50304", "precision=bf16", "devices=1"]
+SHAPES = {
+    "llama_124m": ["model=llama_124m", "batch.sequences=128", "batch.micro_batch=16", "steps=30", *WIDE],
+    "llama_350m": ["model=llama_350m", "batch.sequences=64", "batch.micro_batch=8", "steps=30", *WIDE],
+    "llama_1b": ["model=llama_1b", "batch.sequences=32", "batch.micro_batch=4", "steps=20", *WIDE],
+    "grok_small": ["model=grok_small", "batch.sequences=64", "batch.micro_batch=8", "steps=20", *WIDE],
+    "gpt2_124m": ["model=gpt2_124m", "batch.sequences=128", "batch.micro_batch=16", "steps=30", *WIDE],
+}
+TRAIN_PY: dict[str, Any] = {
+    "device": "cuda",
+    "compile": True,
+    "batch_size": 16,
+    "gradient_accumulation_steps": 8,
+}  # as gpt2_124m has it
+
+
+def speeds() -> list[Speed]:
+    """What is measured on a GPU, in the order of what one wants to know first."""
+    rows = [("gpt2_124m", EXACT, "true"), *(("llama_124m", part, "true") for part in PARTS)]
+    rows += [(model, part, "true") for model in ("llama_1b", "llama_350m") for part in (BEST, EXACT)]
+    rows += [("grok_small", EXACT, "true"), *(("llama_124m", part, "false") for part in (BEST, EXACT))]
+    return [
+        Speed(f"{model}, compile={compiled}, {part}", [*SHAPES[model], *PARTS[part], f"compile={compiled}"])
+        for model, part, compiled in rows
+    ]
 
 
 class Check:
     """Runs `colossus train` with a name of its own for each run, and keeps what was found."""
 
-    def __init__(self, workspace: Path, accelerator: str) -> None:
+    def __init__(self, workspace: Path, accelerator: str, limit: float = LIMIT) -> None:
+        """`limit`: seconds from now on in which runs may begin."""
         self.workspace, self.accelerator = workspace, accelerator
+        self.left_out: list[str] = []
+        self._ends = time.monotonic() + limit
         self.found: list[dict[str, Any]] = []
         self._count = 0
 
@@ -61,8 +115,18 @@ class Check:
         assert isinstance(summary, dict)
         return summary
 
+    def late(self, what: str) -> bool:
+        """Whether there is no time left for this, which is then named as left out."""
+        if time.monotonic() < self._ends:
+            return False
+        self.left_out.append(what)
+        print(f"left out, for lack of time: {what}", flush=True)
+        return True
+
     def same_bits(self, what: str, *runs: list[str]) -> None:
         """Whether runs end with one state_sha256; a run that fails is a finding too."""
+        if self.late(what):
+            return
         try:
             digests = [self.train(*overrides)["state_sha256"] for overrides in runs]
             self._say({"check": what, "holds": len(set(digests)) == 1, "state_sha256": [d[:16] for d in digests]})
@@ -70,6 +134,8 @@ class Check:
             self._say({"check": what, "holds": False, "error": str(error)})
 
     def speed(self, what: str, *overrides: str) -> None:
+        if self.late(what):
+            return
         try:
             started, name = time.monotonic(), f"speed{self._count}"
             summary = self.train(*overrides, "log.every=5", name=name)
@@ -81,13 +147,33 @@ class Check:
         except RuntimeError as error:
             self._say({"check": what, "holds": False, "error": str(error)})
 
+    def nanogpt(self, what: str, checkout: Path, vocab: int, **settings: Any) -> None:
+        """tokens/s of nanoGPT's train.py, as it is, with these of its settings and a model of its defaults'."""
+        if self.late(what):
+            return
+        data = self.workspace / "nanogpt"
+        data.mkdir(exist_ok=True)
+        for part in ("train", "val"):
+            np.random.default_rng(0).integers(0, vocab, 1_000_000).astype(np.uint16).tofile(data / f"{part}.bin")
+        settings = {"max_iters": 3 * WARM, "eval_interval": 10**6, "eval_iters": 1, "log_interval": 1, **settings}
+        given = [f"--{key}={value}" for key, value in {"dataset": data, "out_dir": data, **settings}.items()]
+        command = [sys.executable, "train.py", "--bias=True", *given]  # GPT-2 has biases
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300, check=False)
+        times = [float(found) for found in re.findall(r"^iter \d+: .*time ([\d.]+)ms", done.stdout, re.M)][WARM:]
+        if done.returncode or not times:
+            said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+            self._say({"check": what, "holds": False, "error": f"exit code {done.returncode}: {said[-1]}"})
+            return
+        tokens = settings["batch_size"] * settings["gradient_accumulation_steps"] * settings.get("block_size", 1024)
+        self._say({"check": what, "holds": True, "tokens_per_s": 1000 * tokens / statistics.median(times)})
+
     def _say(self, finding: dict[str, Any]) -> None:
         self.found.append(finding)
         rest = {key: value for key, value in finding.items() if key not in ("check", "holds")}
         print(f"{'holds' if finding['holds'] else 'FAILS':6} {finding['check']}: {json.dumps(rest)}", flush=True)
 
 
-def run_all(check: Check, small: list[str], speed: list[str]) -> None:
+def bits(check: Check, small: list[str]) -> None:
     for label in ("compile=false", "compile=true"):
         base = [*small, label]
         for precision in ("fp32", "bf16"):
@@ -99,14 +185,22 @@ def run_all(check: Check, small: list[str], speed: list[str]) -> None:
     if check.accelerator == "cuda" and gpus > 1:
         ranks = [[*small, "precision=bf16", f"devices={world}", "backend=nccl"] for world in (1, 2, min(gpus, 8))]
         check.same_bits(f"1, 2, {min(gpus, 8)} GPUs over nccl, bf16", *ranks)
-    for label in ("compile=false", "compile=true"):
-        for reduce in ("reduce=exact", "reduce=fast"):
-            check.speed(f"speed, {label}, {reduce}", *speed, label, reduce, "precision=bf16", "devices=1")
+
+
+def run_all(check: Check, small: list[str], rows: list[Speed], checkout: Path | None) -> None:
+    bits(check, small)
+    if checkout and check.accelerator == "cuda":
+        check.nanogpt("gpt2_124m, nanoGPT's train.py, compiled", checkout, 50304, **TRAIN_PY)
+    else:
+        check.left_out.append("nanoGPT: --nanogpt PATH, a checkout, on a GPU")
+    for row in rows:
+        check.speed(row.what, *row.overrides)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cpu", action="store_true", help="tiny models on a CPU: a test of this script, no finding")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to run its train.py beside ours")
     parser.add_argument("--out", type=Path, help="where to write the JSON (default: tests/bench/results)")
     options = parser.parse_args(arguments)
     gpus = hardware.gpus()
@@ -117,7 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     try:
         check = Check(workspace, "cpu" if options.cpu else "cuda")
-        run_all(check, TINY if options.cpu else SMALL, TINY if options.cpu else SPEED)
+        tiny = [Speed(f"tiny, {part}", [*TINY, *how]) for part, how in PARTS.items()]
+        run_all(check, TINY if options.cpu else SMALL, tiny if options.cpu else speeds(), options.nanogpt)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     device = "cpu" if options.cpu else gpus[0].name
@@ -132,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         "cuda": torch.version.cuda,
         "seconds": time.monotonic() - started,
         "findings": check.found,
+        "left_out": check.left_out,
     }
     out = options.out or RESULTS / f"gpu_check-{device.replace(' ', '_')}.json"
     out.write_text(json.dumps(report, indent=1) + "\n")

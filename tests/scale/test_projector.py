@@ -198,6 +198,15 @@ def test_a_plan_says_time_disk_money_and_what_would_fit(
     assert "True" in capsys.readouterr().out
 
 
+def test_micro_batches_of_rented_gpus_are_theirs_and_not_this_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    def hours(*keys: str) -> float:
+        assert cli.main(["plan", "model=gpt2_124m", "data=synthetic", "batch.sequences=512", "format=json", *keys]) == 0
+        return next(float(one["hours"]) for one in json.loads(capsys.readouterr().out)["rented"])
+
+    # 32,768 tokens a pass on a GPU and 2,048 on a CPU, whose products are too small for an H100
+    assert hours() == hours("batch.micro_batch=32") < hours("batch.micro_batch=2")
+
+
 def test_what_was_predicted_of_this_machine_and_measured() -> None:
     """The committed figures of `make bench-forecast`: ranks that share two busy cores; a drill by another drill."""
     found = json.loads((RESULTS / "forecast.json").read_text())

@@ -92,9 +92,6 @@ class GPT2(LanguageModel):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = LayerNorm(shape.width, shape.norm_eps)
 
-    def fill_tables(self) -> None:
-        """It has none."""
-
     def embed(self, tokens_BT: Tensor, start: int = 0) -> Tensor:
         x_BTD: Tensor = self.embedding(tokens_BT) + self.positions.weight[start : start + tokens_BT.size(1)]
         return x_BTD

@@ -17,6 +17,7 @@ from train.checks import Refused, require
 from train.config import Model, TokenizerKind, Train
 from train.shapes import GPT2, HF, Grok, Llama
 
+DECODER = {"context": "max_position_embeddings", "layers": "num_hidden_layers", "width": "hidden_size"}
 WORDS: dict[str, tuple[type[Model], dict[str, str]]] = {  # model_type -> our shape; our key -> their key
     "gpt2": (
         GPT2,
@@ -32,9 +33,7 @@ WORDS: dict[str, tuple[type[Model], dict[str, str]]] = {  # model_type -> our sh
     "llama": (
         Llama,
         {
-            "context": "max_position_embeddings",
-            "layers": "num_hidden_layers",
-            "width": "hidden_size",
+            **DECODER,
             "heads": "num_attention_heads",
             "ffn": "intermediate_size",
             "norm_eps": "rms_norm_eps",
@@ -43,9 +42,7 @@ WORDS: dict[str, tuple[type[Model], dict[str, str]]] = {  # model_type -> our sh
     "grok-1": (
         Grok,
         {
-            "context": "max_position_embeddings",
-            "layers": "num_hidden_layers",
-            "width": "hidden_size",
+            **DECODER,
             "heads": "num_attention_heads",
             "kv_heads": "num_key_value_heads",
             "head_size": "head_dim",

@@ -63,9 +63,8 @@ class LanguageModel(nn.Module, ABC):
         Without dropout and without a graph. Raises ValueError where they do not fit the context.
         """
 
-    @abstractmethod
     def fill_tables(self) -> None:
-        """Give the buffers their values: they are constants, and no checkpoint has them."""
+        """Give the buffers their values, where there are any: they are constants, and no checkpoint has them."""
 
     @abstractmethod
     def std(self, name: str, shape: Size) -> float:
