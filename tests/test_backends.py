@@ -165,14 +165,20 @@ def test_gpus_heal_without_spares_which_would_take_a_rank_s_memory(
         plan.resolve(compose.config("train", [*tiny, "accelerator=cuda", "recovery.spares=1"]))
 
 
-def test_no_more_ranks_than_gpus(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = compose.config("train", [*tiny, "name=a", "devices=2", "accelerator=cuda", "backend=nccl"])
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "config.yaml").write_text(folder.to_yaml(config))
+def test_no_more_ranks_than_gpus_but_over_gloo(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("train.resize.under_way", lambda path: True)
+    monkeypatch.setattr("train.resize.PATIENCE", 0.0)
     monkeypatch.setattr("train.hardware.gpus", lambda: (SimpleNamespace(),) * 2)
+    for backend in ("nccl", "gloo"):
+        config = compose.config("train", [*tiny, "name=a", "devices=2", "accelerator=cuda", f"backend={backend}"])
+        (tmp_path / backend).mkdir()
+        (tmp_path / backend / "config.yaml").write_text(folder.to_yaml(config))
     with pytest.raises(Refused, match="3 are more than the 2 GPUs here"):
-        resize.resize(Resize(run=str(tmp_path / "a"), devices=3))
+        resize.resize(Resize(run=str(tmp_path / "nccl"), devices=3))
+    resize.resize(Resize(run=str(tmp_path / "gloo"), devices=3))
+    assert [(tmp_path / backend / folder.WISH).exists() for backend in ("nccl", "gloo")] == [False, True]
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ def resize(config: Config) -> int:
         raise Refused("run", f"{why}: stop {config.run} and start it again with devices={config.devices}")
     if not under_way(path):
         raise Refused("run", f"{config.run} is not under way: start it with devices={config.devices}")
-    if run.accelerator == "cuda" and config.devices > (gpus := len(hardware.gpus())):
+    if run.backend == "nccl" and config.devices > (gpus := len(hardware.gpus())):
         raise Refused("devices", f"{config.devices} are more than the {gpus} GPUs here")
     ranks = min(config.devices, run.batch.virtual_ranks)
     replace(path / WISH, json.dumps({"devices": config.devices}))
