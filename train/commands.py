@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -19,6 +21,10 @@ from train.shapes import MODELS
 class Format(Enum):
     table = "table"
     json = "json"
+
+    def tell(self, found: Any, show: Callable[[Any], None]) -> None:
+        """What a command has found, for programs or, by `show`, for people."""
+        (show if self is Format.table else lambda found: print(json.dumps(found)))(found)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -282,9 +288,7 @@ class Target:
     partition: str = ""  # slurm
     account: str = ""  # slurm
     image: str = ""  # of docker/Dockerfile, with a registry from which the nodes can fetch it
-    mounts: list[str] = field(
-        default_factory=list
-    )  # SOURCE:/there; a bucket, folder or volume claim, for data and runs
+    mounts: list[str] = field(default_factory=list)  # SOURCE:/there: a bucket, folder or claim, for data and runs
     spot: bool = True  # skypilot: machines that can be taken away, at a lower price
     infra: str = ""  # skypilot: aws, gcp/us-central1, k8s/my-context
     namespace: str = "default"  # kubernetes
