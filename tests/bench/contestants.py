@@ -9,8 +9,8 @@ Each is given what makes it faster without changing the work: a fused optimizer,
 of `work.PIECE` sequences. Its own file says what differs on purpose.
 
 Not among them: torchtitan, which has no path for a CPU: its device is the accelerator that torch finds, or else "cuda"
-(`get_device_info` in its torchtitan/tools/utils.py). litgpt has no learned positions, hence no GPT-2: it is in the
-llama settings, where nanoGPT has no model.
+(pytorch/torchtitan, torchtitan/tools/utils.py @0258167, `get_device_info`). litgpt has no learned positions, hence no
+GPT-2: it is in the llama settings, where nanoGPT has no model.
 """
 
 from __future__ import annotations
