@@ -91,8 +91,8 @@ bench-forecast: setup ## Measure: predicted steps of 4 and 8 ranks, and a drill'
 bench-report: setup ## Measure: what the report of 100,000 steps costs (half a minute)
 	@$(BIN)/python -m tests.bench.long_report $(ARGS)
 
-bench-peers: setup ## Measure: nanoGPT, transformers' Trainer, lightning's beside us at the same work (NANOGPT=PATH; a quarter of an hour)
-	@$(BIN)/python -m tests.bench.peers $(ARGS)
+bench-peers: setup ## Measure: nanoGPT, litgpt, transformers' Trainer, lightning's beside us at the same work (NANOGPT=PATH; an hour and a half)
+	@$(BIN)/colossus bench out=tests/bench/results/peers.json $(ARGS)
 
 bench-loss: setup ## Measure: time and tokens to a loss, beside nanoGPT's train.py on the same corpus (NANOGPT=PATH; half an hour)
 	@$(BIN)/python -m tests.bench.to_a_loss $(ARGS)

@@ -35,7 +35,7 @@ LAYERS = [
     ("keeper", "balance", "engine", "audit", "profile"),
     ("recovery", "run", "rerun"),
     ("remote", "fleet", "agent", "supervisor", "report"),
-    ("job", "runs", "replay", "diff", "resize", "probe", "watch", "projector", "links"),
+    ("job", "runs", "replay", "diff", "resize", "probe", "watch", "projector", "links", "bench"),
     ("drill",),
     ("launch",),
     ("cli", "__main__"),
@@ -59,7 +59,7 @@ WITHOUT_TORCH += [
 ]
 WITHOUT_TORCH += ["shapes", "verify", "resize", "probe", "drill", "faults.plan", "data.prepare", "data.stream"]
 WITHOUT_TORCH += ["scale.command", "scale.calibrate", "report.command", "watch"]
-WITHOUT_TORCH += ["launch.submit", "launch.slurm", "launch.kubernetes"]
+WITHOUT_TORCH += ["bench", "launch.submit", "launch.slurm", "launch.kubernetes"]
 LAUNCHERS = sorted((PACKAGE / "launch").glob("*.py"))
 
 
@@ -87,6 +87,19 @@ def test_nothing_imports_upwards(room: str, path: Path) -> None:
     assert room in LEVEL, f"{path.name} is in no layer: say where it belongs"
     upwards = {other for other in imports(path) if LEVEL[other] > LEVEL[room]}
     assert not upwards, f"{path.name} (layer {LEVEL[room]}) imports {upwards}"
+
+
+def test_tests_are_no_part_of_the_package() -> None:
+    """Only `colossus bench` goes there, in a checkout, once it is called: by name, from within its function."""
+    for _, path in rooms():
+        tree = ast.parse(path.read_text())
+        imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        imported += [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+        assert not [name for name in imported if name.split(".")[0] == "tests"], path
+        assert "tests." not in path.read_text() or path.name == "bench.py", path
+    code = "import sys, train.bench; print([m for m in sys.modules if m.split('.')[0] == 'tests'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)

@@ -33,6 +33,10 @@ def test_an_installed_wheel_works_from_any_folder(tmp_path: Path) -> None:
     result = subprocess.run([*command, *arguments], cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["parameters"] > 6.9e9
+    bench = subprocess.run([*command, "bench"], cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert bench.returncode == 2
+    assert bench.stderr.startswith("colossus: bench: ")
+    assert "in a checkout" in bench.stderr
     code = "import train.config; print(train.config.CONFIGS)"
     shown = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True

@@ -47,6 +47,7 @@ COMMANDS = {
     "scale": Command("what a job would be on a large cluster", "train.projector:scale", "cluster=llama3_16k"),
     "report": Command("a run, or several, as one page to look at", "train.report.command:report", "run=[w1,w2]"),
     "watch": Command("a run while it goes on; web=true: in a browser", "train.watch:watch", "run=llama_nano"),
+    "bench": Command("others beside us at the same work", "train.bench:bench", "settings=bf16 rounds=5"),
     "runs": Command("list the runs", "train.runs:runs", "format=json"),
 }
 

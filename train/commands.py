@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -19,6 +21,10 @@ from train.shapes import MODELS
 class Format(Enum):
     table = "table"
     json = "json"
+
+    def tell(self, found: Any, show: Callable[[Any], None]) -> None:
+        """What a command has found, for programs or, by `show`, for people."""
+        (show if self is Format.table else lambda found: print(json.dumps(found)))(found)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -220,6 +226,24 @@ class Probe:
 
 
 @dataclass(slots=True, kw_only=True)
+class Bench:
+    """`colossus bench`: others beside us at the same work, in turns. Exit code 1 where one failed or did other work."""
+
+    contestants: Any = ""  # [ours,litgpt,…]; empty: all. ours always takes part
+    settings: Any = ""  # bf16, llama-1x2, [gpt2-bf16-1x1,…]: those with all words of one; empty: all
+    rounds: int = 7  # of turns, after one that warms up
+    turn: int = 1  # steps in it
+    steps: int = 0  # go on after the rounds, until each has done so many
+    small: bool = False  # a model of no size: do all still do the same work?
+    nanogpt: str = ""  # a checkout of it; empty: what NANOGPT says
+    out: str = ""  # NAME.json for the figures, and NAME.svg beside it for a plot; empty: neither
+
+    def __post_init__(self) -> None:
+        at_least(self, "", rounds=1, turn=1, steps=0)
+        require(not self.out or self.out.endswith(".json"), "out", f"'{self.out}' is no .json")
+
+
+@dataclass(slots=True, kw_only=True)
 class Report:
     """`colossus report`: a run, or several side by side, as one HTML file that needs nothing else."""
 
@@ -282,9 +306,7 @@ class Target:
     partition: str = ""  # slurm
     account: str = ""  # slurm
     image: str = ""  # of docker/Dockerfile, with a registry from which the nodes can fetch it
-    mounts: list[str] = field(
-        default_factory=list
-    )  # SOURCE:/there; a bucket, folder or volume claim, for data and runs
+    mounts: list[str] = field(default_factory=list)  # SOURCE:/there: a bucket, folder or claim, for data and runs
     spot: bool = True  # skypilot: machines that can be taken away, at a lower price
     infra: str = ""  # skypilot: aws, gcp/us-central1, k8s/my-context
     namespace: str = "default"  # kubernetes
@@ -328,7 +350,7 @@ class Launch(Train):
 
 SCHEMAS: dict[str, type] = {"train": Train, "plan": Plan, "sample": Sample, "eval": Evaluate, "runs": Runs}
 SCHEMAS |= {"drill": Drill, "verify": Verify, "replay": Replay, "diff": Diff, "resize": Resize, "export": Export}
-SCHEMAS |= {"scale": Scale, "probe": Probe, "launch": Launch, "report": Report, "watch": Watch}
+SCHEMAS |= {"scale": Scale, "probe": Probe, "launch": Launch, "report": Report, "watch": Watch, "bench": Bench}
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from train.models.hf_config import adopt
 
 # The last part of keys whose values are text, quoted whole; and of those where a list [a,b] may stand as well.
 TEXT, PATHS = {"prompt", "sample", "store", "resume_from"}, {"path", "run", "runs", "cache"}
-FILES = {"table", "out"}  # the same, as whole keys only: faults.table is no path
+FILES = {"table", "out", "nanogpt"}  # the same, as whole keys only: faults.table is no path
 
 
 @contextmanager

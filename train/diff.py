@@ -7,7 +7,6 @@ before effects: the data, the parameters, the gradient of each virtual rank, the
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -65,10 +64,7 @@ def diff(config: Config) -> int:
     if step is not None:
         parting = Parting(runs, step, wrong, config)
         report["findings"] = parting.findings(agreed_before=step - 1 in common)
-    if config.format is Format.json:
-        print(json.dumps(report))
-    else:
-        _show(report)
+    config.format.tell(report, _show)
     return DONE if step is None else FAILED
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -40,10 +39,7 @@ def drill(config: Config) -> int:
         return codes[-1]  # stopped on request: the same command goes on
     records, twins = (list(events.read(one.folder / "events.jsonl")) for one in (job, twin))
     found = report(records, twins, plan(read_train(job.folder / "config.yaml")))
-    if config.format is Format.json:
-        print(json.dumps(found))
-    else:
-        _show(found)
+    config.format.tell(found, _show)
     return DONE if codes == [DONE, DONE] and found["passed"] else FAILED
 
 

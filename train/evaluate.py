@@ -90,8 +90,7 @@ def main(config: Evaluate) -> int:
     validation = Validation(prepared, context=context, tokens=config.tokens, micro_batch=size)
     score = evaluate(run.model, validation, trained.fabric(run, on))
     facts: dict[str, Any] = {"run": config.run, "step": run.step, "loss": score.loss, "bpb": score.bpb}
-    facts |= {"perplexity": score.perplexity}
-    facts |= {"tokens": score.tokens, "bytes": score.bytes, **validation.yardsticks()}
+    facts |= {"perplexity": score.perplexity, "tokens": score.tokens, "bytes": score.bytes, **validation.yardsticks()}
     if score.experts:
         facts |= {"balance": score.balance, "router_z": score.router_z, "experts": score.experts}
     if config.format is Format.json:

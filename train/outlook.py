@@ -6,7 +6,6 @@ its CPU, and of up to eight rented GPUs at the prices of configs/economy.yaml, e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.table import Table
 from train import flops, hardware
 from train.batch import shares
 from train.checks import DONE, Refused, require
-from train.commands import Format, Plan, Scale
+from train.commands import Plan, Scale
 from train.config import Sharding, Train
 from train.economy import prices
 from train.folder import read_json, read_train
@@ -61,10 +60,7 @@ def plan(config: Plan) -> int:
         "seconds": seconds and seconds * resolved.steps,
         "rented": list(_rented(resolved, vocab, auto=config.batch.micro_batch == "auto")),
     }
-    if config.format is Format.json:
-        print(json.dumps(facts))
-    else:
-        _show(facts)
+    config.format.tell(facts, _show)
     return DONE
 
 

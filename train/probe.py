@@ -59,10 +59,7 @@ def probe(config: Config) -> int:
     console.close()
     if between:
         _keep(rows, between)
-    if config.format is Format.json:
-        print(json.dumps({"devices": rows, "findings": faults} | between))
-    else:
-        _show(rows, between)
+    config.format.tell({"devices": rows, "findings": faults} | between, lambda _: _show(rows, between))
     for fault in faults:
         console.error(fault)
     if config.format is Format.table and not faults:

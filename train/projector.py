@@ -16,7 +16,7 @@ from train.checks import DONE, Refused
 from train.commands import Scale
 from train.folder import locate, replace
 from train.outlook import anchor, asked
-from train.report.chart import Series, chart
+from train.report.chart import Series, chart, parted
 from train.report.page import sheet
 from train.report.record import Run
 from train.report.words import esc, table
@@ -35,7 +35,7 @@ def scale(config: Scale) -> int:
         answer = command.answer(config)
     if config.out and not config.table:
         _write(Path(config.out).expanduser(), answer)
-    command.show(answer, config.format)
+    config.format.tell(answer, command.show)
     return DONE
 
 
@@ -82,17 +82,14 @@ def _plots(answer: dict[str, Any]) -> str:
     drawn = chart("Against the number of GPUs", "%", [line for line in lines if line.x], zero=True, note=note)
     drawn += chart("MFU against the batch", "%", [curve(batches, "mfu", "batch", "MFU", 0)], zero=True)
     drawn += chart("Days to one loss, by batch", "d", [curve(batches, "days", "batch", "days", 1)], zero=True)
-    whole, left, bars, key = answer["step"]["seconds"]["value"], 0.0, "", ""
+    whole, bars, key = answer["step"]["seconds"]["value"], [], ""
     for i, (name, part) in enumerate(answer["where_it_goes"].items()):
         share = part["value"] / whole
         words = f"{esc(name)} {100 * share:.1f} %"
-        place = f'x="{1000 * left:.1f}" width="{1000 * share:.1f}" height="40"'
-        bars += f'<rect style="fill:var(--c{i % 6})" {place}><title>{words}</title></rect>'
+        bars.append((f'style="fill:var(--c{i % 6})"', share, words))
         key += f'<span class="k c{i % 6}">{words}</span>' if share > 0.01 else ""
-        left += share
     head = f'<figcaption><b>A step</b> <span class="key">{key}</span></figcaption>'
-    box = 'class="bar" viewBox="0 0 1000 40" preserveAspectRatio="none" role="img" aria-label="a step"'
-    return f'{drawn}<figure class="chart">{head}<svg {box}>{bars}</svg></figure>'
+    return f'{drawn}<figure class="chart">{head}{parted("a step", bars)}</figure>'
 
 
 def _table(part: Part) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from itertools import islice, product
 from typing import Any
@@ -97,10 +96,8 @@ def replay(config: Config) -> int:
         "checks": checks,
         "agrees": not on_the_way and all(check["agrees"] for check in checks),
     }
-    if shown:
-        _show(report, len(chosen) * again.engine.config.batch.sequences // count - len(sequences))
-    else:
-        print(json.dumps(report))
+    hidden = len(chosen) * again.engine.config.batch.sequences // count - len(sequences)
+    config.format.tell(report, lambda report: _show(report, hidden))
     return DONE if report["agrees"] else FAILED
 
 

@@ -19,23 +19,17 @@ def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     sum of the gradients; None where one rank was alone.
     """
     records = list(records)
+    paces = [record for record in records if record["kind"] == "throughput"]
+    mfus = [pace["mfu"] for pace in paces if pace["mfu"] is not None]
+    waits = [pace["waiting"] for pace in paces if pace.get("waiting")]
     steps: dict[int, dict[str, Any]] = {}
-    speeds: list[float] = []
-    mfus: list[float] = []
-    waits: list[list[float]] = []
-    worlds: list[int] = []
     scores: dict[int, dict[str, Any]] = {}
     finished: dict[str, Any] | None = None
     for record in records:
         kind = record["kind"]
         if kind == "step":
             steps[record["step"]] = record
-        elif kind == "throughput":
-            speeds.append(record["tokens_per_s"])
-            mfus += [record["mfu"]] if record["mfu"] is not None else []
-            waits += [record["waiting"]] if record.get("waiting") else []
         elif kind == "start":
-            worlds.append(record["world"])
             steps = {number: step for number, step in steps.items() if number <= record["step"]}
             scores = {step: score for step, score in scores.items() if step <= record["step"]}
             finished = None
@@ -53,11 +47,11 @@ def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "val_loss": score["loss"] if score else None,
         "val_bpb": score["bpb"] if score else None,
         "tokens": newest["tokens"] if newest else 0,
-        "tokens_per_s": statistics.median(speeds) if speeds else None,
+        "tokens_per_s": statistics.median(pace["tokens_per_s"] for pace in paces) if paces else None,
         "mfu": statistics.median(mfus) if mfus else None,
         "waiting": {name: statistics.median(shares) if shares else None for name, shares in ways.items()},
         "economy": economy(records),
-        "world_sizes": worlds,
+        "world_sizes": [record["world"] for record in records if record["kind"] == "start"],
         "state_sha256": finished["state_sha256"] if finished else None,
         "yardsticks": finished["yardsticks"] if finished else {},
         "goodput": ledger(records),

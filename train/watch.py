@@ -67,13 +67,9 @@ def view(run: Run, state: str) -> Group:
     if state == "running" and steps:
         usual = statistics.median(step["seconds"] for step in steps[-50:])
         figures["ETA"] = lasting((wanted - done) * usual)
-    numbers = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for name in figures:
-        numbers.add_column(name)
+    numbers = Table(*figures, box=None, padding=(0, 3, 0, 0), header_style="dim")
     numbers.add_row(*figures.values())
-    ranks = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for name in ("rank", "process", "", "for"):
-        ranks.add_column(name)
+    ranks = Table("rank", "process", "", "for", box=None, padding=(0, 3, 0, 0), header_style="dim")
     found = lanes(run.records)
     now = time.time() if state == "running" else run.records[-1]["time"] if run.records else 0.0
     for lane in range(found.count):

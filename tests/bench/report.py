@@ -15,8 +15,8 @@ from train.hardware import processor
 RESULTS = Path(__file__).parent / "results"
 
 
-def write(name: str, command: str, **figures: Any) -> None:
-    """Write `figures` to results/NAME.json, and say so."""
+def write(name: str | Path, command: str, **figures: Any) -> dict[str, Any]:
+    """Write `figures` to results/NAME.json, or to a path, and say so; what has been written."""
     head = {
         "command": command,
         "date": datetime.date.today().isoformat(),
@@ -24,6 +24,7 @@ def write(name: str, command: str, **figures: Any) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    path = RESULTS / f"{name}.json"
+    path = name if isinstance(name, Path) else RESULTS / f"{name}.json"
     path.write_text(json.dumps(head | figures, indent=1) + "\n")
     print(f"written to {path}")
+    return head | figures

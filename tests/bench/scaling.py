@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import peers, report
-from tests.bench.contestants import Job
+from tests.bench.work import Job
 from train import compose, plan
 from train.data.prepare import prepare
 from train.folder import RunFolder
@@ -29,8 +29,13 @@ RANKS = (1, 2, 4, 8)
 
 
 def player(ranks: int, sequences: int, workspace: Path, stack: ExitStack) -> peers.Player:
-    work = peers.WORK.replace("batch.sequences=16", f"batch.sequences={sequences}")
-    overrides = [*work.split(), f"name=ranks-{ranks}", f"devices={ranks}", f"runs={workspace}"]
+    overrides = [
+        *peers.work("gpt2"),
+        f"batch.sequences={sequences}",
+        f"name=ranks-{ranks}",
+        f"devices={ranks}",
+        f"runs={workspace}",
+    ]
     overrides += ["precision=bf16", "compile=false"]
     config = plan.resolve(compose.config("train", overrides))
     prepared, _ = prepare(config.data, seed=config.seed, context=config.model.context)

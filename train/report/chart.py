@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from train.report.words import esc, number
@@ -138,6 +138,17 @@ def figure(title: str, head: str, labels: list[str], drawn: list[str], high: int
         f'<svg viewBox="0 0 {WIDE} {high}" preserveAspectRatio="none" role="img" aria-label="{esc(title)}">'
         f"{''.join(drawn)}</svg></div>{after}</figure>"
     )
+
+
+def parted(label: str, parts: Iterable[tuple[str, float, str]]) -> str:
+    """A bar of shares of 1, each (attributes of its rectangle, share, title in HTML)."""
+    x, drawn = 0.0, ""
+    for attributes, share, title in parts:
+        place = f'x="{WIDE * x:.1f}" width="{WIDE * share:.1f}" height="40"'
+        drawn += f"<rect {attributes} {place}><title>{title}</title></rect>" if share > 0 else ""
+        x += share
+    box = f'viewBox="0 0 {WIDE} 40" preserveAspectRatio="none" role="img" aria-label="{label}"'
+    return f'<svg class="bar" {box}>{drawn}</svg>'
 
 
 def _line(s: Series, across: Callable[[float], float], down: Callable[[float], float]) -> str:

@@ -18,7 +18,7 @@ def report(config: Report) -> int:
     paths = [locate(name) for name in config.names]
     out = Path(config.out).expanduser() if config.out else _beside(paths)
     try:
-        write([Run(path) for path in paths], out)
+        replace(out, page([Run(path) for path in paths]))
     except OSError as error:
         raise Refused("out", f"'{out}' cannot be written ({error.strerror})") from error
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB): open it in any browser")
@@ -33,15 +33,10 @@ def _beside(paths: list[Path]) -> Path:
     return paths[0].parent / f"report-{'-'.join(names)}.html"
 
 
-def write(runs: list[Run], out: Path) -> None:
-    """Raises OSError."""
-    replace(out, page(runs))
-
-
 def leave_behind(path: Path) -> str:
     """The report of a run that has just ended, by who ran it: where it is, or why there is none. Raises nothing."""
     try:
-        write([Run(path, held=False)], path / "report.html")
+        replace(path / "report.html", page([Run(path, held=False)]))
     except Exception as error:  # whatever it is: the run's work is done and on the disk
         return f"warning: no report was written ({type(error).__name__}: {error})"
     return f"report: {path}/report.html"

@@ -27,12 +27,8 @@ def beside(runs: list[Run]) -> str:
         bits = f"<code>{esc(digest[:12])}</code>" if digest else NONE
         bits += f' <span class="chip same">same bits as {esc(", ".join(twins))}</span>' if digest and twins else ""
         faults = len(run.of("injected") or run.of("fault"))
-        numbers = [
-            f"{found['steps']:,}",
-            number(found["final_loss"]),
-            number(found["val_bpb"]),
-            si(found["tokens_per_s"]),
-        ]
+        scores = (number(found[key]) for key in ("final_loss", "val_bpb"))
+        numbers = [f"{found['steps']:,}", *scores, si(found["tokens_per_s"])]
         numbers += [percent(found["mfu"]), percent(found["goodput"]["share"]), lasting(found["goodput"]["wall_s"])]
         worlds = ", ".join(map(str, dict.fromkeys(found["world_sizes"])))
         name = f'<i class="sw b{i % 6}"></i><b>{esc(run.name)}</b>'

@@ -60,13 +60,10 @@ def _event(raw: bytes) -> Record | None:
     try:
         record = json.loads(raw)
         kind, when = record["kind"], record["time"]
+        whole = NEEDED.get(kind, frozenset()) <= set(record)
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    if (
-        not isinstance(when, int | float)
-        or not isinstance(kind, str)
-        or not NEEDED.get(kind, frozenset()) <= set(record)
-    ):
+    if not (whole and isinstance(when, int | float) and isinstance(kind, str)):
         return None
     return {key: record[key] for key in STEP} if kind == "step" else record
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from train.ledger import PARTS
 from train.report import settings
-from train.report.chart import Series, chart, smooth
+from train.report.chart import Series, chart, parted, smooth
 from train.report.record import Record, Run
 from train.report.words import NONE, esc, lasting, number, percent, plain, si, table
 
@@ -160,21 +160,13 @@ def spent(run: Run) -> str:
 
 
 def stacked(ledger: Record) -> str:
-    x, bars = 0.0, []
+    bars = []
     for group, parts in GROUPS.items():
         for i, part in enumerate(parts):
             share = ledger["seconds"][part] / ledger["wall_s"]
-            if share > 0:
-                title = f"{part.replace('_', ' ')}: {percent(share)}"
-                bars.append(
-                    f'<rect class="p-{group}" style="opacity:{1 - 0.14 * i:.2f}" x="{1000 * x:.1f}" '
-                    f'width="{1000 * share:.1f}" height="40"><title>{title}</title></rect>'
-                )
-            x += share
-    return (
-        '<svg class="bar" viewBox="0 0 1000 40" preserveAspectRatio="none" role="img" aria-label="goodput">'
-        f"{''.join(bars)}</svg>"
-    )
+            look = f'class="p-{group}" style="opacity:{1 - 0.14 * i:.2f}"'
+            bars.append((look, share, f"{part.replace('_', ' ')}: {percent(share)}"))
+    return parted("goodput", bars)
 
 
 def _parts(ledger: Record) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.checks import Refused
-from train.commands import Format, Scale
+from train.commands import Scale
 from train.scale import claims, project, tables, validation
 from train.scale.calibrate import jobs_of
 from train.scale.step_time import calibration, step_time
@@ -31,10 +30,7 @@ def answer(config: Scale) -> dict[str, Any]:
     return {"claims": claims.claims()} if config.show == "claims" else project.project(config)
 
 
-def show(found: dict[str, Any], form: Format) -> None:
-    if form is Format.json:
-        print(json.dumps(found))
-        return
+def show(found: dict[str, Any]) -> None:
     console = Console(width=max(Console().width, 180), highlight=False, markup=False, emoji=False)
     for name, part in ((name, part) for name, part in found.items() if part):
         console.print(_table(name, part))

@@ -1,0 +1,191 @@
+"""`colossus bench`: what it refuses, what it takes for the same work, what it leaves behind; and its picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+from tests.bench import bars, contestants, peers
+from tests.bench.contestants import CONTESTANTS, SETTINGS, chosen
+from tests.bench.work import by_decay
+from train import bench, cli
+from train.checks import Refused
+from train.commands import Bench
+
+NEEDS_LITGPT = pytest.mark.skipif(importlib.util.find_spec("litgpt") is None, reason=contestants.WHEEL)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def colossus(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """From a folder that is not the checkout, as a user calls it."""
+    command = [str(Path(sys.executable).with_name("colossus")), "bench", "rounds=1", "small=true", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+
+
+def test_help_says_what_each_key_means(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {key}=" in text for key in ("contestants", "settings", "rounds", "turn", "steps", "nanogpt", "out"))
+    keys = text.partition("Keys ")[2].splitlines()[1:]
+    assert all(len(line.split(maxsplit=1)) == 2 for line in keys), "a key without a meaning"
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("contestants=[ours,lightnin]", "contestants: none is called 'lightnin': did you mean lightning?"),
+        ("contestants=zzz", "there are ours, ours-compiled, "),
+        ("settings=bf61", "settings: 'bf61' is none: did you mean bf16?"),
+        ("settings=gpt2-llama", "settings: there is none with all of 'gpt2-llama'"),
+        ("round=3", "round: no such key: did you mean rounds?"),
+        ("rounds=0", "rounds: 0 is too small: use 1 or more"),
+        ("rounds=many", "rounds: "),
+        ("steps=-1", "steps: -1 is too small: use 0 or more"),
+        ("nanogpt=/not here", "nanogpt: '/not here' holds no train.py"),
+        ("out=figures.csv", "out: 'figures.csv' is no .json"),
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_line(argument: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", argument]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_who_has_no_place_in_the_settings_is_refused() -> None:
+    with pytest.raises(Refused, match="litgpt takes part in none of these settings, but in llama-bf16-1x1"):
+        chosen(Bench(contestants=["litgpt"], settings="gpt2"))
+    assert chosen(Bench(contestants=["litgpt", "bare"]))[0] == ["ours", "bare", "litgpt"]
+
+
+def test_without_a_checkout_it_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    assert cli.main(["bench", "contestants=zzz"]) == 2
+    error = capsys.readouterr().err
+    assert "make setup" in error
+    assert error.count("\n") == 1
+
+
+def test_a_mistake_is_found_before_torch_is_imported() -> None:
+    code = "import sys, train.bench, tests.bench.contestants; print('torch' in sys.modules)"
+    root = Path(bench.__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_settings_are_chosen_by_their_words() -> None:
+    def names(asked: Any) -> list[str]:
+        return [setting.name for setting in chosen(Bench(settings=asked))[1]]
+
+    assert names("") == [setting.name for setting in SETTINGS]
+    assert len(names("bf16")) == 6
+    assert names("llama-1x2") == ["llama-bf16-1x2", "llama-fp32-1x2"]
+    assert names(["gpt2-bf16-2x1", "fp32-llama-1x1"]) == ["gpt2-bf16-2x1", "llama-fp32-1x1"]
+
+
+def test_two_ranks_are_measured_beside_one_process_of_two_threads(tmp_path: Path) -> None:
+    setting = next(s for s in SETTINGS if s.name == "gpt2-bf16-2x1")
+    config = Bench(rounds=1, small=True)
+    ranks, tokens = peers.job_of("ours", setting, config, tmp_path)
+    threads, as_many = peers.job_of("ours-threads", setting, config, tmp_path)
+    assert (ranks.world, ranks.threads) == (2, 1)
+    assert (threads.world, threads.threads) == (1, 2)
+    assert tokens == as_many
+    assert [s.ranks for s in SETTINGS if CONTESTANTS["ours-threads"].takes_part(s)] == [2] * 4
+
+
+def test_decay_is_on_matrices_alone() -> None:
+    groups = by_decay(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)).parameters(), 0.1)
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (3, 0.0)]
+
+
+def figures(rates: dict[str, list[float]], losses: dict[str, float], parameters: dict[str, int]) -> dict[str, Any]:
+    """Of rounds at these tokens/s, 4,096 tokens a step."""
+    rounds = [{name: 4096 / of[i] for name, of in rates.items()} for i in range(len(rates["ours"]))]
+    told = {name: [loss] for name, loss in losses.items()}
+    result = peers.table(SETTINGS[1], 4096, rounds, told, parameters, {"hf": "needs accelerate"}, {})
+    return {"cpu": "a CPU", "date": "2026-11-29", "results": [result]}
+
+
+RATES = {"ours": [100.0, 120.0, 110.0], "lightning": [50.0, 60.0, 55.0], "bare": [80.0, 80.0, 80.0]}
+
+
+def test_other_work_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    same, counted = {"ours": 8.0, "lightning": 8.0004, "bare": 8.0}, {"ours": 7, "lightning": 7, "bare": 7}
+
+    def verdicts(losses: dict[str, float], parameters: dict[str, int]) -> list[bool]:
+        result = figures(RATES, losses, parameters)["results"][0]
+        peers.show(SETTINGS[1], result)
+        return [row["same_work"] for row in result["rows"]]
+
+    assert verdicts(same, counted) == [True, True, True]
+    assert "NOT THE SAME WORK" not in capsys.readouterr().out
+    assert verdicts(same | {"lightning": 8.01}, counted) == [True, False, True]
+    assert "NOT THE SAME WORK" in capsys.readouterr().out
+    assert verdicts(same, counted | {"bare": 8}) == [True, True, False]
+
+
+def test_the_picture_has_a_bar_a_whisker_and_a_number_for_each() -> None:
+    told = figures(RATES, {"ours": 8.0, "lightning": 9.0, "bare": 8.0}, dict.fromkeys(RATES, 7))
+    drawing = ElementTree.fromstring(bars.draw(told))
+    boxes = {box.get("class"): float(box.get("width") or 0) for box in drawing.iter(f"{SVG}rect")}
+    assert boxes["ours"] / boxes["bar"] == pytest.approx(110 / 80, rel=0.01)
+    assert boxes["ours"] / boxes["other"] == pytest.approx(2, rel=0.01)
+    whiskers = [path.get("d") or "" for path in drawing.iter(f"{SVG}path") if "H" in (path.get("d") or "")]
+    assert len(whiskers) == 2, "the one that did not vary has none"
+    left, right = (float(whiskers[0].replace("H", " ").split("M")[1].split()[i]) for i in (0, 2))
+    assert (right - left) / boxes["ours"] == pytest.approx(20 / 110, rel=0.02)  # quartiles 100 and 120
+    texts = [text.text or "" for text in drawing.iter(f"{SVG}text")]
+    assert {"110", "55, other work", "80", "gpt2, fp32", "1 rank x 1 thread"} <= set(texts)
+
+
+def test_the_command_as_it_is_said_has_no_paths() -> None:
+    config = Bench(contestants=["ours", "bare"], rounds=5, nanogpt="/home/me/nanoGPT", out="/home/me/x.json")
+    assert peers.said(config) == "colossus bench contestants=[ours,bare] rounds=5"
+
+
+def test_a_small_run_leaves_figures_and_a_picture(tmp_path: Path) -> None:
+    done = colossus(tmp_path, "contestants=[ours,ceiling]", "settings=gpt2-bf16-1x1", "out=figures.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "figures.json").read_text())["results"][0]
+    assert [row["contestant"] for row in result["rows"]] == ["ours", "ceiling"]
+    assert result["steps"] == 2
+    assert all(row["tokens_per_s"] > 0 and row["same_work"] for row in result["rows"])
+    assert len(list(ElementTree.fromstring((tmp_path / "figures.svg").read_text()).iter(f"{SVG}rect"))) == 2
+    assert "gpt2, bf16, 1 rank x 1 thread: 1 rounds, 2 steps" in done.stdout
+
+
+@NEEDS_LITGPT
+def test_litgpt_has_our_llama_under_other_names(tmp_path: Path) -> None:
+    from litgpt import GPT, Config
+
+    from tests.bench.peer_litgpt import named, shape_of
+    from train.models.build import build
+
+    setting = next(s for s in SETTINGS if s.name == "llama-fp32-1x1")
+    job, _ = peers.job_of("litgpt", setting, Bench(rounds=1, small=True), tmp_path)
+    theirs = GPT(Config(**shape_of(job)))
+    theirs.load_state_dict({named(name): weight for name, weight in job.weights().items()})
+    ours = build(job.config.model, job.vocab, seed=job.config.seed, device=torch.device("cpu"))
+    tokens = torch.randint(0, job.vocab, (2, job.config.model.context))
+    torch.testing.assert_close(theirs(tokens), ours(tokens), rtol=1e-4, atol=1e-4)
+
+
+@NEEDS_LITGPT
+def test_litgpt_does_the_same_work(tmp_path: Path) -> None:
+    done = colossus(tmp_path, "contestants=[litgpt-eager]", "settings=llama-fp32-1x1", "turn=3", "out=figures.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, litgpt = json.loads((tmp_path / "figures.json").read_text())["results"][0]["rows"]
+    assert litgpt["parameters"] == ours["parameters"]
+    assert litgpt["loss_apart_early"] < 1e-5
