@@ -8,13 +8,15 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from tests.running import Fresh, Running, at_step, gone
-from train import cli, events, manifest, nodes, trained
+from train import cli, engine, events, manifest, nodes, trained
+from train.models.language import LanguageModel
 
 
 def train(overrides: list[str], *more: str) -> tuple[int, Path]:
@@ -165,10 +167,25 @@ def test_another_seed_or_the_fast_reduction_is_another_result(tiny: list[str]) -
     assert len(digests) == 4
 
 
-def test_compiled_runs_agree_with_each_other(tiny: list[str]) -> None:
-    small = ("compile=true", "steps=3", "model.layers=1", "eval.every=0")
+def test_compiled_runs_agree_and_the_second_finds_the_code_of_the_first(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    small = ("compile=true", "steps=3", "model.layers=1", "eval.every=0", f"data.cache={tmp_path}/cache")
     one = sha256(tiny, *small, "name=c1", "devices=1")
+    code = set((tmp_path / "cache/compiled").rglob("*.so"))
+    assert code
+    assert "compiled first: minutes" in " ".join(capsys.readouterr().out.split())
     assert one == sha256(tiny, *small, "name=c2", "devices=2")
+    assert set((tmp_path / "cache/compiled").rglob("*.so")) == code
+
+
+def test_a_users_own_place_for_compiled_code_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the data's cache folder; torch's own default, which it may have put into the environment, does not."""
+    for given, expected in (("/elsewhere", "/elsewhere"), (default_cache_dir(), str(tmp_path / "compiled"))):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+        engine.compiled(cast(LanguageModel, torch.nn.Identity()), tmp_path)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == expected
 
 
 def test_the_run_folder_holds_what_is_promised(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,7 +200,7 @@ def _banner(start: dict[str, Any]) -> Table:
     """What will be trained, on what, and what to expect."""
     steps, peak = start["steps"] - start["step"], start["peak_flops"]
     tokens = steps * start["tokens_per_step"]
-    compiled = ", compiled" if start["compiled"] else ""
+    compiled = ", compiled first: minutes where that is new" if start["compiled"] else ""
     cut = f"{start['virtual_ranks']} virtual ranks x {start['micro_batches']} x {start['micro_batch']} sequences"
     flops, expected = "peak n/a", ""
     if peak is not None:

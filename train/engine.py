@@ -9,16 +9,18 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
-from torch import nn
+from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from train import optim
 from train.buckets import Reducer, bucket_elements
 from train.config import ReduceMode, Sharding, Train
-from train.data.prepare import Prepared
+from train.data.prepare import Prepared, cache_folder
 from train.data.stream import Stream
 from train.evidence import Evidence
 from train.fast import FastReducer
@@ -72,7 +74,7 @@ class Engine:
         return Parts(
             config=config,
             fabric=self.fabric,
-            model=torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile is True else self.model,
+            model=compiled(self.model, cache_folder(config.data)) if config.compile is True else self.model,
             aside=self.model.aside,
             stream=stream(config, self.prepared),
             generator=_generator(self.fabric.device),
@@ -82,6 +84,13 @@ class Engine:
             asked=asked,
             due=due,
         )
+
+
+def compiled(model: LanguageModel, cache: Path) -> Callable[..., Tensor]:
+    """`model`, compiled at its first micro-batch. Its code is kept in `cache` for other processes and other runs."""
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():  # torch itself sets that
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "compiled")
+    return torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
 
 def laid_out(config: Train, ranks: Ranks, model: nn.Module) -> tuple[Flat, Reducer]:

@@ -8,7 +8,6 @@ one long tensor gives the same bits as the many that it is made of. Muon is in `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,15 +31,11 @@ def adamw(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
     return optimizer
 
 
-BUILDERS: dict[OptimizerKind, Callable[[Optimizer, Flat, Ranks], torch.optim.Optimizer]] = {
-    OptimizerKind.adamw: lambda config, flat, ranks: adamw(config, flat),
-    OptimizerKind.muon: lambda config, flat, ranks: Muon(config, flat, ranks, adamw),
-}
-
-
 def build(config: Optimizer, flat: Flat, ranks: Ranks | None = None) -> torch.optim.Optimizer:
     """`ranks` are those that share the state in `flat`; none, where this one has it all."""
-    return BUILDERS[config.kind](config, flat, ranks or Ranks(0, 1, torch.device("cpu")))
+    if config.kind is OptimizerKind.muon:
+        return Muon(config, flat, ranks or Ranks(0, 1, torch.device("cpu")), adamw)
+    return adamw(config, flat)
 
 
 def pieces(optimizer: torch.optim.Optimizer, flat: Flat) -> list[Piece]:

@@ -22,6 +22,20 @@ def test_gelu_of_every_bf16_number_is_the_true_one_rounded() -> None:
     torch.testing.assert_close(x.grad, true.grad.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_gelu_as_it_is_compiled_for_a_cpu_is_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To 2e-6 in fp32: two exponentials' roundings; where it is tiny, of the number that it is a share of."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    x = torch.linspace(-12, 12, 10_001, requires_grad=True)
+    true = x.detach().double().requires_grad_()
+    y, z = gelu(x), F.gelu(true, approximate="tanh")
+    torch.autograd.backward([y.sum(), z.sum()])
+    torch.testing.assert_close(y.double(), z, rtol=2e-6, atol=2e-6)
+    assert x.grad is not None
+    assert true.grad is not None
+    torch.testing.assert_close(x.grad.double(), true.grad, rtol=2e-6, atol=2e-6)
+    assert gelu(x.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 @pytest.mark.parametrize("documents", [False, True])
 def test_attentions_gradients_are_those_of_the_plain_form(cap: float, documents: bool) -> None:

@@ -78,7 +78,10 @@ class Attention(torch.autograd.Function):
 
 def gelu(x: Tensor) -> Tensor:
     """GELU (arXiv 1606.08415) in its tanh form; on a CPU in bf16 from a table."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+    if x.device.type == "cpu" and torch.compiler.is_compiling():  # x·sigmoid(2u) for x·(1 + tanh u)/2: half of the time
+        h = x.float()
+        return (h * (1.5957691216057308 * h * (1 + 0.044715 * h * h)).sigmoid()).to(x.dtype)
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
         return F.gelu(x, approximate="tanh")
     y: Tensor = Gelu.apply(x)  # type: ignore[no-untyped-call]
     return y

@@ -64,7 +64,8 @@ def load_npz(path: str | Path) -> Published:
         config = json.loads(str(arrays["config"]))
         tokens = torch.from_numpy(arrays["tokens"]).long()
         logits = torch.from_numpy(arrays["logits"]).float()
-        shape = shape_of(config, context=tokens.size(1), experts=_experts(arrays))
+        experts = int(arrays[f"{PREFIX}transformer/decoder_layer_0/router/w"].shape[1])
+        shape = shape_of(config, context=tokens.size(1), experts=experts)
         vocab = int(config["vocab"])
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise Refused(str(path), f"holds no weights of Grok-1's code ({type(error).__name__}: {error})") from None
@@ -82,7 +83,3 @@ def shape_of(config: dict[str, Any], *, context: int, experts: int) -> Grok:
     """The shape that such a `config` describes, for at least `context` tokens."""
     shape = {ours: config[theirs] for theirs, ours in KEYS.items()}
     return Grok(**shape, context=max(2, context), experts=experts, vocab=int(config["vocab"]))
-
-
-def _experts(arrays: dict[str, Any]) -> int:
-    return int(arrays[f"{PREFIX}transformer/decoder_layer_0/router/w"].shape[1])

@@ -62,10 +62,6 @@ def ledgers(runs: list[Run]) -> str:
     )
 
 
-def presences(runs: list[Run]) -> str:
-    return "".join(f"<h3>{esc(run.name)}</h3>{timeline.draw(run.records)}" for run in runs)
-
-
 ONE: dict[str, Callable[[Run], str]] = {
     "": sections.headline,
     "Learning": lambda run: sections.curves([run]),
@@ -84,7 +80,7 @@ SEVERAL: dict[str, Callable[[list[Run]], str]] = {
     "Learning": sections.curves,
     "What differs": differences,
     "Where the time went": ledgers,
-    "Who was there": presences,
+    "Who was there": lambda runs: "".join(f"<h3>{esc(run.name)}</h3>{timeline.draw(run.records)}" for run in runs),
 }
 
 
