@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +18,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tests.running import Fresh, Running, at_step, gone
 from train import cli, engine, events, manifest, nodes, trained
 from train.models.language import LanguageModel
+from train.supervisor import Supervisor
 
 
 def train(overrides: list[str], *more: str) -> tuple[int, Path]:
@@ -411,6 +413,24 @@ def test_a_killed_rank_ends_the_run_and_is_named(tiny: list[str]) -> None:
     assert len(err.splitlines()) == 1
     assert gone(pids, within=20)
     assert any(r["kind"] == "fault" and r["rank"] == 2 for r in events.read(running.folder / "events.jsonl"))
+
+
+def test_who_was_killed_is_named_though_the_others_spoke_of_it_before_it_had_ended() -> None:
+    """The kernel closes a process's sockets first, and lets its parent know later, on a busy machine much later."""
+
+    class Dying:
+        fault, until = None, time.monotonic() + 0.2
+
+        @property
+        def killed(self) -> bool:
+            return time.monotonic() > self.until
+
+    spoke, dying = SimpleNamespace(killed=False, fault={"time": 0.0}), Dying()
+    supervisor: Any = Supervisor.__new__(Supervisor)
+    supervisor._ranks, supervisor._hear = [spoke, dying], lambda: None
+    assert supervisor._culprit([spoke]) is dying
+    supervisor._ranks = [spoke]
+    assert supervisor._culprit([spoke]) is spoke
 
 
 def test_a_second_writer_is_refused(tiny: list[str]) -> None:

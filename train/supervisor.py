@@ -381,8 +381,8 @@ class Supervisor:
         until = time.monotonic() + MOURNING
         while time.monotonic() < until and not any(rank.killed for rank in self._ranks):
             self._hear()
-            if any(rank.fault for rank in self._ranks):
-                break
+            if any(rank.fault for rank in self._ranks):  # one that is killed closes its sockets before it has ended
+                until = min(until, time.monotonic() + 0.5)
             time.sleep(0.02)
         self._hear()
         killed = [rank for rank in self._ranks if rank.killed]
