@@ -63,6 +63,21 @@ def test_the_peer_is_timed_by_its_own_words_after_it_has_warmed_up(tmp_path: Pat
     assert "exit code 1" in ill["error"]
 
 
+def test_a_peer_that_never_ends_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(gpu_check, "PATIENCE", 0.5)
+    check = gpu_check.Check(tmp_path, "cpu")
+    check.nanogpt("late", tmp_path, 100, batch_size=2, gradient_accumulation_steps=4)
+    assert check.found == [{"check": "late", "holds": False, "error": "not done after 0.5 s"}]
+
+
+def test_what_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main(["--nanogpt", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "holds no train.py" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(hardware.gpus() != (), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main([]) == 2

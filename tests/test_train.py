@@ -425,7 +425,11 @@ def test_who_was_killed_is_named_though_the_others_spoke_of_it_before_it_had_end
         def killed(self) -> bool:
             return time.monotonic() > self.until
 
-    spoke, dying = SimpleNamespace(killed=False, fault={"time": 0.0}), Dying()
+        @property
+        def alive(self) -> bool:
+            return not self.killed
+
+    spoke, dying = SimpleNamespace(killed=False, alive=True, fault={"time": 0.0}), Dying()
     supervisor: Any = Supervisor.__new__(Supervisor)
     supervisor._ranks, supervisor._hear = [spoke, dying], lambda: None
     assert supervisor._culprit([spoke]) is dying

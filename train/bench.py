@@ -13,10 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def bench(config: Bench) -> int:
-    here = (ROOT / "tests/bench/peers.py").exists()
-    require(
-        here, "bench", "those that we run beside us are not installed: run `make setup` in a checkout, call it there"
-    )
+    why = "those that we run beside us are not installed: run `make setup` in a checkout, call it there"
+    require((ROOT / "tests/bench/peers.py").exists(), "bench", why)
     sys.path.insert(0, str(ROOT))
     chosen = import_module("tests.bench.contestants").chosen(config)  # what is wrong is refused before torch is there
     return int(import_module("tests.bench.peers").main(config, *chosen))

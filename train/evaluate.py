@@ -7,7 +7,6 @@ expert was chosen is counted in integers.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from train import trained
-from train.commands import Evaluate, Format
+from train.commands import Evaluate
 from train.data.prepare import whole
 from train.data.stream import IGNORED, Validation
 from train.folder import locate
@@ -93,9 +92,11 @@ def main(config: Evaluate) -> int:
     facts |= {"perplexity": score.perplexity, "tokens": score.tokens, "bytes": score.bytes, **validation.yardsticks()}
     if score.experts:
         facts |= {"balance": score.balance, "router_z": score.router_z, "experts": score.experts}
-    if config.format is Format.json:
-        print(json.dumps(facts))
-        return 0
+    config.format.tell(facts, _show)
+    return 0
+
+
+def _show(facts: dict[str, Any]) -> None:
     meaning = {
         "loss": "nats per token",
         "bpb": "bits per byte",
@@ -107,4 +108,3 @@ def main(config: Evaluate) -> int:
     for key, value in facts.items():
         shown = f"{value:.4f}" if isinstance(value, float) else "n/a" if value is None else str(value)
         print(f"{meaning.get(key, key):32} {shown}")
-    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,19 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from train import events
-from train.commands import Format, Runs
+from train.commands import Runs
 from train.folder import read_json
 from train.summary import summarize
 
 
 def runs(config: Runs) -> int:
     found = [_describe(path.parent) for path in sorted(Path(config.runs).expanduser().glob("*/config.yaml"))]
-    if config.format is Format.json:
-        print(json.dumps(found))
-        return 0
-    if not found:
-        print(f"no runs under {config.runs}/: colossus train makes the first one")
-        return 0
+    none = f"no runs under {config.runs}/: colossus train makes the first one"
+    config.format.tell(found, _show if found else lambda _: print(none))
+    return 0
+
+
+def _show(found: list[dict[str, Any]]) -> None:
     figures = (Column(name, justify="right") for name in ("steps", "tokens", "loss", "bits/byte", "tokens/s"))
     table = Table("name", "state", *figures, "state sha256", box=None)
     for run in found:
@@ -30,7 +29,6 @@ def runs(config: Runs) -> int:
         digest = (run["state_sha256"] or "")[:12]
         table.add_row(run["name"], run["state"], str(run["steps"]), f"{run['tokens'] / 1e6:.2f} M", *numbers, digest)
     Console(soft_wrap=True, highlight=False).print(table)
-    return 0
 
 
 def _describe(path: Path) -> dict[str, Any]:

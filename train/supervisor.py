@@ -382,7 +382,7 @@ class Supervisor:
         while time.monotonic() < until and not any(rank.killed for rank in self._ranks):
             self._hear()
             if any(rank.fault for rank in self._ranks):  # one that is killed closes its sockets before it has ended
-                until = min(until, time.monotonic() + 0.5)
+                until = min(until, time.monotonic() + 0.5 * any(r.alive and not r.fault for r in self._ranks))
             time.sleep(0.02)
         self._hear()
         killed = [rank for rank in self._ranks if rank.killed]

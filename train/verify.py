@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from rich.console import Console as Rich
@@ -43,15 +42,16 @@ def verify(config: Verify) -> int:
         step = manifest.step_of(path.name)
         found.append({"step": step, "files": len(sizes), "bytes": sum(sizes), "whole": not why, "why": why})
     console.close()
-    if config.format is Format.json:
-        print(json.dumps(found))
-    else:
-        table = Table(*(Column(name, justify="right") for name in ("step", "files", "bytes")), "state", box=None)
-        for row in found:
-            state = "whole" if row["whole"] else "damaged"
-            table.add_row(str(row["step"]), str(row["files"]), f"{row['bytes']:,}", state)
-        Rich(soft_wrap=True, highlight=False).print(table)
+    config.format.tell(found, _show)
     for row in found:
         if row["why"]:
             console.error(row["why"])
     return DONE if all(row["whole"] for row in found) else FAILED
+
+
+def _show(found: list[dict[str, Any]]) -> None:
+    table = Table(*(Column(name, justify="right") for name in ("step", "files", "bytes")), "state", box=None)
+    for row in found:
+        state = "whole" if row["whole"] else "damaged"
+        table.add_row(str(row["step"]), str(row["files"]), f"{row['bytes']:,}", state)
+    Rich(soft_wrap=True, highlight=False).print(table)

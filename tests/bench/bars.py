@@ -51,12 +51,11 @@ def _head(figures: dict[str, Any]) -> str:
 
 
 def _group(result: dict[str, Any]) -> tuple[str, str]:
-    return result.get("family", "gpt2"), result["precision"]
+    return result["family"], result["precision"]
 
 
 def _spread(row: Row) -> tuple[float, float]:
-    """Quartiles; figures from before 2026-11-29 have none, and no other family than GPT-2."""
-    low, most = row.get("tokens_per_s_quartiles", [row["tokens_per_s"]] * 2)
+    low, most = row["tokens_per_s_quartiles"]
     return low, most
 
 
