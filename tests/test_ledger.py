@@ -197,6 +197,14 @@ def test_recoveries_are_timed_from_the_fault_to_the_notice_to_going_on() -> None
     assert table["slow"]["recovery_s"] == {"p50": None, "p99": None}
 
 
+def test_a_number_that_is_none_is_told_by_all_and_struck_one() -> None:
+    told = [fault(1.5 + i / 10, member=member) | {"fault": "not finite"} for i, member in enumerate((2, 0))]
+    slow, nan = injected(1.0, at=1, fault="slow", member=2), injected(1.25, at=1, fault="nan", member=1)
+    slow, nan = recoveries([start(0.0, 3), slow, nan, *told, start(2.0, 3, step=0), step(3.0, 1), step(4.0, 2)])
+    assert (slow["detection_s"], slow["by"], slow["survived"]) == (None, None, True)
+    assert (nan["detection_s"], nan["recovery_s"], nan["by"]) == (0.25, 0.5, "restart")
+
+
 def test_what_nobody_recovered_from_was_not_survived() -> None:
     (one,) = recoveries([start(0.0, 2), injected(1.0, at=0), step(1.5, 1), fault(2.0)])
     assert (one["detection_s"], one["by"], one["survived"]) == (1.0, None, False)

@@ -184,7 +184,7 @@ def recoveries(records: Iterable[Record]) -> list[Record]:
             found.append(one)
             waiting.append(one)
             open_[record["member"]] = one
-        elif kind == "fault" and (one := open_.pop(record["rank"], {})):
+        elif kind == "fault" and (one := open_.pop(_struck(open_, record), {})):
             waiting += [one] if one["survived"] else []
             one |= {"detection_s": time - one["time"], "survived": False}
         elif kind == "start" or (kind == "regroup" and record["why"] == "lost"):
@@ -198,6 +198,12 @@ def recoveries(records: Iterable[Record]) -> list[Record]:
                 one["survived"] = past and (one["detection_s"] is None or one["by"] is not None)
             waiting = [one for one in waiting if not one["survived"]]
     return found
+
+
+def _struck(faults: dict[int, Record], record: Record) -> int | None:
+    """Which of the members under `faults` this one tells of: all ranks speak of a number that is none, or any."""
+    poisoned = (member for member, one in faults.items() if one["fault"] in ("nan", "sdc", "flip"))
+    return next(poisoned, None) if record["fault"] == "not finite" else int(record["rank"])
 
 
 def by_kind(found: Iterable[Record]) -> dict[str, Any]:
