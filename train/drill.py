@@ -45,16 +45,14 @@ def drill(config: Config) -> int:
 
 def report(run: Sequence[Record], twin: Sequence[Record], planned: Sequence[Injection]) -> dict[str, Any]:
     """What the events of both say of the faults that were planned."""
-    pairs = [(one, summarize(one)) for one in (run, twin)]
-    summaries = [summary for _, summary in pairs]
+    summaries = [summarize(one) for one in (run, twin)]
     struck = recoveries(run)
     ids = {one["id"] for one in struck}
     dead = {one["id"] for one in struck if not one["survived"]}
     hashes = [summary["state_sha256"] for summary in summaries]
     parted = _first_difference(run, twin)
     equal = None not in hashes and hashes[0] == hashes[1] and parted is None
-    walls = [_wall(one) - summary["goodput"]["seconds"]["idle"] for one, summary in pairs]
-    timeline = [{**one, "after_s": one["time"] - run[0]["time"]} for one in struck]
+    walls = [_wall(one) - told["goodput"]["seconds"]["idle"] for one, told in zip((run, twin), summaries, strict=True)]
     return {
         "planned": len(planned),
         "struck": len(ids),
@@ -66,7 +64,7 @@ def report(run: Sequence[Record], twin: Sequence[Record], planned: Sequence[Inje
         "first_difference": parted,
         "goodput": [summary["goodput"] for summary in summaries],
         "efficiency": walls[1] / walls[0] if all(walls) else None,  # the twin's wall time by the run's
-        "timeline": timeline,
+        "timeline": [{**one, "after_s": one["time"] - run[0]["time"]} for one in struck],
         "passed": equal and not dead and all(one.id in ids for one in planned),
     }
 
