@@ -103,6 +103,12 @@ def test_two_ranks_are_measured_beside_one_process_of_two_threads(tmp_path: Path
     assert (threads.world, threads.threads) == (1, 2)
     assert tokens == as_many
     assert [s.ranks for s in SETTINGS if CONTESTANTS["ours-threads"].takes_part(s)] == [2] * 4
+    for name in ("bare-threads", "nanogpt-threads", "bare-threads-compiled", "nanogpt-threads-compiled"):
+        theirs, _ = peers.job_of(name, setting, config, tmp_path)
+        assert (theirs.world, theirs.threads, theirs.compiled) == (1, 2, "compiled" in name)
+        assert [str(s) for s in SETTINGS if CONTESTANTS[name].takes_part(s)] == [
+            f"gpt2, {precision}, 2 ranks x 1 thread" for precision in ("bf16", "fp32")
+        ]
 
 
 def test_decay_is_on_matrices_alone() -> None:

@@ -200,10 +200,10 @@ def recoveries(records: Iterable[Record]) -> list[Record]:
     return found
 
 
-def _struck(faults: dict[int, Record], record: Record) -> int | None:
+def _struck(faults: dict[int, Record], record: Record) -> int:
     """Which of the members under `faults` this one tells of: all ranks speak of a number that is none, or any."""
     poisoned = (member for member, one in faults.items() if one["fault"] in ("nan", "sdc", "flip"))
-    return next(poisoned, None) if record["fault"] == "not finite" else int(record["rank"])
+    return next(poisoned, -1) if record["fault"] == "not finite" else int(record["rank"])
 
 
 def by_kind(found: Iterable[Record]) -> dict[str, Any]:
