@@ -75,7 +75,7 @@ WHEEL = "pip install --no-deps litgpt psutil (with its own dependencies it would
 GPT2: dict[str, Any] = {"families": ("gpt2",), "needs": CHECKOUT, "nanogpt": True}
 LLAMA: dict[str, Any] = {"families": ("llama",), "needs": WHEEL}
 ANY: dict[str, Any] = {"ranks": (1, 2)}
-TWO_THREADS: dict[str, Any] = {"ranks": (2,), "alone": True, **GPT2}  # beside two ranks: each the way it is faster
+TWO_THREADS: dict[str, Any] = {"ranks": (2,), "alone": True, **GPT2}  # one process, beside two ranks
 CONTESTANTS = {
     "ours": Contestant("colossus train", f"{OURS}:ours", **ANY),
     "ours-compiled": Contestant("colossus train compile=true", f"{OURS}:ours", compiled=True, **ANY),
@@ -86,23 +86,13 @@ CONTESTANTS = {
     ),
     "nanogpt": Contestant("nanoGPT's train.py, fp32", f"{NANOGPT}:train_py", **GPT2),
     "nanogpt-compiled": Contestant("nanoGPT's train.py, fp32, compiled", f"{NANOGPT}:train_py", compiled=True, **GPT2),
-    "bare-threads": Contestant(
-        "bare loop, nanoGPT's model, one process of two threads", f"{NANOGPT}:bare", **TWO_THREADS
-    ),
+    "bare-threads": Contestant("bare loop in two threads", f"{NANOGPT}:bare", **TWO_THREADS),
     "bare-threads-compiled": Contestant(
-        "bare loop, nanoGPT's model, compiled, one process of two threads",
-        f"{NANOGPT}:bare",
-        compiled=True,
-        **TWO_THREADS,
+        "bare loop, compiled, in two threads", f"{NANOGPT}:bare", compiled=True, **TWO_THREADS
     ),
-    "nanogpt-threads": Contestant(
-        "nanoGPT's train.py, fp32, one process of two threads", f"{NANOGPT}:train_py", **TWO_THREADS
-    ),
+    "nanogpt-threads": Contestant("train.py in two threads", f"{NANOGPT}:train_py", **TWO_THREADS),
     "nanogpt-threads-compiled": Contestant(
-        "nanoGPT's train.py, fp32, compiled, one process of two threads",
-        f"{NANOGPT}:train_py",
-        compiled=True,
-        **TWO_THREADS,
+        "train.py, compiled, in two threads", f"{NANOGPT}:train_py", compiled=True, **TWO_THREADS
     ),
     "litgpt": Contestant("litgpt pretrain, compiled", f"{LITGPT}:litgpt", compiled=True, **LLAMA),
     "litgpt-eager": Contestant("litgpt pretrain, not compiled", f"{LITGPT}:litgpt", **LLAMA),
