@@ -201,7 +201,7 @@ def recoveries(records: Iterable[Record]) -> list[Record]:
 
 
 def _struck(faults: dict[int, Record], record: Record) -> int:
-    """Which of the members under `faults` this one tells of: all ranks speak of a number that is none, or any."""
+    """Which member's of `faults` it tells of: of a number that is none all ranks tell, and one of them has made it."""
     poisoned = (member for member, one in faults.items() if one["fault"] in ("nan", "sdc", "flip"))
     return next(poisoned, -1) if record["fault"] == "not finite" else int(record["rank"])
 
