@@ -203,6 +203,9 @@ def test_a_number_that_is_none_is_told_by_all_and_struck_one() -> None:
     slow, nan = recoveries([start(0.0, 3), slow, nan, *told, start(2.0, 3, step=0), step(3.0, 1), step(4.0, 2)])
     assert (slow["detection_s"], slow["by"], slow["survived"]) == (None, None, True)
     assert (nan["detection_s"], nan["recovery_s"], nan["by"]) == (0.25, 0.5, "restart")
+    unseen = injected(0.5, at=0, fault="sdc", member=0)  # unnoticed, and finite: what comes later is not its doing
+    unseen, nan = recoveries([start(0.0, 3), unseen, injected(1.25, at=1, fault="nan", member=1), *told])
+    assert (unseen["detection_s"], nan["detection_s"]) == (None, 0.25)
 
 
 def test_what_nobody_recovered_from_was_not_survived() -> None:

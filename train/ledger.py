@@ -202,7 +202,7 @@ def recoveries(records: Iterable[Record]) -> list[Record]:
 
 def _struck(faults: dict[int, Record], record: Record) -> int:
     """Which member's of `faults` it tells of: of a number that is none all ranks tell, and one of them has made it."""
-    poisoned = (member for member, one in faults.items() if one["fault"] in ("nan", "sdc", "flip"))
+    poisoned = (member for member, one in faults.items() if one["fault"] in ("nan", "flip"))
     return next(poisoned, -1) if record["fault"] == "not finite" else int(record["rank"])
 
 
