@@ -24,24 +24,25 @@ class Event:
     kind: ClassVar[str] = ""
     time: float = field(default_factory=time.time)  # Unix seconds
 
+    def __init_subclass__(cls, kind: str = "") -> None:
+        cls.kind = kind or cls.kind  # `slots` makes each class anew, without this argument
+
     def record(self) -> dict[str, Any]:
         return {"time": self.time, "kind": self.kind, **asdict(self)}
 
 
 @dataclass(slots=True, kw_only=True)
-class Launch(Event):
+class Launch(Event, kind="launch"):
     """The supervisor begins to start ranks: so many are wanted from here on."""
 
-    kind: ClassVar[str] = "launch"
     world: int
     again: bool  # all of them anew after a loss; else the command was given
 
 
 @dataclass(slots=True, kw_only=True)
-class Start(Event):
+class Start(Event, kind="start"):
     """The ranks are up and the state is in place: what runs, where, from which step."""
 
-    kind: ClassVar[str] = "start"
     step: int
     world: int
     virtual_ranks: int
@@ -62,10 +63,9 @@ class Start(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Step(Event):
+class Step(Event, kind="step"):
     """A committed step. `tokens` is cumulative; `seconds` is the time since the step before."""
 
-    kind: ClassVar[str] = "step"
     step: int
     loss: float  # nats per token
     loss_hex: str  # the same number, every bit of it
@@ -77,10 +77,9 @@ class Step(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Digests(Event):
+class Digests(Event, kind="digests"):
     """Checksums of a committed step, 16 hexadecimal digits each: evidence of what it was computed from."""
 
-    kind: ClassVar[str] = "digests"
     step: int
     tokens: list[str]  # by virtual rank
     leaves: list[str]  # by virtual rank: of its gradient
@@ -89,10 +88,9 @@ class Digests(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Handshake(Event):
+class Handshake(Event, kind="handshake"):
     """All ranks computed one same micro-batch; `digests` by rank. Unequal: the law does not hold between them."""
 
-    kind: ClassVar[str] = "handshake"
     step: int
     equal: bool
     digests: list[str]
@@ -100,20 +98,18 @@ class Handshake(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Ownership(Event):
+class Ownership(Event, kind="ownership"):
     """From here on each rank hosts so many virtual ranks, in this order."""
 
-    kind: ClassVar[str] = "ownership"
     step: int
     shares: list[int]
     why: str
 
 
 @dataclass(slots=True, kw_only=True)
-class Profiled(Event):
+class Profiled(Event, kind="profiled"):
     """Where the time of so many steps went on rank 0, and what to open in Perfetto."""
 
-    kind: ClassVar[str] = "profiled"
     step: int
     steps: int
     parts: dict[str, float]  # seconds of a step: they add up to it
@@ -121,10 +117,9 @@ class Profiled(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Throughput(Event):
+class Throughput(Event, kind="throughput"):
     """A logging step: what the steps since the last one achieved."""
 
-    kind: ClassVar[str] = "throughput"
     step: int
     tokens_per_s: float
     mfu: float | None  # model FLOP/s as a share of the devices' dense peak
@@ -134,10 +129,9 @@ class Throughput(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Routing(Event):
+class Routing(Event, kind="routing"):
     """A logging step of a model with experts: where all tokens of its global batch went."""
 
-    kind: ClassVar[str] = "routing"
     step: int
     experts: list[list[int]]  # by layer: how often each was chosen
     balance: float  # the load-balancing loss, 1 where even; mean of layers and micro-batches
@@ -145,8 +139,7 @@ class Routing(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Evaluated(Event):
-    kind: ClassVar[str] = "eval"
+class Evaluated(Event, kind="eval"):
     step: int
     loss: float  # nats per token
     bpb: float | None  # bits per byte; None where the corpus has no bytes to count
@@ -160,8 +153,7 @@ class Evaluated(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Saved(Event):
-    kind: ClassVar[str] = "checkpoint"
+class Saved(Event, kind="checkpoint"):
     step: int
     path: str
     bytes: int
@@ -170,18 +162,16 @@ class Saved(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Restored(Event):
-    kind: ClassVar[str] = "restore"
+class Restored(Event, kind="restore"):
     step: int
     path: str
     refused: list[str]  # checkpoints that were damaged, and how
 
 
 @dataclass(slots=True, kw_only=True)
-class Fault(Event):
+class Fault(Event, kind="fault"):
     """Something died or went wrong: which process (its number as a member), in which phase of which step, and why."""
 
-    kind: ClassVar[str] = "fault"
     fault: str
     phase: str
     rank: int
@@ -191,18 +181,16 @@ class Fault(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Ready(Event):
+class Ready(Event, kind="ready"):
     """A new process could take part: it waits to be made a member."""
 
-    kind: ClassVar[str] = "ready"
     rank: int
 
 
 @dataclass(slots=True, kw_only=True)
-class Regroup(Event):
+class Regroup(Event, kind="regroup"):
     """The ranks have changed and go on, all with the state after `step`."""
 
-    kind: ClassVar[str] = "regroup"
     step: int
     epoch: int
     members: list[int]  # by rank
@@ -214,10 +202,9 @@ class Regroup(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Injected(Event):
+class Injected(Event, kind="injected"):
     """A fault on order, said before it strikes: `id` is the injection's in the plan, `rank` the one it names there."""
 
-    kind: ClassVar[str] = "injected"
     id: str
     fault: str
     rank: int
@@ -227,56 +214,50 @@ class Injected(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Warned(Event):
-    kind: ClassVar[str] = "warning"
+class Warned(Event, kind="warning"):
     rank: int
     text: str
     step: int | None = None  # of the checkpoint, where it is about one
 
 
 @dataclass(slots=True, kw_only=True)
-class Slow(Event):
+class Slow(Event, kind="slow"):
     """A rank takes much longer than the others for the same work."""
 
-    kind: ClassVar[str] = "slow"
     rank: int
     step: int
     times: float  # as long as the median rank
 
 
 @dataclass(slots=True, kw_only=True)
-class Audited(Event):
+class Audited(Event, kind="audit"):
     """Two ranks did not compute the same bits; one of them is wrong."""
 
-    kind: ClassVar[str] = "audit"
     step: int
     virtual_rank: int
     suspects: list[int]
 
 
 @dataclass(slots=True, kw_only=True)
-class RolledBack(Event):
+class RolledBack(Event, kind="rollback"):
     """The loss of a step cannot be right: all starts again from before it."""
 
-    kind: ClassVar[str] = "rollback"
     step: int
     left_out: list[int]  # batches, which no step sees any more
 
 
 @dataclass(slots=True, kw_only=True)
-class Asked(Event):
+class Asked(Event, kind="asked"):
     """Somebody wants the run to save and stop."""
 
-    kind: ClassVar[str] = "asked"
     rank: int | None  # the one that was told; None: the supervisor
     by: str  # the signal's name, or stop_after=…
 
 
 @dataclass(slots=True, kw_only=True)
-class Finished(Event):
+class Finished(Event, kind="end"):
     """What rank 0 says at the end of a run, or of a part of it; the summary is made from it."""
 
-    kind: ClassVar[str] = "end"
     step: int
     stopped: bool  # on request, before the last step
     state_sha256: str
@@ -285,10 +266,9 @@ class Finished(Event):
 
 
 @dataclass(slots=True, kw_only=True)
-class Left(Event):
+class Left(Event, kind="left"):
     """The last word of every rank that ended by itself."""
 
-    kind: ClassVar[str] = "left"
     rank: int
     step: int
     stopped: bool
