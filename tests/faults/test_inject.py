@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from train import events, pulse
+from train import compose, events, pulse
 from train.channel import MARK, RECORDED, Channel
-from train.faults.inject import EXIT, armed
+from train.faults.detect import watched
+from train.faults.inject import EXIT, Injector
 from train.faults.plan import PHASES, parse
 from train.pulse import Pulse
 
@@ -51,7 +52,7 @@ def life(record: Path, *texts: str, seat: Seat | None = None, wanted: int = 4, p
     def rank(connection: Connection) -> None:
         ours.close()
         faulthandler.disable()  # pytest's own would write of the crash on order
-        walk(armed(planned, seat or Seat(1, 4), wanted, 7, channel(connection, record.parent), record))
+        walk(Injector(planned, seat or Seat(1, 4), wanted, 7, channel(connection, record.parent), record))
 
     process = context.Process(target=rank, args=(theirs,))
     process.start()
@@ -138,7 +139,7 @@ def test_a_slow_rank_takes_a_multiple_of_what_it_computes(tmp_path: Path) -> Non
     other.send_bytes(RECORDED)
     (tmp_path / "events.jsonl").touch()
     slow = [parse("slow:0@forward:1:3:1")]
-    phase = armed(slow, Seat(0, 1), 1, 0, channel(connection, tmp_path), tmp_path / "events.jsonl")
+    phase = Injector(slow, Seat(0, 1), 1, 0, channel(connection, tmp_path), tmp_path / "events.jsonl")
     seconds = []
     for step in range(3):
         phase("forward", step)
@@ -155,4 +156,5 @@ def test_a_slow_rank_takes_a_multiple_of_what_it_computes(tmp_path: Path) -> Non
 def test_without_faults_there_is_nothing_in_the_way(tmp_path: Path) -> None:
     connection, _ = multiprocessing.get_context("fork").Pipe()
     straight = channel(connection, tmp_path)
-    assert armed((), Seat(0, 1), 1, 0, straight, tmp_path) == straight.phase
+    run = compose.config("train", ["devices=1", "recovery.guard=false"])
+    assert watched(run, Seat(0, 1), 0, straight, tmp_path, None) == straight.phase  # type: ignore[arg-type]

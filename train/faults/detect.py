@@ -15,7 +15,7 @@ from pathlib import Path
 from train.channel import Channel
 from train.config import Train
 from train.evidence import word
-from train.faults.inject import Phase, Seat, armed
+from train.faults.inject import Injector, Phase, Seat
 from train.faults.plan import plan
 from train.optim import Stored
 
@@ -33,8 +33,8 @@ def watched(config: Train, seat: Seat, member: int, channel: Channel, record: Pa
 
     `record`: the run's events. On a GPU there is no guard: to read its checksum would wait for the device.
     """
-    ranks = int(config.devices) * config.least_nodes
-    phase = armed(plan(config), seat, ranks, member, channel, record, stored)
+    planned, ranks = plan(config), int(config.devices) * config.least_nodes
+    phase = Injector(planned, seat, ranks, member, channel, record, stored) if planned else channel.phase
     if not config.recovery.guard or config.accelerator != "cpu":
         return phase
     return Guard(phase, lambda: stored.checksum(stored.parameters()), lambda: stored.checksum(stored.moments()))

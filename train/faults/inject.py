@@ -37,33 +37,17 @@ class Seat(Protocol):
     world: int
 
 
-def armed(
-    planned: Sequence[Injection],
-    seat: Seat,
-    wanted: int,
-    member: int,
-    channel: Channel,
-    record: Path,
-    stored: Stored | None = None,
-) -> Phase:
-    """What the loop calls at each phase: the channel's, with an injector behind it where faults are planned.
-
-    `wanted`: ranks that the run shall have. `record`: its events. `stored`: the rank's state, whose bits may flip.
-    """
-    return Injector(planned, seat, wanted, member, channel, record, stored) if planned else channel.phase
-
-
 @dataclass(slots=True, eq=False)
 class Injector:
-    """The arguments are those of `armed`."""
+    """What the loop calls at each phase where faults are planned: the channel, and then what is due."""
 
     planned: InitVar[Sequence[Injection]]
     seat: Seat
-    wanted: int
+    wanted: int  # ranks that the run shall have
     member: int
     channel: Channel
-    record: Path
-    stored: Stored | None
+    record: Path  # the run's events
+    stored: Stored | None = None  # the rank's state, whose bits may flip
     ahead: list[tuple[Injection, int]] = field(init=False)  # with the rank that each is for, by step
     factor: float = field(init=False, default=1.0)
     slow_until: int = field(init=False, default=0)

@@ -12,9 +12,8 @@ from typing import Any
 
 WINDOW = 100  # losses that the next one is compared with
 FEWEST = 20  # of them; before that, nothing is a spike
-FLOOR = (
-    0.005  # of the loss: a spread below this is taken for this, or a loss that has settled would make its noise a spike
-)
+# Of the loss: a spread below this is taken for this, or a loss that has settled would make its noise a spike.
+FLOOR = 0.005
 NORMAL = 1.4826  # standard deviations in the median distance from the median, of a normal distribution
 
 
