@@ -34,7 +34,7 @@ class Sizes:
 
     layers: int
     embedding: int  # parameters of the input embedding
-    head: int  # of the output matrix; 0 where it is tied to the embedding
+    head: int = 0  # of the output matrix; 0 where it is tied to the embedding
     vectors: int  # of the norms' gains, and biases
     matrices: int  # of everything else
     active: int  # of `matrices`, those that one token is multiplied with
@@ -73,7 +73,6 @@ def _gpt2(model: GPT2, vocab: int) -> Sizes:
     return Sizes(
         layers=model.layers,
         embedding=padded_vocab(vocab) * d,
-        head=0,
         positions=(model.positions or model.context) * d,
         vectors=model.layers * (4 * d + 5 * d + f) + 2 * d,
         matrices=matrices,
@@ -93,7 +92,6 @@ def _grok(model: Grok, vocab: int) -> Sizes:
     return Sizes(
         layers=model.layers,
         embedding=padded_vocab(vocab) * d,
-        head=0,
         vectors=(4 * model.layers + 1) * d,
         matrices=model.layers * (attention + router + model.experts * expert),
         active=model.layers * (attention + router + chosen * expert),

@@ -150,15 +150,13 @@ class Muon(torch.optim.Optimizer):
         here = [sum(at.stop - at.start for _, at in part) for part in turn.here]
         there = [sum(at.stop - at.start for at in part) for part in turn.own]
         mine = self._exchange([update.bfloat16() for update in updates], here, there)
-        if own := list(chain.from_iterable(turn.own)):
-            whole = torch.empty_like(mine)
+        own, whole = list(chain.from_iterable(turn.own)), torch.empty_like(mine)
+        if own:
             for at, part in zip(own, mine.split([at.stop - at.start for at in own]), strict=True):  # type: ignore[no-untyped-call]
                 whole[at] = part
             shape = turn.shapes[self._ranks.rank if len(turn.own) > 1 else 0]
             whole = orthogonal(whole.view(shape)).flatten()
-            back = self._exchange([whole[at] for at in own], there, here)
-        else:
-            back = self._exchange([], there, here)
+        back = self._exchange([whole[at] for at in own], there, here)
         parts = iter(back.split([at.stop - at.start for _, at in places]))  # type: ignore[no-untyped-call]
         for part, (rows, columns) in zip(turn.here, turn.shapes, strict=False):
             for stretch, at in part:

@@ -112,11 +112,8 @@ class HF(Model):
     context: int = 0  # tokens a sequence; 0: as many as that model can
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.path),
-            "model.path",
-            "model=hf needs model.path=FOLDER, with config.json and *.safetensors, or OWNER/NAME on the Hub",
-        )
+        why = "model=hf needs model.path=FOLDER, with config.json and *.safetensors, or OWNER/NAME on the Hub"
+        require(bool(self.path), "model.path", why)
         at_least(self, "model.", context=0)
 
 

@@ -269,5 +269,4 @@ def _scan(path: Path, progress: Progress) -> dict[str, Any]:
         digests.append(hashlib.sha256(block).hexdigest())
         top = max(top, int(np.frombuffer(block, "<u2").max()))
         progress("digest", min(size, len(digests) * store.BLOCK), size)
-    counts = {"tokens": size // 2, "documents": 0, "bytes": 0}
-    return {"file": str(path), **counts, "blocks": digests, "docs_sha256": None, "top": top}
+    return NO_FILE | {"file": str(path), "tokens": size // 2, "blocks": digests, "top": top}

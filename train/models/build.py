@@ -38,11 +38,8 @@ def build(config: Model, vocab: int, *, seed: int, device: torch.device, separat
     """
     choice(config.family, "model.family", tuple(FAMILIES))
     known = config.vocab or vocab
-    require(
-        vocab <= known,
-        "model.vocab",
-        f"{known} are fewer than the tokenizer's {vocab} ids: choose another data.tokenizer",
-    )
+    why = f"{known} are fewer than the tokenizer's {vocab} ids: choose another data.tokenizer"
+    require(vocab <= known, "model.vocab", why)
     with device:
         model = FAMILIES[config.family](config, known)
     model.separator = separator

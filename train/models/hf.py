@@ -7,9 +7,10 @@ round trip is bitwise. The rows that round our vocabulary up are zero, and stay 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,17 +35,6 @@ class Entry:
     theirs: tuple[str, ...]  # the tensors that its rows are those of, in this order
     rows: tuple[int, ...] = ()  # of each, where there are several
     turned: bool = False  # they have inputs before outputs
-
-
-def entries(shape: Model) -> Iterator[Entry]:
-    """How the parameters of this shape are laid out elsewhere."""
-    match shape:
-        case GPT2():
-            yield from _gpt2(shape)
-        case Llama():
-            yield from _llama(shape)
-        case Grok():
-            yield from _grok(shape)
 
 
 def _llama(shape: Llama) -> Iterator[Entry]:
@@ -96,6 +86,14 @@ def _grok(shape: Grok) -> Iterator[Entry]:
         yield Entry(ours + "experts.router.weight", (theirs + "router/w",), turned=True)
         for one, name in (("gate", "linear"), ("up", "linear_v"), ("down", "linear_1")):
             yield Entry(f"{ours}experts.{one}", (f"{theirs}moe/{name}/w",), turned=True)
+
+
+FAMILIES: dict[type[Model], Callable[[Any], Iterator[Entry]]] = {GPT2: _gpt2, Grok: _grok, Llama: _llama}
+
+
+def entries(shape: Model) -> Iterator[Entry]:
+    """How the parameters of this shape are laid out elsewhere."""
+    return FAMILIES[type(shape)](shape)
 
 
 def to_hf(shape: Model, vocab: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

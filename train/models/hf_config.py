@@ -18,6 +18,7 @@ from train.config import Model, TokenizerKind, Train
 from train.shapes import GPT2, HF, Grok, Llama
 
 DECODER = {"context": "max_position_embeddings", "layers": "num_hidden_layers", "width": "hidden_size"}
+DECODER |= {"heads": "num_attention_heads"}
 WORDS: dict[str, tuple[type[Model], dict[str, str]]] = {  # model_type -> our shape; our key -> their key
     "gpt2": (
         GPT2,
@@ -30,20 +31,11 @@ WORDS: dict[str, tuple[type[Model], dict[str, str]]] = {  # model_type -> our sh
             "norm_eps": "layer_norm_epsilon",
         },
     ),
-    "llama": (
-        Llama,
-        {
-            **DECODER,
-            "heads": "num_attention_heads",
-            "ffn": "intermediate_size",
-            "norm_eps": "rms_norm_eps",
-        },
-    ),
+    "llama": (Llama, {**DECODER, "ffn": "intermediate_size", "norm_eps": "rms_norm_eps"}),
     "grok-1": (
         Grok,
         {
             **DECODER,
-            "heads": "num_attention_heads",
             "kv_heads": "num_key_value_heads",
             "head_size": "head_dim",
             "experts": "num_experts",

@@ -18,7 +18,7 @@ from train.checks import Refused, choice, require
 from train.commands import Scale
 from train.scale import failures, here, law, memory, validation
 from train.scale.calibrate import SOURCES
-from train.scale.hardware import Cluster, Figure, Gpu, cluster
+from train.scale.hardware import Cluster, Gpu, cluster
 from train.scale.network import exact_sum
 from train.scale.plans import FULL, Best, best
 from train.scale.step_time import calibration, step_time
@@ -219,7 +219,8 @@ def _toll(there: Cluster, shape: Shape, found: Best, step: float, steps: float, 
         level = POWER.get(part, IDLE)
         draw["busy" if level == 1 else "memory" if level > IDLE else "waiting"] += seconds / found.step
     mean = megawatts * (draw["busy"] + 0.8 * draw["memory"] + IDLE * draw["waiting"])
-    weakest, most = _weakest(power, pue), f"waiting nodes draw {100 * IDLE:.0f} % of the most"
+    weakest = "assumed" if "assumed" in (power.tag, pue.tag) else power.tag
+    most = f"waiting nodes draw {100 * IDLE:.0f} % of the most"
     daily = {f"{c['cause']} ({c['takes']})": c["rate"] * used * 24 for c in failures.causes()}
     meta = failures.ettr(1 / between, back["restart"], tau, save)
     best_tau = failures.best_by_simulation(save, back["restart"], between)
@@ -254,7 +255,3 @@ def _toll(there: Cluster, shape: Shape, found: Best, step: float, steps: float, 
             money=(used * days * 24 * price.value / 1e6, "M USD", price.tag, about),
         ),
     }
-
-
-def _weakest(*figures: Figure) -> str:
-    return "assumed" if any(f.tag == "assumed" for f in figures) else figures[0].tag
