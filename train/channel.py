@@ -99,10 +99,6 @@ class Channel:
         self._hear()
         return self._membership
 
-    def beat(self) -> None:
-        """What goes on takes long, and is alive."""
-        self.pulse.beat()
-
     def _hear(self) -> None:
         self.pulse.beat()  # whoever listens is alive: it is done in every slice of a wait for others
         while self._connection.poll():

@@ -152,9 +152,8 @@ class Console:
         self.say(f"step {record['step']}: its loss cannot be right: all start again from before it{without}")
 
     def _on_slow(self, record: dict[str, Any]) -> None:
-        self.say(
-            f"step {record['step']}: rank {record['rank']} is slow: {record['times']:.1f} times the median rank's time"
-        )
+        times = f"{record['times']:.1f} times the median rank's time"
+        self.say(f"step {record['step']}: rank {record['rank']} is slow: {times}")
 
     # ------------------------------------------------------------------------------------------------ end
 

@@ -210,8 +210,7 @@ class Group(Ranks, Strategy):
         return on_wire.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:
-        if self.world > 1:
-            self.all_reduce(torch.zeros(1))
+        self.all_reduce(torch.zeros(1))
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         raise NotImplementedError("backward never synchronizes here: the reducer does, once a step")

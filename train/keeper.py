@@ -47,7 +47,7 @@ class Keeper:
         self.recorder.flush()
         whole = step == self.config.steps
         part = self.validation(0 if whole else self.config.eval.tokens)
-        score = evaluate(self.model, part, self.fabric, self.channel.beat)
+        score = evaluate(self.model, part, self.fabric, self.channel.pulse.beat)
         self.scores[step] = score.loss
         sample = "" if whole else self._sample(part, self.config.eval.sample)
         if self.fabric.is_global_zero:
@@ -108,7 +108,7 @@ class Keeper:
         with self.state.flat.gathered():
             if not self.fabric.is_global_zero:
                 return ""
-            config, beat = self.config, self.channel.beat
+            config, beat = self.config, self.channel.pulse.beat
             tokenizer = validation.tokenizer
             return continue_text(self.model, tokenizer, config.sample, seed=config.seed, tokens=tokens, beat=beat)[0]
 

@@ -157,7 +157,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
             },
             policy=config.checkpoint,
             send=channel.send,
-            beat=channel.beat,
+            beat=channel.pulse.beat,
         ),
     )
     parts = engine.parts(

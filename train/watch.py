@@ -59,9 +59,8 @@ def view(run: Run, state: str) -> Group:
     done, wanted = (steps[-1]["step"] if steps else 0), run.wanted
     figures = {"step": f"{done:,} of {wanted:,}", "loss": number(steps[-1]["loss"] if steps else None)}
     if score:
-        figures["validation"] = (
-            f"{number(score['bpb'] or score['loss'])} {'bits/byte' if score['bpb'] else 'nats/token'}"
-        )
+        unit = "bits/byte" if score["bpb"] else "nats/token"
+        figures["validation"] = f"{number(score['bpb'] or score['loss'])} {unit}"
     if pace:
         figures |= {"tokens/s": si(pace["tokens_per_s"]), "MFU": percent(pace["mfu"])}
     if state == "running" and steps:

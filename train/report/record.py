@@ -35,7 +35,8 @@ class Tail:
     """The lines of a growing file, each once."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.bad, self._offset = path, 0, 0
+        self.path, self._offset = path, 0
+        self.bad = 0  # lines that are no events
 
     def read(self) -> Iterator[Record]:
         """The events since the last call."""
@@ -74,7 +75,7 @@ class Run:
     def __init__(self, path: Path, held: bool | None = None) -> None:
         """`held`: whether a supervisor is at work in the folder; None: its lock is asked."""
         self.path, self.name, self._held = path, path.resolve().name, held
-        self._tail = Tail(path / "events.jsonl")
+        self.tail = Tail(path / "events.jsonl")
         self.records: list[Record] = []
         self.steps: dict[int, Record] = {}  # those that count: none that a restart went back behind
         self.refresh()
@@ -82,7 +83,7 @@ class Run:
     def refresh(self) -> bool:
         """Read what has been added; whether there was anything."""
         before = len(self.records)
-        for record in self._tail.read():
+        for record in self.tail.read():
             self.records.append(record)
             if record["kind"] == "step":
                 self.steps[record["step"]] = record
@@ -91,11 +92,6 @@ class Run:
         for name in ("summary", "config") if len(self.records) > before else ():
             self.__dict__.pop(name, None)
         return len(self.records) > before
-
-    @property
-    def bad(self) -> int:
-        """Lines that are no events."""
-        return self._tail.bad
 
     def of(self, *kinds: str) -> list[Record]:
         return [record for record in self.records if record["kind"] in kinds]

@@ -59,8 +59,8 @@ def _trouble(run: Run, state: str) -> str:
         fault = run.last("fault")
         cause = f": {fault['fault']} in {fault['phase']}, process {fault['rank']}: {fault['cause']}" if fault else ""
         words.append(f"The record ends without a last word{cause}. The same command goes on from the last checkpoint.")
-    if run.bad:
-        words.append(f"{run.bad} line{'s' * (run.bad > 1)} of events.jsonl cannot be read and are left out.")
+    if bad := run.tail.bad:
+        words.append(f"{bad} line{'s' * (bad > 1)} of events.jsonl cannot be read and are left out.")
     if not run.config:
         words.append("config.yaml is missing or cannot be read: settings are not shown.")
     return "".join(f'<p class="trouble">{esc(word)}</p>' for word in words)
