@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit codes; 75: stopped on request, saved, resumable
 
 
@@ -21,6 +22,13 @@ class Refused(Exception):
 def require(condition: bool, key: str, why: str) -> None:
     if not condition:
         raise Refused(key, why)
+
+
+def needed(value: T | None, key: str, why: str) -> T:
+    """What is there; refused where it is None."""
+    if value is None:
+        raise Refused(key, why)
+    return value
 
 
 def at_least(config: Any, group: str, **least: int) -> None:
@@ -48,7 +56,6 @@ def seconds(text: str) -> float | None:
     """Seconds in a wall time such as `90s`, `50min`, `2h`, `1.5d`; None where it is empty."""
     if not text:
         return None
-    match = re.fullmatch(r"([0-9.]+)\s*(s|min|h|d)", text)
-    require(match is not None, "stop_after", f"'{text}' is no duration: write 90s, 50min, 2h or 1d")
-    assert match is not None
+    why = f"'{text}' is no duration: write 90s, 50min, 2h or 1d"
+    match = needed(re.fullmatch(r"([0-9.]+)\s*(s|min|h|d)", text), "stop_after", why)
     return float(match[1]) * UNITS[match[2]]

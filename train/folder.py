@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train import events, locks, manifest
-from train.checks import Refused, require
+from train.checks import Refused, needed
 from train.config import GROUPS, ResumeMode, Train
 from train.data.order import passing
 from train.shapes import MODELS
@@ -66,9 +66,7 @@ def _among(key: str, names: Iterable[str]) -> bool:
 
 def plain_identity(config: Train, free: Iterable[str] = FREE) -> dict[str, Any]:
     """The same as JSON gives it back: what a checkpoint carries."""
-    value = json.loads(json.dumps(identity(config, free), default=str))
-    assert isinstance(value, dict)
-    return value
+    return dict(json.loads(json.dumps(identity(config, free), default=str)))
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -98,9 +96,7 @@ class RunFolder:
             lock = locks.take(path / (".lock" if node == 0 else f".lock-{node}"))
         except OSError as error:
             raise Refused(str(path), f"cannot be written ({error.strerror})") from error
-        require(lock is not None, str(path), "another process is training this run: choose another name=…")
-        assert lock is not None
-        self._held = lock
+        self._held = needed(lock, str(path), "another process is training this run: choose another name=…")
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from train.checks import Refused
+from train.checks import Refused, needed
 
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 PORT = 29400  # where node 0 listens to the others, unless PET_MASTER_PORT says otherwise
@@ -54,9 +54,7 @@ def here(nodes: int, env: Mapping[str, str] = os.environ) -> Node:
 
 def _first_host(nodelist: str) -> str:
     """`gpu[07-09,12],big1` -> `gpu07`."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
-    if not match:
-        raise Refused("SLURM_JOB_NODELIST", f"'{nodelist}' names no host")
+    match = needed(re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist), "SLURM_JOB_NODELIST", f"'{nodelist}' names no host")
     return match[1] + (match[2] or "")
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from train import flops, hardware
 from train.batch import shares
-from train.checks import DONE, Refused, require
+from train.checks import DONE, Refused, needed
 from train.commands import Plan, Scale
 from train.config import Sharding, Train
 from train.economy import prices
@@ -81,9 +81,8 @@ def step_seconds(config: Train, vocab: int, gpu: Gpu, ranks: int) -> float:
 
 def asked(path: Path, scale: Scale) -> tuple[Train, Scale]:
     """A run's settings, and as a question to the projector: what `scale` leaves open is the run's. Raises Refused."""
-    data = read_json(path / "data.json")
-    require(data is not None, "run", f"{path} has no data.json: a run must have begun before it can be projected")
-    assert data is not None
+    why = f"{path} has no data.json: a run must have begun before it can be projected"
+    data = needed(read_json(path / "data.json"), "run", why)
     config = read_train(path / "config.yaml")
     tokens, batch = scale.tokens or float(config.steps * config.tokens_per_step), scale.batch or config.batch.sequences
     return config, replace(scale, model=config.model, vocab=data["vocab"], batch=batch, tokens=tokens)

@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, Precision
 
 from train import checkpoint, hardware, manifest
-from train.checks import Refused
+from train.checks import Refused, needed
 from train.config import Train
 from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
@@ -52,8 +52,7 @@ def load(run: Path, step: int, on: torch.device) -> Trained:
         found = manifest.verify(root / manifest.folder_name(step)) if step >= 0 else manifest.newest(root)[0]
     except manifest.Damaged as damage:
         raise Refused("step", str(damage)) from damage
-    if found is None:
-        raise Refused(str(root), "holds no checkpoint that is whole: train the run first")
+    found = needed(found, str(root), "holds no checkpoint that is whole: train the run first")
     model = build(config.model, prepared.vocab, seed=config.seed, device=on, separator=prepared.separator)
     named = model.named_parameters()
     checkpoint.load(found, [Piece("model", name, p.shape, 0, p.detach().view(-1), True) for name, p in named])

@@ -19,7 +19,7 @@ from typing import Any
 
 import tokenizers
 
-from train.checks import Refused
+from train.checks import Refused, needed
 from train.config import TokenizerKind
 
 END = "<|endoftext|>"
@@ -65,8 +65,7 @@ class Tokenizer:
     @classmethod
     def _of(cls, library: tokenizers.Tokenizer, where: str) -> Tokenizer:
         end = next((library.token_to_id(name) for name in ENDS if library.token_to_id(name) is not None), None)
-        if end is None:
-            raise Refused(where, f"has no end-of-document token: one of {', '.join(ENDS)} is needed")
+        end = needed(end, where, f"has no end-of-document token: one of {', '.join(ENDS)} is needed")
         library.encode_special_tokens = True  # that is: as the text that they are
         library.no_truncation()
         library.no_padding()

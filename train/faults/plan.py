@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from train.checks import Refused, choice, require
+from train.checks import Refused, choice, needed, require
 from train.config import Faults, Train
 
 # kind -> what AMOUNT is if it is left out: seconds; of `slow` the factor, of `flip` how many bits of the rank's state.
@@ -42,10 +42,8 @@ class Injection:
 
 def parse(text: str) -> Injection:
     """An injection from its text; raises Refused."""
-    found = _FORM.fullmatch(text)
-    require(found is not None, "faults.at", f"'{text}' is no fault: write KIND:RANK@PHASE:STEP, as in kill:1@reduce:5")
-    assert found is not None
-    kind, ranks, phase, step, amount, steps = found.groups()
+    why = f"'{text}' is no fault: write KIND:RANK@PHASE:STEP, as in kill:1@reduce:5"
+    kind, ranks, phase, step, amount, steps = needed(_FORM.fullmatch(text), "faults.at", why).groups()
     choice(kind, "faults.at", tuple(KINDS))
     choice(phase, "faults.at", PHASES)
     amount = KINDS[kind] if amount is None else float(amount)

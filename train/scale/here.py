@@ -10,7 +10,7 @@ from dataclasses import replace
 import yaml
 
 from train import hardware
-from train.checks import Refused, require
+from train.checks import Refused, needed, require
 from train.scale.hardware import Cluster, Gpu, gpu_of, gpus
 from train.scale.step_time import calibration, step_time
 from train.scale.workload import Jobs, Shape, Sharding, Stack, job
@@ -31,9 +31,8 @@ def cluster(name: str) -> Cluster:
     """nvidia-smi's GPUs, else this machine's cores."""
     there = [gpu.name for gpu in hardware.gpus()]
     if not there:
-        found = measured()
-        if found is None:
-            raise Refused("cluster", "nvidia-smi shows no GPU: `colossus probe` measures the CPU, or name a cluster")
+        why = "nvidia-smi shows no GPU: `colossus probe` measures the CPU, or name a cluster"
+        found = needed(measured(), "cluster", why)
         return Cluster(name=name, gpus=((found, found.domain),), figures={})
     return Cluster(name=name, gpus=tuple((of(one), there.count(one)) for one in dict.fromkeys(there)), figures={})
 
@@ -44,10 +43,7 @@ def of(device: str) -> Gpu:
     if device in table and table[device].name in known:
         return known[table[device].name]
     require(device.startswith("cpu"), "cluster", f"'{device}' has no figures: add it to configs/hardware")
-    core = measured()
-    if core is None:
-        raise Refused("run", "nothing is known of this machine's CPU yet: `colossus probe` measures it")
-    return core
+    return needed(measured(), "run", "nothing is known of this machine's CPU yet: `colossus probe` measures it")
 
 
 def seconds(
