@@ -8,12 +8,12 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from train import compose, events, pulse
 from train.channel import MARK, RECORDED, Channel
@@ -21,14 +21,13 @@ from train.faults.detect import watched
 from train.faults.inject import EXIT, Injector
 from train.faults.plan import PHASES, parse
 from train.pulse import Pulse
+from train.ranks import Ranks
 
 STEP_PHASES = PHASES[:5]
 
 
-@dataclass
-class Seat:
-    rank: int
-    world: int
+def seat(rank: int, world: int) -> Ranks:
+    return Ranks(rank, world, torch.device("cpu"))
 
 
 def channel(connection: Connection, folder: Path) -> Channel:
@@ -42,7 +41,7 @@ def walk(phase: Callable[[str, int], None], steps: int = 4) -> None:
             phase(name, step)
 
 
-def life(record: Path, *texts: str, seat: Seat | None = None, wanted: int = 4, patience: float = 10.0) -> int | None:
+def life(record: Path, *texts: str, at: Ranks | None = None, wanted: int = 4, patience: float = 10.0) -> int | None:
     """The exit code of a process that walks through four steps under these faults; None: it had to be ended."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
@@ -52,7 +51,7 @@ def life(record: Path, *texts: str, seat: Seat | None = None, wanted: int = 4, p
     def rank(connection: Connection) -> None:
         ours.close()
         faulthandler.disable()  # pytest's own would write of the crash on order
-        walk(Injector(planned, seat or Seat(1, 4), wanted, 7, channel(connection, record.parent), record))
+        walk(Injector(planned, at or seat(1, 4), wanted, 7, channel(connection, record.parent), record))
 
     process = context.Process(target=rank, args=(theirs,))
     process.start()
@@ -113,25 +112,25 @@ def test_a_fault_strikes_once_in_a_runs_life(tmp_path: Path) -> None:
 
 def test_other_ranks_go_on(tmp_path: Path) -> None:
     record = tmp_path / "events.jsonl"
-    assert life(record, "kill:1@reduce:2", seat=Seat(2, 4)) == 0
+    assert life(record, "kill:1@reduce:2", at=seat(2, 4)) == 0
     assert said(record) == []
 
 
 def test_it_comes_late_rather_than_never(tmp_path: Path) -> None:
     """Its step has gone by before, and its rank's place has gone too: rank 3 of three is the first."""
     record = tmp_path / "events.jsonl"
-    assert life(record, "kill:3@backward:0", "kill:1@reduce:3", seat=Seat(0, 3)) == -signal.SIGKILL
+    assert life(record, "kill:3@backward:0", "kill:1@reduce:3", at=seat(0, 3)) == -signal.SIGKILL
     assert said(record) == [("kill:3@backward:0", 3, 7, "backward", 0)]
 
 
 def test_a_node_is_struck_rank_by_rank_and_never_the_last(tmp_path: Path) -> None:
     record, node = tmp_path / "events.jsonl", "kill:1+2@reduce:1"
     for rank in (1, 2):
-        assert life(record, node, seat=Seat(rank, 4)) == -signal.SIGKILL
+        assert life(record, node, at=seat(rank, 4)) == -signal.SIGKILL
     assert [struck[1] for struck in said(record)] == [1, 2]
     last = tmp_path / "last.jsonl"
-    assert life(last, node, seat=Seat(0, 2)) == 0  # of four ranks two are left, and both would go
-    assert life(last, "kill:0+1@reduce:1", seat=Seat(0, 2), wanted=2) == -signal.SIGKILL  # as was ordered
+    assert life(last, node, at=seat(0, 2)) == 0  # of four ranks two are left, and both would go
+    assert life(last, "kill:0+1@reduce:1", at=seat(0, 2), wanted=2) == -signal.SIGKILL  # as was ordered
 
 
 def test_a_slow_rank_takes_a_multiple_of_what_it_computes(tmp_path: Path) -> None:
@@ -139,7 +138,7 @@ def test_a_slow_rank_takes_a_multiple_of_what_it_computes(tmp_path: Path) -> Non
     other.send_bytes(RECORDED)
     (tmp_path / "events.jsonl").touch()
     slow = [parse("slow:0@forward:1:3:1")]
-    phase = Injector(slow, Seat(0, 1), 1, 0, channel(connection, tmp_path), tmp_path / "events.jsonl")
+    phase = Injector(slow, seat(0, 1), 1, 0, channel(connection, tmp_path), tmp_path / "events.jsonl")
     seconds = []
     for step in range(3):
         phase("forward", step)
@@ -157,4 +156,4 @@ def test_without_faults_there_is_nothing_in_the_way(tmp_path: Path) -> None:
     connection, _ = multiprocessing.get_context("fork").Pipe()
     straight = channel(connection, tmp_path)
     run = compose.config("train", ["devices=1", "recovery.guard=false"])
-    assert watched(run, Seat(0, 1), 0, straight, tmp_path, None) == straight.phase  # type: ignore[arg-type]
+    assert watched(run, seat(0, 1), 0, straight, tmp_path, None) == straight.phase  # type: ignore[arg-type]

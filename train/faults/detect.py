@@ -15,9 +15,10 @@ from pathlib import Path
 from train.channel import Channel
 from train.config import Train
 from train.evidence import word
-from train.faults.inject import Injector, Phase, Seat
+from train.faults.inject import Injector, Phase
 from train.faults.plan import plan
 from train.optim import Stored
+from train.ranks import Ranks
 
 CHECKED = ("reduce", "optimizer", "evaluation", "checkpoint", "regroup")
 
@@ -28,13 +29,13 @@ class Corrupted(Exception):
     fault = "corrupted"
 
 
-def watched(config: Train, seat: Seat, member: int, channel: Channel, record: Path, stored: Stored) -> Phase:
+def watched(config: Train, ranks: Ranks, member: int, channel: Channel, record: Path, stored: Stored) -> Phase:
     """What is called at each phase of a rank: the channel, faults on order behind it, and the guard around both.
 
     `record`: the run's events. On a GPU there is no guard: to read its checksum would wait for the device.
     """
-    planned, ranks = plan(config), int(config.devices) * config.least_nodes
-    phase = Injector(planned, seat, ranks, member, channel, record, stored) if planned else channel.phase
+    planned, wanted = plan(config), int(config.devices) * config.least_nodes
+    phase = Injector(planned, ranks, wanted, member, channel, record, stored) if planned else channel.phase
     if not config.recovery.guard or config.accelerator != "cpu":
         return phase
     return Guard(phase, lambda: stored.checksum(stored.parameters()), lambda: stored.checksum(stored.moments()))

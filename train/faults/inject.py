@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,16 +24,10 @@ from train import events
 from train.channel import Channel
 from train.faults.plan import Injection
 from train.optim import Stored
+from train.ranks import Ranks
 
 Phase = Callable[[str, int], None]  # takes a phase's name and the steps committed
 EXIT = 3  # the exit code of a rank that leaves without a word
-
-
-class Seat(Protocol):
-    """A rank's place among those that there are now."""
-
-    rank: int
-    world: int
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +35,7 @@ class Injector:
     """What the loop calls at each phase where faults are planned: the channel, and then what is due."""
 
     planned: InitVar[Sequence[Injection]]
-    seat: Seat
+    ranks: Ranks  # that there are now
     wanted: int  # ranks that the run shall have
     member: int
     channel: Channel
@@ -69,14 +62,14 @@ class Injector:
         for one, rank in self.ahead:
             if one.step > step:
                 break
-            if one.phase == phase and rank % self.seat.world == self.seat.rank and not self._takes_all(one):
+            if one.phase == phase and rank % self.ranks.world == self.ranks.rank and not self._takes_all(one):
                 return one, rank
         return None
 
     def _takes_all(self, one: Injection) -> bool:
         """Whether nobody would be left, though not all ranks were meant: then it waits until more are back."""
-        places = {rank % self.seat.world for rank in one.ranks}
-        return len(places) == self.seat.world and len(one.ranks) < self.wanted
+        places = {rank % self.ranks.world for rank in one.ranks}
+        return len(places) == self.ranks.world and len(one.ranks) < self.wanted
 
     def _struck(self, one: Injection, rank: int) -> bool:
         with self.record.open("rb") as lines:
