@@ -50,6 +50,7 @@ def test_help_says_what_each_key_means(capsys: pytest.CaptureFixture[str]) -> No
         ("rounds=0", "rounds: 0 is too small: use 1 or more"),
         ("rounds=many", "rounds: "),
         ("steps=-1", "steps: -1 is too small: use 0 or more"),
+        ("micro_batch=3", "micro_batch: is 3: use 1, 2, 4 or 8"),
         ("nanogpt=/not here", "nanogpt: '/not here' holds no train.py"),
         ("out=figures.csv", "out: 'figures.csv' is no .json"),
     ],
@@ -65,6 +66,15 @@ def test_who_has_no_place_in_the_settings_is_refused() -> None:
     with pytest.raises(Refused, match="litgpt takes part in none of these settings, but in llama-bf16-1x1"):
         chosen(Bench(contestants=["litgpt"], settings="gpt2"))
     assert chosen(Bench(contestants=["litgpt", "bare"]))[0] == ["ours", "bare", "litgpt"]
+
+
+@pytest.mark.parametrize(("sequences", "passes"), [(2, 4), (8, 1)])
+def test_a_forward_pass_is_as_large_for_all(sequences: int, passes: int, tmp_path: Path) -> None:
+    asked = Bench(micro_batch=sequences, rounds=1, small=True)
+    for name in ("ours", "hf"):
+        job, tokens = peers.job_of(name, contestants.Setting("gpt2", "bf16", 2, 1), asked, tmp_path)
+        assert (job.piece, job.pieces, tokens) == (sequences, passes, 16 * 32)
+        assert job.config.batch.virtual_ranks == 16 // sequences
 
 
 def test_without_a_checkout_it_says_what_to_do(

@@ -233,6 +233,7 @@ class Bench:
     settings: Any = ""  # bf16, llama-1x2, [gpt2-bf16-1x1,…]: those with all words of one; empty: all
     rounds: int = 7  # of turns, after one that warms up
     turn: int = 1  # steps in it
+    micro_batch: int = 4  # sequences of a forward pass, of the 16 of a step, where a contestant may choose
     steps: int = 0  # go on after the rounds, until each has done so many
     small: bool = False  # a model of no size: do all still do the same work?
     nanogpt: str = ""  # a checkout of it; empty: what NANOGPT says
@@ -240,6 +241,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         at_least(self, "", rounds=1, turn=1, steps=0)
+        require(self.micro_batch in (1, 2, 4, 8), "micro_batch", f"is {self.micro_batch}: use 1, 2, 4 or 8")
         require(not self.out or self.out.endswith(".json"), "out", f"'{self.out}' is no .json")
 
 

@@ -24,7 +24,7 @@ from lightning.fabric.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tests.bench.work import PIECE, Job, Turns, by_decay, count
+from tests.bench.work import Job, Turns, by_decay, count
 
 NAMES = {
     "embedding.": "transformer.wte.",
@@ -115,16 +115,16 @@ def litgpt(job: Job, turns: Turns) -> None:
             """Tokens are there."""
 
         def train_dataloader(self) -> DataLoader[Tensor]:
-            return DataLoader(Tokens(job, lambda: turns.begin(counted.parameters)), batch_size=PIECE)
+            return DataLoader(Tokens(job, lambda: turns.begin(counted.parameters)), batch_size=job.piece)
 
         def val_dataloader(self) -> DataLoader[Tensor]:
-            return DataLoader(Tokens(job), batch_size=PIECE)
+            return DataLoader(Tokens(job), batch_size=job.piece)
 
     train = TrainArgs(
         save_interval=None,
         log_interval=1,
         global_batch_size=config.batch.sequences,
-        micro_batch_size=PIECE,
+        micro_batch_size=job.piece,
         lr_warmup_steps=0,
         max_tokens=10**12,
         max_norm=o.clip_norm,

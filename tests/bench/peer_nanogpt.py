@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import nanogpt
-from tests.bench.work import PIECE, Job, Turns, adamw, count
+from tests.bench.work import Job, Turns, adamw, count
 from train.models import hf
 
 
@@ -50,7 +50,7 @@ def batches(job: Job) -> Iterator[list[tuple[Tensor, Tensor]]]:
     first = job.rank * per_rank
     while True:
         tokens = torch.from_numpy(rows[first : first + per_rank].astype(np.int64))
-        yield [(piece[:, :-1], piece[:, 1:]) for piece in torch.split(tokens, PIECE)]
+        yield [(piece[:, :-1], piece[:, 1:]) for piece in torch.split(tokens, job.piece)]
         first += config.batch.sequences
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from tests.bench.work import PIECE, Job, Turns, adamw, count
+from tests.bench.work import Job, Turns, adamw, count
 from train.models import hf
 from train.models.build import build
 from train.models.hf_config import to_hf_config
@@ -72,7 +72,7 @@ def hf_trainer(job: Job, turns: Turns) -> None:
         use_cpu=True,
         bf16=config.precision == "bf16",
         max_steps=10**6,
-        per_device_train_batch_size=PIECE,
+        per_device_train_batch_size=job.piece,
         gradient_accumulation_steps=job.pieces,
         learning_rate=o.lr,
         lr_scheduler_type="constant",
@@ -146,4 +146,4 @@ def lightning_trainer(job: Job, turns: Turns) -> None:
     )
     rows, step = Rows(job), job.config.batch.sequences
     own = [index for index in range(len(rows)) if index % step * job.world // step == job.rank]
-    trainer.fit(module, DataLoader(rows, batch_size=PIECE, sampler=own))
+    trainer.fit(module, DataLoader(rows, batch_size=job.piece, sampler=own))

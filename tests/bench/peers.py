@@ -3,7 +3,8 @@
 Two families: GPT-2 (6 layers, 384 wide, 6 heads, T = 256, 4,096 ids, 12.3 M parameters) and llama of the same depth,
 width and tokens (SwiGLU of 1,024, untied, 13.8 M). Same architecture, initial weights, tokens in the same order, 4,096
 of them a step, AdamW, clipping, rate; fp32 and bf16 autocast; one process with one thread and with two, and two ranks.
-What the contestants are, what each was given, and how to add one: `tests/bench/contestants.py`.
+A forward pass takes `micro_batch` sequences of the step's 16 (nanoGPT's train.py all of them); ours has a virtual rank
+for each such pass. What the contestants are, what each was given, and how to add one: `tests/bench/contestants.py`.
 
 Each lives in a process of its own and waits while another one has its turn: A B C … C B A A B C …, so that a slow
 minute of the machine hits all of them. Among them is one that multiplies large matrices, as many FLOPs as a step has:
@@ -54,7 +55,8 @@ SHAPES = {
 TOKENS = "data=stdlib data.tokenizer.vocab=4096"
 SMALL = "model.layers=2 model.width=96 model.ffn=384 model.context=32 data=synthetic data.tokenizer.vocab=512"
 SMALL += " data.synthetic_tokens=40000"
-WORK = "batch.sequences=16 optimizer.lr=1e-3 steps=1000000 schedule=constant schedule.warmup_steps=0"
+SEQUENCES = 16  # a step
+WORK = f"batch.sequences={SEQUENCES} optimizer.lr=1e-3 steps=1000000 schedule=constant schedule.warmup_steps=0"
 WORK += " accelerator=cpu logger=[]"
 
 # Relative, of each step's loss. In fp32 the sums alone come in other orders, and AdamW makes more of what differs with
@@ -176,7 +178,8 @@ def race(setting: Setting, names: list[str], config: Bench, workspace: Path) -> 
         for player in players if config.steps else ():
             if (more := config.steps - len(player.losses)) > 0:
                 player.turn(more)
-    return table(setting, tokens, rounds[1:], {p.name: p.losses for p in players}, parameters, absent, failed)
+    found = table(setting, tokens, rounds[1:], {p.name: p.losses for p in players}, parameters, absent, failed)
+    return found | {"micro_batch": config.micro_batch}
 
 
 def job_of(name: str, setting: Setting, config: Bench, workspace: Path) -> tuple[Job, int]:
@@ -185,6 +188,7 @@ def job_of(name: str, setting: Setting, config: Bench, workspace: Path) -> tuple
     ranks = 1 if contestant.alone else setting.ranks
     overrides = [*work(setting.family, config.small), f"precision={setting.precision}", f"devices={ranks}"]
     overrides += [f"compile={str(contestant.compiled).lower()}", f"runs={workspace}", f"name={name}"]
+    overrides += [f"batch.virtual_ranks={SEQUENCES // config.micro_batch}"]
     ours = plan.resolve(compose.config("train", overrides))
     prepared, _ = prepare(ours.data, seed=ours.seed, context=ours.model.context)
     rows = workspace / "train.bin"

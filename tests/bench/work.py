@@ -25,9 +25,6 @@ from train import compose, plan
 from train.config import Train
 from train.models.build import build
 
-# Sequences of a forward pass, of those contestants that may choose.
-PIECE = 2
-
 
 @functools.cache  # composing takes half a second, which no contestant may pay in a step
 def composed(overrides: tuple[str, ...]) -> Train:
@@ -54,9 +51,14 @@ class Job:
         return composed(self.overrides)
 
     @property
+    def piece(self) -> int:
+        """Sequences of a micro-batch."""
+        return int(self.config.batch.micro_batch)
+
+    @property
     def pieces(self) -> int:
         """Micro-batches a step, of a rank."""
-        return self.config.batch.sequences // self.world // PIECE
+        return self.config.batch.sequences // self.world // self.piece
 
     def read(self) -> np.ndarray[Any, np.dtype[np.uint16]]:
         return np.memmap(self.rows, np.uint16, "r").reshape(-1, self.config.model.context + 1)
