@@ -46,7 +46,8 @@ def draw(figures: dict[str, Any]) -> str:
 
 
 def _head(figures: dict[str, Any]) -> str:
-    rounds = min(result["rounds"] for result in figures["results"])
+    counts = {result["rounds"] for result in figures["results"]}
+    rounds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     return f"tokens/s, medians and quartiles of {rounds} rounds ({figures['cpu']}, {figures['date']})"
 
 
