@@ -34,7 +34,8 @@ def colossus(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_says_what_each_key_means(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {key}=" in text for key in ("contestants", "settings", "rounds", "turn", "micro_batch", "nanogpt", "out"))
+    named = ("contestants", "settings", "rounds", "turn", "micro_batch", "steps", "small", "nanogpt", "out")
+    assert all(f"  {key}=" in text for key in named)
     keys = text.partition("Keys ")[2].splitlines()[1:]
     assert all(len(line.split(maxsplit=1)) == 2 for line in keys), "a key without a meaning"
 
