@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.bench import bars, contestants, peers
+from tests.bench import bars, contestants, peer_nanogpt, peers
 from tests.bench.contestants import CONTESTANTS, SETTINGS, chosen
 from tests.bench.work import by_decay
 from train import bench, cli
@@ -76,6 +76,8 @@ def test_a_forward_pass_is_as_large_for_all(sequences: int, passes: int, tmp_pat
         job, tokens = peers.job_of(name, contestants.Setting("gpt2", "bf16", 2, 1), asked, tmp_path)
         assert (job.piece, job.pieces, tokens) == (sequences, passes, 16 * 32)
         assert job.config.batch.virtual_ranks == 16 // sequences
+    inputs = [x.shape for x, _ in next(peer_nanogpt.batches(job))]  # of the loops that are written here
+    assert inputs == [(sequences, 32)] * passes
 
 
 def test_without_a_checkout_it_says_what_to_do(
@@ -165,6 +167,9 @@ def test_the_picture_has_a_bar_a_whisker_and_a_number_for_each() -> None:
     assert (right - left) / boxes["ours"] == pytest.approx(20 / 110, rel=0.02)  # quartiles 100 and 120
     texts = [text.text or "" for text in drawing.iter(f"{SVG}text")]
     assert {"110", "55, other work", "80", "gpt2, fp32", "1 rank x 1 thread"} <= set(texts)
+    assert "tokens/s, medians and quartiles of 3 rounds (a CPU, 2026-11-29)" in texts
+    longer = told["results"][0] | {"rounds": 5}
+    assert "of 3 to 5 rounds" in bars.draw(told | {"results": [*told["results"], longer]})
 
 
 def test_the_command_as_it_is_said_has_no_paths() -> None:
@@ -177,7 +182,7 @@ def test_a_small_run_leaves_figures_and_a_picture(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "figures.json").read_text())["results"][0]
     assert [row["contestant"] for row in result["rows"]] == ["ours", "ceiling"]
-    assert result["steps"] == 2
+    assert (result["steps"], result["micro_batch"]) == (2, 4)
     assert all(row["tokens_per_s"] > 0 and row["same_work"] for row in result["rows"])
     assert len(list(ElementTree.fromstring((tmp_path / "figures.svg").read_text()).iter(f"{SVG}rect"))) == 2
     assert "gpt2, bf16, 1 rank x 1 thread: 1 rounds, 2 steps" in done.stdout

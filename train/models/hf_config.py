@@ -17,8 +17,12 @@ from train.checks import Refused, require
 from train.config import Model, TokenizerKind, Train
 from train.shapes import GPT2, HF, Grok, Llama
 
-DECODER = {"context": "max_position_embeddings", "layers": "num_hidden_layers", "width": "hidden_size"}
-DECODER |= {"heads": "num_attention_heads"}
+DECODER = {
+    "context": "max_position_embeddings",
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+}
 WORDS: dict[str, tuple[type[Model], dict[str, str]]] = {  # model_type -> our shape; our key -> their key
     "gpt2": (
         GPT2,
