@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from tests.bench import bars, contestants, peer_nanogpt, peers
 from tests.bench.contestants import CONTESTANTS, SETTINGS, chosen
-from tests.bench.work import by_decay
+from tests.bench.work import Job, Turns, by_decay
 from train import bench, cli
 from train.checks import Refused
 from train.commands import Bench
@@ -186,6 +188,30 @@ def test_a_small_run_leaves_figures_and_a_picture(tmp_path: Path) -> None:
     assert all(row["tokens_per_s"] > 0 and row["same_work"] for row in result["rows"])
     assert len(list(ElementTree.fromstring((tmp_path / "figures.svg").read_text()).iter(f"{SVG}rect"))) == 2
     assert "gpt2, bf16, 1 rank x 1 thread: 1 rounds, 2 steps" in done.stdout
+
+
+def test_a_contestant_that_ends_in_mid_loop_leaves_no_semaphore(tmp_path: Path) -> None:
+    """A progress bar's lock, or Python would tell the user of it: compilers and trainers have bars."""
+    code = f"""
+import multiprocessing
+from pathlib import Path
+from tests.bench.contestants import CONTESTANTS, SETTINGS, Contestant
+from tests.bench import peers
+from train.commands import Bench
+multiprocessing.set_start_method("spawn")  # as those have who are started so
+CONTESTANTS["ours"] = Contestant("", "tests.test_bench:watches_a_bar_and_goes")
+job, _ = peers.job_of("ours", SETTINGS[0], Bench(small=True), Path({str(tmp_path)!r}))
+peers.rank_main("ours", job, None, None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("gone\n", "")
+
+
+def watches_a_bar_and_goes(job: Job, turns: Turns) -> None:
+    list(tqdm(range(1), disable=True))
+    with tqdm.get_lock():
+        print("gone", flush=True)
+    os._exit(0)
 
 
 @NEEDS_LITGPT

@@ -25,6 +25,7 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from contextlib import ExitStack
@@ -35,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from tests.bench import bars, report
 from tests.bench.contestants import CONTESTANTS, OURS, Setting, checkout
@@ -75,6 +77,7 @@ def rank_main(name: str, job: Job, pipe: Connection, listener: socket | None) ->
     """The life of a contestant's rank."""
     warnings.simplefilter("ignore")  # peers' advice on worker counts, and on GPUs that are not there
     logging.disable(logging.WARNING)  # the same, and what else they would have one install
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that ends in mid-loop leaves behind
     torch.set_num_threads(job.threads)
     if job.world > 1:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job.port, "WORLD_SIZE": job.world, "NODE_RANK": 0}
