@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from tqdm import tqdm
 
 from tests.running import Fresh, Running, at_step, gone
 from train import cli, engine, events, manifest, nodes, trained
@@ -188,6 +190,7 @@ def test_a_users_own_place_for_compiled_code_wins(tmp_path: Path, monkeypatch: p
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
         engine.compiled(cast(LanguageModel, torch.nn.Identity()), tmp_path)
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == expected
+    assert isinstance(tqdm.get_lock(), type(threading.RLock()))  # a rank that is killed leaves no semaphore behind
 
 
 def test_the_run_folder_holds_what_is_promised(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

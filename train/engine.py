@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 from torch import Tensor, nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from tqdm import tqdm
 
 from train import optim
 from train.buckets import Reducer, bucket_elements
@@ -90,6 +92,7 @@ def compiled(model: LanguageModel, cache: Path) -> Callable[..., Tensor]:
     """`model`, compiled at its first micro-batch. Its code is kept in `cache` for other processes and other runs."""
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():  # torch itself sets that
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "compiled")
+    tqdm.set_lock(threading.RLock())  # for torch's bars; tqdm's own is a semaphore, which ranks that end leave behind
     return torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
 
