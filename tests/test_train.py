@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
@@ -177,11 +178,43 @@ def test_compiled_runs_agree_and_the_second_finds_the_code_of_the_first(
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     small = ("compile=true", "steps=3", "model.layers=1", "eval.every=0", f"data.cache={tmp_path}/cache")
     one = sha256(tiny, *small, "name=c1", "devices=1")
-    code = set((tmp_path / "cache/compiled").rglob("*.so"))
+    kept = tmp_path / "cache/compiled"
+    code, graphs = set(kept.rglob("*.so")), set((kept / "aotautograd").rglob("*"))
     assert code
+    assert graphs
     assert "compiled first: minutes" in " ".join(capsys.readouterr().out.split())
     assert one == sha256(tiny, *small, "name=c2", "devices=2")
-    assert set((tmp_path / "cache/compiled").rglob("*.so")) == code
+    assert (set(kept.rglob("*.so")), set((kept / "aotautograd").rglob("*"))) == (code, graphs)
+
+
+def test_a_kept_graph_is_not_taken_for_one_with_another_backward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which it is safe to keep graphs with functions of our own: another version's may differ in that alone."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def slope(factor: float) -> tuple[float, dict[str, int]]:
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+                return x * 2
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+                return gradients[0] * factor
+
+        torch._dynamo.reset()
+        counters.clear()
+        x = torch.ones(4, requires_grad=True)
+        model = cast(LanguageModel, lambda x: Function.apply(x).sum())  # type: ignore[no-untyped-call]
+        engine.compiled(model, tmp_path)(x).backward()  # type: ignore[no-untyped-call]
+        assert x.grad is not None
+        return float(x.grad[0]), {k: n for k, n in counters["aot_autograd"].items() if k.startswith("autograd_cache")}
+
+    first, again, other = slope(2.0), slope(2.0), slope(3.0)
+    assert first == (2.0, {"autograd_cache_miss": 1, "autograd_cache_saved": 1})
+    assert again == (2.0, {"autograd_cache_hit": 1})
+    assert other == (3.0, {"autograd_cache_miss": 1, "autograd_cache_saved": 1})
 
 
 def test_a_users_own_place_for_compiled_code_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

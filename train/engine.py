@@ -16,6 +16,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
@@ -89,9 +90,10 @@ class Engine:
 
 
 def compiled(model: LanguageModel, cache: Path) -> Callable[..., Tensor]:
-    """`model`, compiled at its first micro-batch. Its code is kept in `cache` for other processes and other runs."""
+    """`model`, compiled at its first micro-batch. Code and graphs are kept in `cache` for other processes and runs."""
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():  # torch itself sets that
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "compiled")
+    functorch.autograd_cache_allow_custom_autograd_functions = True  # traced, they are in a graph's key
     tqdm.set_lock(threading.RLock())  # for torch's bars; tqdm's own is a semaphore, which ranks that end leave behind
     return torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
