@@ -180,14 +180,18 @@ def test_the_command_as_it_is_said_has_no_paths() -> None:
 
 
 def test_a_small_run_leaves_figures_and_a_picture(tmp_path: Path) -> None:
-    done = colossus(tmp_path, "contestants=[ours,ceiling]", "settings=gpt2-bf16-1x1", "out=figures.json")
+    arguments = ("contestants=[ours,ceiling]", "settings=gpt2-bf16-1x1", "steps=3", "out=figures.json")
+    done = colossus(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "figures.json").read_text())["results"][0]
     assert [row["contestant"] for row in result["rows"]] == ["ours", "ceiling"]
-    assert (result["steps"], result["micro_batch"]) == (2, 4)
+    assert (result["steps"], result["micro_batch"]) == (3, 4)
     assert all(row["tokens_per_s"] > 0 and row["same_work"] for row in result["rows"])
     assert len(list(ElementTree.fromstring((tmp_path / "figures.svg").read_text()).iter(f"{SVG}rect"))) == 2
-    assert "gpt2, bf16, 1 rank x 1 thread: 1 rounds, 2 steps" in done.stdout
+    setting = "gpt2, bf16, 1 rank x 1 thread"
+    under_way = [f"{setting}: {what} …" for what in ("models are built", "rounds", "to step 3")]
+    assert done.stdout.splitlines()[:3] == under_way
+    assert f"{setting}: 1 rounds, 3 steps" in done.stdout
 
 
 def test_a_contestant_that_ends_in_mid_loop_leaves_no_semaphore(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ class Console:
 
     # ------------------------------------------------------------------------------------------ preparing
 
-    def progress(self, label: str, done: int, total: int) -> None:
-        """The preparation of the data: called as often as the caller likes."""
+    def progress(self, label: str, done: float, total: float) -> None:
+        """Of what is done before a run, or beside one: called as often as the caller likes."""
         if self._moves:
             if self._bar is None or label != self._label:
                 self._bar = self._begin(label, BarColumn(), TextColumn("{task.percentage:>3.0f} %"), transient=True)

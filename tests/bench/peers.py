@@ -45,6 +45,7 @@ from train import compose, nodes, plan
 from train.checks import DONE, FAILED
 from train.commands import Bench
 from train.config import Train
+from train.console import Console
 from train.data.prepare import Prepared, prepare
 from train.engine import stream
 from train.folder import RunFolder
@@ -148,13 +149,16 @@ def write_rows(config: Train, prepared: Prepared, path: Path, steps: int) -> Non
                     file.write(ours.micro_batch(step, v, i).astype(np.uint16).tobytes())
 
 
-def race(setting: Setting, names: list[str], config: Bench, workspace: Path) -> dict[str, Any]:
+def race(setting: Setting, names: list[str], config: Bench, workspace: Path, console: Console) -> dict[str, Any]:
     """All contestants of a setting, a row each."""
     absent, failed = dict[str, str](), dict[str, str]()
     players: list[Player] = []
     parameters: dict[str, int] = {}
     with ExitStack() as stack:
-        for name in (name for name in names if CONTESTANTS[name].takes_part(setting)):
+        stack.callback(console.close)
+        taking = [name for name in names if CONTESTANTS[name].takes_part(setting)]
+        for number, name in enumerate(taking):
+            console.progress(f"{setting}: models are built", number, len(taking))
             contestant = CONTESTANTS[name]
             if contestant.nanogpt and not checkout(config):
                 absent[name] = f"needs {contestant.needs}"
@@ -176,11 +180,14 @@ def race(setting: Setting, names: list[str], config: Bench, workspace: Path) -> 
             players.append(player)
         rounds: list[dict[str, float]] = []
         for number in range(config.rounds + 1):  # the first one warms up
-            order = players[:: -1 if number % 2 else 1]
-            rounds.append({player.name: player.turn(config.turn) for player in order})
-        for player in players if config.steps else ():
-            if (more := config.steps - len(player.losses)) > 0:
-                player.turn(more)
+            rounds.append({})
+            for at, player in enumerate(players[:: -1 if number % 2 else 1]):
+                console.progress(f"{setting}: rounds", number + at / len(players), config.rounds + 1)
+                rounds[-1][player.name] = player.turn(config.turn)
+        for at, player in enumerate(players):
+            while (done := len(player.losses)) < config.steps:
+                console.progress(f"{setting}: to step {config.steps}", at + done / config.steps, len(players))
+                player.turn(1)
     found = table(setting, tokens, rounds[1:], {p.name: p.losses for p in players}, parameters, absent, failed)
     return found | {"micro_batch": config.micro_batch}
 
@@ -298,10 +305,10 @@ def said(config: Bench) -> str:
 
 
 def main(config: Bench, names: list[str], settings: list[Setting]) -> int:
-    results = []
+    results, console = [], Console()
     for setting in settings:
         with tempfile.TemporaryDirectory() as workspace:
-            results.append(race(setting, names, config, Path(workspace)))
+            results.append(race(setting, names, config, Path(workspace), console))
         show(setting, results[-1])
         if config.out:
             path = Path(config.out).expanduser()
