@@ -212,9 +212,8 @@ def test_a_kept_graph_is_not_taken_for_one_with_another_backward_pass(
         x = (2 * torch.eye(4)).requires_grad_()
         engine.compiled(cast(LanguageModel, Function.apply), tmp_path)(x).backward(torch.eye(4))  # type: ignore[no-untyped-call]
         assert x.grad is not None
-        return float(x.grad[0, 0]), {
-            k: n for k, n in counters["aot_autograd"].items() if k.startswith("autograd_cache")
-        }
+        kept = {key: n for key, n in counters["aot_autograd"].items() if key.startswith("autograd_cache")}
+        return float(x.grad[0, 0]), kept
 
     first, again, other = slope(1), slope(1), slope(2)
     assert first == (2.0, {"autograd_cache_miss": 1, "autograd_cache_saved": 1})
