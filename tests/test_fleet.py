@@ -86,9 +86,8 @@ def test_ranks_and_nodes_are_lost_and_come_back(tiny: list[str], tmp_path: Path,
     head.wait_for(grown(4, above=newest + 1))
     first = members(records(head.folder))[0]
     assert (head.folder / "logs" / f"rank-{first}.log").exists(), "rank 0, which saves, is where the run's folder is"
-    other.send(signal.SIGINT)
-    assert other.end()[0] == 75, "the run was asked to stop there, which stops all of it"
-    equals_one_rank(head, both.overrides, f"runs={tmp_path}/alone", *ENDLESS)
+    equals_one_rank(head, both.overrides, f"runs={tmp_path}/alone", *ENDLESS, ask=other)
+    assert other.end()[0] == 75, "asked there, all of the run stops"
     found = records(head.folder)
     once(found)
     assert len(of_kind(found, "start")) == 1

@@ -83,9 +83,12 @@ def survived(folder: Path, tiny: list[str], twins: Twins, *more: str) -> list[Re
     return records(folder)
 
 
-def equals_one_rank(running: Running, overrides: list[str], *more: str) -> None:
-    """Stop a run that has no end, and show that one rank alone comes to the same losses and the same state there."""
-    running.send(signal.SIGINT)
+def equals_one_rank(running: Running, overrides: list[str], *more: str, ask: Running | None = None) -> None:
+    """Stop a run that has no end, and show that one rank alone comes to the same losses and the same state there.
+
+    It is asked once, there or on another node: a process that has come to its end no longer heeds a request.
+    """
+    (ask or running).send(signal.SIGINT)
     code, _, err = running.end()
     assert code == 75, err
     end = summary(running.folder)
