@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from train import compose, plan, pulse
+from train.processes import Rank, forkserver, log_to
 from train.pulse import AT_FIRST, LEAST, OFTEN, OFTENER, Pulse
 
 Silence = Callable[[float], "tuple[float, str] | None"]
@@ -140,3 +147,24 @@ def test_a_sign_that_is_being_written_is_not_taken_for_silence(tmp_path: Path) -
     finally:
         rank.kill()
         rank.communicate()
+
+
+def late(log: Path, ready: Connection) -> None:
+    """A rank that hangs, and does not get to its signals for half a second, as on a machine that is busy."""
+    log_to(log)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    ready.send_bytes(b"")
+    time.sleep(0.5)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+    time.sleep(60)
+
+
+def test_a_rank_that_hangs_says_where_before_it_ends_however_long_that_takes(tmp_path: Path) -> None:
+    ready, there = multiprocessing.Pipe()
+    process = forkserver().Process(target=late, args=(tmp_path / "log", there), daemon=True)  # type: ignore[attr-defined]
+    process.start()
+    ready.recv_bytes()
+    rank: Any = SimpleNamespace(process=process)
+    Rank.dump(rank)
+    assert process.exitcode == -signal.SIGUSR2
+    assert re.search(r'File ".*test_pulse.py", line \d+ in late', (tmp_path / "log").read_text())

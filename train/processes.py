@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import json
 import mmap
@@ -17,7 +18,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver as forkservers
@@ -34,7 +34,7 @@ from train.config import Train
 from train.slots import Spot
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-DUMP = 0.1  # seconds in which a stack is written
+DUMP = 5.0  # seconds in which a stack is written: a millisecond, if the rank finds a free core
 
 
 def forkserver() -> ForkServerContext:
@@ -118,11 +118,11 @@ class Rank:
         return died_of(self.process.exitcode or 0)
 
     def dump(self) -> None:
-        """Have it write all its threads' stacks to its log; one that is stopped does so when it goes on."""
+        """Have it write all its threads' stacks to its log, and end; one that is stopped does so when it goes on."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid or 0, signal.SIGUSR2)
             os.kill(self.process.pid or 0, signal.SIGCONT)
-            time.sleep(DUMP)
+            self.process.join(DUMP)
 
     def kill(self) -> None:
         self.process.kill()
@@ -211,9 +211,10 @@ def die_with_parent() -> None:
 
 
 def log_to(path: Path) -> None:
-    """Standard output and error of this process, native code's included, go to the rank's log."""
+    """Standard output and error of this process, native code's included, go to the rank's log; see `Rank.dump`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    faulthandler.register(signal.SIGUSR2, chain=True)  # to the system's own handler, which ends the process

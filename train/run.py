@@ -6,12 +6,10 @@ terminal reaches the supervisor only; it dies with its supervisor; and it says w
 
 from __future__ import annotations
 
-import faulthandler
 import functools
 import hashlib
 import json
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -73,7 +71,6 @@ def worker(order_json: str, connection: Connection, listener: socket.socket | No
     channel.heed_signals(member)
     die_with_parent()
     log_to(logs / f"rank-{member}.log")
-    faulthandler.register(signal.SIGUSR2)  # how the supervisor asks for the stack of a rank that hangs
     try:
         recovery = assemble(order, channel, listener)
         stopped = _train(recovery)
