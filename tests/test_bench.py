@@ -136,7 +136,7 @@ def figures(rates: dict[str, list[float]], losses: dict[str, float], parameters:
     rounds = [{name: 4096 / of[i] for name, of in rates.items()} for i in range(len(rates["ours"]))]
     told = {name: [loss] for name, loss in losses.items()}
     result = peers.table(SETTINGS[1], 4096, rounds, told, parameters, {"hf": "needs accelerate"}, {})
-    return {"cpu": "a CPU", "date": "2026-11-29", "results": [result]}
+    return {"cpu": "a CPU", "results": [result | {"command": "colossus bench", "date": "2026-11-29"}]}
 
 
 RATES = {"ours": [100.0, 120.0, 110.0], "lightning": [50.0, 60.0, 55.0], "bare": [80.0, 80.0, 80.0]}
@@ -177,6 +177,26 @@ def test_the_picture_has_a_bar_a_whisker_and_a_number_for_each() -> None:
 def test_the_command_as_it_is_said_has_no_paths() -> None:
     config = Bench(contestants=["ours", "bare"], rounds=5, nanogpt="/home/me/nanoGPT", out="/home/me/x.json")
     assert peers.said(config) == "colossus bench contestants=[ours,bare] rounds=5"
+
+
+def test_what_was_not_measured_anew_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each setting with the command and the day that its figures are of."""
+
+    def raced(setting: contestants.Setting, names: list[str], config: Bench, *_: object) -> dict[str, Any]:
+        rate = {"ours": [float(config.rounds)]}
+        return peers.table(setting, 4096, [{"ours": 4096.0}], rate, {"ours": 7}, {}, {})
+
+    monkeypatch.setattr(peers, "race", raced)
+    out = str(tmp_path / "figures.json")
+    for rounds, settings in ((7, SETTINGS), (5, SETTINGS[1:2]), (3, SETTINGS[1:3])):
+        assert peers.main(Bench(rounds=rounds, out=out), ["ours"], settings) == 0
+    figures = json.loads(Path(out).read_text())
+    assert [one["first_loss"] for one in figures["results"]] == [7, 3, 3, *[7] * (len(SETTINGS) - 3)]
+    assert figures["command"] == "colossus bench; colossus bench rounds=3"
+    assert {one["command"] for one in figures["results"][1:3]} == {"colossus bench rounds=3"}
+    (tmp_path / "mine.json").write_text('{"results": [{"family": 1}]}')
+    with pytest.raises(Refused, match="holds no figures of this command"):
+        peers.main(Bench(out=str(tmp_path / "mine.json")), ["ours"], SETTINGS)
 
 
 def test_a_small_run_leaves_figures_and_a_picture(tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ def draw(figures: dict[str, Any]) -> str:
 def _head(figures: dict[str, Any]) -> str:
     counts = {result["rounds"] for result in figures["results"]}
     rounds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-    return f"tokens/s, medians and quartiles of {rounds} rounds ({figures['cpu']}, {figures['date']})"
+    days = [result["date"] for result in figures["results"]]
+    when = " to ".join(sorted({min(days), max(days)}))
+    return f"tokens/s, medians and quartiles of {rounds} rounds ({figures['cpu']}, {when})"
 
 
 def _group(result: dict[str, Any]) -> tuple[str, str]:

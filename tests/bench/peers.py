@@ -11,14 +11,17 @@ minute of the machine hits all of them. Among them is one that multiplies large 
 its ratio is the share of the machine's limit that ours reaches (6 · parameters + 12 · L · d · T a token, as MFU
 counts). A figure is the median, with quartiles, of the ratios to ours of the same round; the first round warms up. That
 the work is the same is shown: parameters are counted, and the losses of all steps compared with ours. `steps=200` goes
-on after the rounds, until each has done 200 steps, and compares these too. Figures are written after each setting.
+on after the rounds, until each has done 200 steps, and compares these too. Figures are written after each setting, in
+the place of those that their file has of it; it keeps the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib
 import importlib.metadata
+import json
 import logging
 import multiprocessing
 import os
@@ -39,10 +42,10 @@ import torch
 from tqdm import tqdm
 
 from tests.bench import bars, report
-from tests.bench.contestants import CONTESTANTS, OURS, Setting, checkout
+from tests.bench.contestants import CONTESTANTS, OURS, SETTINGS, Setting, checkout
 from tests.bench.work import Job, Turns
 from train import compose, nodes, plan
-from train.checks import DONE, FAILED
+from train.checks import DONE, FAILED, Refused
 from train.commands import Bench
 from train.config import Train
 from train.console import Console
@@ -288,7 +291,7 @@ def show(setting: Setting, result: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     found = {}
-    for name in ("lightning", "transformers", "accelerate", "litgpt"):
+    for name in ("torch", "lightning", "transformers", "accelerate", "litgpt"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -304,15 +307,34 @@ def said(config: Bench) -> str:
     return " ".join(["colossus bench", *shown])
 
 
+def held(out: str) -> dict[Setting, dict[str, Any]]:
+    """What an earlier call has left there. Raises Refused where the file holds something else."""
+    path = Path(out).expanduser()
+    if not out or not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text())["results"]
+        return {Setting(*(one[field] for field in Setting._fields)): one for one in results if one["command"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused("out", f"'{out}' is there and holds no figures of this command: choose another name") from error
+
+
+def keep(out: str, found: dict[Setting, dict[str, Any]]) -> None:
+    path, results = Path(out).expanduser(), [found[setting] for setting in SETTINGS if setting in found]
+    commands = "; ".join(dict.fromkeys(result["command"] for result in results))
+    figures = report.write(path, commands, results=results)
+    path.with_suffix(".svg").write_text(bars.draw(figures))
+
+
 def main(config: Bench, names: list[str], settings: list[Setting]) -> int:
-    results, console = [], Console()
+    found, console = held(config.out), Console()
+    of_this_call = {"command": said(config), "date": datetime.date.today().isoformat(), "versions": versions()}
     for setting in settings:
         with tempfile.TemporaryDirectory() as workspace:
-            results.append(race(setting, names, config, Path(workspace), console))
-        show(setting, results[-1])
+            found[setting] = race(setting, names, config, Path(workspace), console) | of_this_call
+        show(setting, found[setting])
         if config.out:
-            path = Path(config.out).expanduser()
-            figures = report.write(path, said(config), versions=versions(), results=results)
-            path.with_suffix(".svg").write_text(bars.draw(figures))
+            keep(config.out, found)
+    results = [found[setting] for setting in settings]
     equal = all(row["same_work"] for result in results for row in result["rows"])
     return DONE if equal and not any(result["failed"] for result in results) else FAILED
