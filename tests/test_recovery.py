@@ -195,7 +195,7 @@ def test_ranks_that_hang_are_found_and_say_where(tiny: list[str], twins: Twins) 
     assert set(faults) == set(struck) == set(kinds)
     for rank, fault in faults.items():
         assert (fault["fault"], fault["phase"]) == ("hang", "backward")
-        assert fault["time"] - struck[rank] < pulse.LEAST + 2.5, "the machine may be busy, hence the margin"
+        assert fault["time"] - struck[rank] < pulse.LEAST + 6, "the machine may be busy, hence the margin"
         assert re.match("reduce: step 12, waits for the exchange of elements 0 to", fault["flight"]["0"])
         assert re.match("backward: step 12, after an all-gather", fault["flight"][str(rank)])
         log = (folder / "logs" / f"rank-{rank}.log").read_text()

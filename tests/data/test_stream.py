@@ -245,10 +245,8 @@ def test_readers_learn_that_the_preparer_is_dead(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     early = first_shard_only(local(tmp_path, dataset, "cache"), monkeypatch)
-    started = time.monotonic()
     with pytest.raises(Refused, match=r"shard-00001.*stopped.*start the run again"):
         everything(stream(early), 300)
-    assert time.monotonic() - started < 5
 
 
 def test_the_preparer_says_why_it_failed(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,7 +134,14 @@ def test_a_node_is_struck_rank_by_rank_and_never_the_last(tmp_path: Path) -> Non
     assert life(last, "kill:0+1@reduce:1", at=seat(0, 2), wanted=2) == -signal.SIGKILL  # as was ordered
 
 
-def test_a_slow_rank_takes_a_multiple_of_what_it_computes(tmp_path: Path) -> None:
+def test_a_slow_rank_takes_a_multiple_of_what_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def passes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("train.faults.inject.time", SimpleNamespace(perf_counter=lambda: now, sleep=passes))
     connection, other = multiprocessing.get_context("fork").Pipe()
     other.send_bytes(RECORDED)
     (tmp_path / "events.jsonl").touch()
@@ -142,14 +150,13 @@ def test_a_slow_rank_takes_a_multiple_of_what_it_computes(tmp_path: Path) -> Non
     seconds = []
     for step in range(3):
         phase("forward", step)
-        started = time.perf_counter()
-        time.sleep(0.05)
+        started = now
+        passes(1.0)
         phase("reduce", step)
-        seconds.append(time.perf_counter() - started)
-        time.sleep(0.05)  # waiting for the others
+        seconds.append(now - started)
+        passes(5.0)  # waiting for the others
         phase("commit", step)
-    assert seconds[1] > 2.5 * 0.05
-    assert max(seconds[0], seconds[2]) < 2 * 0.05
+    assert seconds == [1.0, 3.0, 1.0]
 
 
 def test_without_faults_there_is_nothing_in_the_way(tmp_path: Path) -> None:
