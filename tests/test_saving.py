@@ -17,9 +17,10 @@ from lightning.fabric.plugins import Precision
 from torch._C._distributed_c10d import HashStore
 
 from tests import dist
-from tests.running import Running, descendants
+from tests.running import Running, at_step, descendants
 from tests.test_checkpoint import cut, digest, flip, pieces, restored, simple, state
 from tests.test_mirror import aws, environment, s3
+from tests.test_resume import ENDLESS
 from tests.test_train import sha256, summary, train
 from train import checkpoint, cli, events, manifest, saver
 from train.checks import Refused
@@ -226,8 +227,9 @@ def test_a_full_disk_ends_no_run(tiny: list[str]) -> None:
 
 
 def test_a_stop_that_did_not_save_does_not_say_so(tiny: list[str]) -> None:
-    running = Running(tiny, "name=a", "devices=2", "steps=100000", "checkpoint.every=5", "eval.every=0")
-    running.wait_for(lambda found: any(record["kind"] == "checkpoint" for record in found))
+    assert train(tiny, "name=a", "devices=1", "steps=3", "schedule=constant")[0] == 0
+    running = Running(tiny, "name=a", "devices=2", *ENDLESS, "resume.allow=steps")
+    running.wait_for(at_step(4))
     file_limit(list(descendants(running.process.pid)), 100_000)
     running.send(signal.SIGINT)
     code, out, err = running.end()
