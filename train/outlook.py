@@ -108,11 +108,12 @@ def _here(config: Train, vocab: int) -> float | None:
 
 
 def _rented(config: Train, vocab: int, auto: bool) -> Iterator[dict[str, Any]]:
-    """The run on a cloud's node, in bf16, compiled: hours and dollars. One that it does not fit on is left out.
+    """The run on a cloud's node, in bf16, compiled if it can be: hours and dollars. Left out where it does not fit.
 
     `auto`: micro-batches as that GPU's memory has room for, and not this machine's.
     """
-    ranks, cloud = min(RENTED, config.batch.virtual_ranks), replace(config, precision="bf16", compile=True)
+    compiled = config.sharding is not Sharding.full
+    ranks, cloud = min(RENTED, config.batch.virtual_ranks), replace(config, precision="bf16", compile=compiled)
     for gpu, offers in ((gpus()[key], offers) for key, offers in prices().items() if key != "core"):
         size = fitting(config, "cuda", "bf16", int(gpu.memory)) if auto else config.batch.micro_batch
         rented = replace(cloud, accelerator="cuda", batch=replace(config.batch, micro_batch=size))
@@ -126,6 +127,7 @@ def _rented(config: Train, vocab: int, auto: bool) -> Iterator[dict[str, Any]]:
 def _smaller(config: Train, vocab: int) -> Iterator[tuple[str, int]]:
     """Single changes that need less memory, the cheapest first, and the bytes that a rank needs then."""
     size, world = int(config.batch.micro_batch), int(config.devices) * config.least_nodes
+    config = replace(config, compile=False)  # which sharding=full wants, and has no say in what is counted
     for smaller in (size // 2, 1):
         if 0 < smaller < size:
             cut = replace(config, batch=replace(config.batch, micro_batch=smaller))

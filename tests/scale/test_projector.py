@@ -198,6 +198,14 @@ def test_a_plan_says_time_disk_money_and_what_would_fit(
     assert "True" in capsys.readouterr().out
 
 
+def test_what_is_compiled_or_sharded_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """sharding=full is not compiled: what a plan proposes must not ask for both."""
+    keys = ["plan", "model=llama_micro", "data=synthetic", "devices=2", "format=json"]
+    for more in ("compile=true", "sharding=full"):
+        assert cli.main([*keys, more]) == 0
+        assert json.loads(capsys.readouterr().out)["rented"]
+
+
 def test_micro_batches_of_rented_gpus_are_theirs_and_not_this_machines(capsys: pytest.CaptureFixture[str]) -> None:
     def hours(*keys: str) -> float:
         assert cli.main(["plan", "model=gpt2_124m", "data=synthetic", "batch.sequences=512", "format=json", *keys]) == 0
