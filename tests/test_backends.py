@@ -66,6 +66,33 @@ def emulate(ahead: int = backends.AHEAD) -> None:
     backends.Gloo = lambda store, rank, world, before: backends.Nccl(store, rank, world, torch.device("cpu"))  # type: ignore
 
 
+def waits_for_rank_0(group: Group, seen: str) -> int:
+    """How often rank 1 has looked around it before rank 0 came, which waits for a third time, though not for ever."""
+    looks = 0
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        Path(seen).touch() if looks == 3 else None
+
+    group.look = look  # type: ignore[method-assign]
+    until = time.monotonic() + LATE
+    while group.rank == 0 and not Path(seen).exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    group.barrier()
+    return looks
+
+
+def test_who_only_waits_is_alive_also_where_nobody_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With sharding, say; else it would be killed for its silence while rank 0 has something to do by itself."""
+    assert dist.run("tests.test_backends:waits_for_rank_0", 2, seen=str(tmp_path / "seen"))[1] >= 3
+    answers, looks = iter([False, False, True]), []
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=list, query=lambda: next(answers)))
+    backends.Joined("a group of GPUs").settle(lambda: looks.append(1))
+    assert len(looks) == 2
+    backends.Joined().settle(lambda: looks.append(1))
+
+
 def leaves_in_the_middle(outer: Group) -> list[Any]:
     """Rank 1 never sends its part of a step's sum. Rank 0 is told to go on without it, and then with it again."""
     emulate()
@@ -177,8 +204,15 @@ def test_no_more_ranks_than_gpus_but_over_gloo(
         (tmp_path / backend / "config.yaml").write_text(folder.to_yaml(config))
     with pytest.raises(Refused, match="3 are more than the 2 GPUs here"):
         resize.resize(Resize(run=str(tmp_path / "nccl"), devices=3))
-    resize.resize(Resize(run=str(tmp_path / "gloo"), devices=3))
-    assert [(tmp_path / backend / folder.WISH).exists() for backend in ("nccl", "gloo")] == [False, True]
+    asked: list[str] = []
+    monkeypatch.setattr("train.resize.replace", lambda path, text: asked.append(f"{path.parent.name}: {text}"))
+    assert resize.resize(Resize(run=str(tmp_path / "gloo"), devices=3)) == 1
+    assert asked == ['gloo: {"devices": 3}']
+    monkeypatch.undo()
+    monkeypatch.setattr("train.resize.under_way", lambda path: True)
+    monkeypatch.setattr("train.resize.PATIENCE", 0.0)
+    assert resize.resize(Resize(run=str(tmp_path / "gloo"), devices=3)) == 1
+    assert not (tmp_path / "gloo" / folder.WISH).exists(), "a later run of this name would heed it"
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """A process group as one of its ranks sees it, and how it leaves that in the middle of a collective: gloo and NCCL.
 
-Where nobody is replaced (`Joined`) a rank waits for a collective as torch does. The others give up as soon as `look`
-raises, which they call all the time that they wait, and are then left by `leave`.
+Who waits calls `look` all the time, which is a sign of life: else a rank that only waits would be taken for one that
+hangs. Where ranks are replaced `look` raises when one was, and the group is then left by `leave`.
 
 **gloo** has no way to end a collective but its time-out, and would write into our tensors when what it waits for
 arrives after all. Shutting its connections down ends every collective at once, here and for whoever waits for this
@@ -44,7 +44,7 @@ Sockets = set[tuple[int, int]]  # number, inode
 
 
 class Joined:
-    """A group whose ranks are never replaced. Without arguments: a rank alone."""
+    """A group that is never left; without arguments, of a rank alone. On a GPU a stream waits, and the host seldom."""
 
     def __init__(self, processes: Any = None) -> None:
         self.processes = processes  # torch's, or a bare backend
@@ -54,7 +54,12 @@ class Joined:
         work.wait()
 
     def settle(self, look: Callable[[], None]) -> None:
-        """Return when what was waited for is there: a stream may wait instead of the host."""
+        """Return when what was waited for is there."""
+        if self.processes is not None:
+            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            end.record()
+            while not end.query():  # type: ignore[no-untyped-call]
+                look()
 
     def leave(self, alive: Callable[[], object]) -> None:
         """Whatever it is stuck in; `alive` is called meanwhile."""
@@ -76,6 +81,9 @@ class Gloo(Joined):
                     work.wait()  # it may have come to its end since
                     return
             look()
+
+    def settle(self, look: Callable[[], None]) -> None:
+        """It is there: the host has waited."""
 
     def leave(self, alive: Callable[[], object]) -> None:
         for number, inode in self._sockets:
@@ -131,10 +139,10 @@ def joined(store: Store, rank: int, world: int, wire: torch.device, heals: bool,
 
     `before`: the sockets that there were before this rank went to the store; the others end with the group.
     """
-    if heals:
-        return Gloo(store, rank, world, before) if wire.type == "cpu" else Nccl(store, rank, world, wire)
     if wire.type == "cpu":
-        return Joined(dist.ProcessGroupGloo(store, rank, world, TIMEOUT))
+        return Gloo(store, rank, world, before)
+    if heals:
+        return Nccl(store, rank, world, wire)
     dist.init_process_group("nccl", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return Joined(dist.group.WORLD)
 

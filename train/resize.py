@@ -39,6 +39,7 @@ def resize(config: Config) -> int:
             print(f"{config.run} has {ranks} rank{'s' * (ranks > 1)}{more}")
             return DONE
         time.sleep(0.1)
+    (path / WISH).unlink(missing_ok=True)  # or a later run of this name would heed it
     print(f"{config.run} has {_world(path)} ranks: it {'goes on' if under_way(path) else 'has ended'}")
     return FAILED
 
