@@ -87,7 +87,11 @@ class Channel:
         event. Raises OSError or EOFError where there is no supervisor any more, and nothing may be saved.
         """
         self._send(MARK)
-        while (word := self._connection.recv_bytes()) != RECORDED:
+        while True:
+            while not self._connection.poll(ECHO):
+                self.pulse.beat()  # the supervisor may be slow, or stopped for a while
+            if (word := self._connection.recv_bytes()) == RECORDED:
+                return
             self._take(word)
 
     def stop_requested(self) -> bool:
