@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -226,10 +227,17 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().numpy().data).hexdigest()
 
 
-def recovered(half: Half, member: Member, step: int, whole: bool, again: bool = False) -> SimpleNamespace:
+def recovered(
+    half: Half,
+    member: Member,
+    step: int,
+    whole: bool,
+    again: bool = False,
+    begins: Callable[[], object] = lambda: None,
+) -> SimpleNamespace:
     """Have `half`, with the state after `step` or with none, regroup with the others; what was said and asked for.
 
-    `again`: the ranks change once more in the middle of it.
+    `again`: the ranks change once more in the middle of it. `begins`: called where the run begins.
     """
     said = SimpleNamespace(sent=[], caught_up=[], again=again)
 
@@ -256,12 +264,37 @@ def recovered(half: Half, member: Member, step: int, whole: bool, again: bool = 
         keeper=SimpleNamespace(saver=SimpleNamespace(give_up=lambda: False, regrouped=regrouped)),  # type: ignore[arg-type]
         balance=SimpleNamespace(regrouped=lambda state, parts, joined: None),  # type: ignore[arg-type]
         channel=SimpleNamespace(send=said.sent.append),  # type: ignore[arg-type]
-        begin=lambda: said.sent.append("begun"),
+        begin=lambda: (said.sent.append("begun"), begins())[0],
         whole=whole,
     )
     part.regroup()
     assert part.whole
     return said
+
+
+def loses_who_says_that_it_begins(group: Group) -> list[str]:
+    """Rank 0 is lost as the run begins, where the others have done their part of that."""
+    member = Member(group)
+    member.join(1, 0, 1, 2)
+    half, calls = Half(member.group), []
+
+    def begins() -> None:
+        calls.append("begun")
+        if group.rank == 0:
+            member.group._joined.leave(lambda: None)
+            raise Dismissed
+        if len(calls) == 1:
+            threading.Timer(0.2, member.send, (3, 1, 2)).start()
+
+    with contextlib.suppress(Dismissed):
+        recovered(half, member, 0, whole=False, begins=begins)
+    group.barrier()  # rank 0's process has the store
+    return calls
+
+
+def test_a_run_has_begun_only_when_that_is_on_record() -> None:
+    """Else the others would go on, and who reads the record would know of no start, and of none of its settings."""
+    assert dist.run("tests.test_regroup:loses_who_says_that_it_begins", 3) == [["begun"], ["begun"] * 2, ["begun"] * 2]
 
 
 def takes_over(group: Group, dtype: str, done: list[int], hosts: list[int]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class Recovery:
         joined, step = NOTHING in steps, max(steps)
         if step == NOTHING:
             self.begin()
+            group.barrier()  # nobody has begun unless rank 0 has said so: it may be lost here, and all begin again
         else:
             source = steps.index(step)
             if min(steps) < step:
