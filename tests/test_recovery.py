@@ -24,7 +24,7 @@ import torch
 from tests.running import Running, at_step
 from tests.test_resume import ENDLESS, numbers, ranks
 from tests.test_train import summary, train
-from train import cli, compose, events, nodes, plan, pulse, slots, supervisor
+from train import cli, compose, events, folder, nodes, plan, pulse, slots, supervisor
 from train.channel import Requests
 from train.config import Train
 from train.console import Console
@@ -286,6 +286,43 @@ def test_a_place_where_ranks_keep_dying_stays_empty_for_a_while(
         watch._last["step"] += slots.QUICK
         watch._replace()
         assert forked == [1, 1, 1]
+
+
+def test_where_no_process_can_be_forked_the_others_go_on(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full, or the table of processes: it is tried again, but not at once."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=1"]))
+    with RunFolder(tmp_path / "run") as run:
+        watch, tried = watching(config, run), list[int]()
+
+        def fork(spot: slots.Spot, resume: bool, joins: bool) -> None:
+            tried.append(spot[1])
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(watch, "_fork", fork)
+        watch._replace()
+        watch._replace()
+        assert tried == [0]
+        assert "nobody takes a lost rank's place for now: No space left on device" in capsys.readouterr().out
+        watch._slots[0, 0].due = 0.0
+        watch._replace()
+        assert tried == [0, 0]
+
+
+def test_a_wish_is_of_this_run_and_can_be_read(tiny: list[str], tmp_path: Path) -> None:
+    """Another number of ranks, asked of a run that had just ended, is not what the next one of its name shall have."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=1"]))
+    with RunFolder(tmp_path / "run") as run:
+        wish = run.path / folder.WISH
+        wish.write_text('{"devices": 3}')
+        assert folder.wished(run.path) == 3
+        run.write(config, {"digest": "0"})
+        assert folder.wished(run.path) is None
+        for broken in ("{}", "null", '{"devices": 0}', '{"devices": "two"}', "two", "[1]"):
+            wish.write_text(broken)
+            assert folder.wished(run.path) is None
+            assert not wish.exists()
 
 
 def test_long_steps_do_not_make_a_place_suspect() -> None:

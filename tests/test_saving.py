@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +25,10 @@ from tests.test_checkpoint import cut, digest, flip, pieces, restored, simple, s
 from tests.test_mirror import aws, environment, s3
 from tests.test_resume import ENDLESS
 from tests.test_train import sha256, summary, train
-from train import checkpoint, cli, events, manifest, saver
+from train import checkpoint, cli, events, folder, manifest, saver
 from train.checks import Refused
 from train.config import Checkpoint
+from train.console import Console
 from train.group import Group, Place
 from train.mirror import Remote
 from train.saver import NotSaved, Saver
@@ -190,7 +194,41 @@ def test_who_does_not_see_the_folder_writes_nothing_or_is_refused(tmp_path: Path
     assert list((tmp_path / "a").iterdir()) == []
 
 
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def finds_no_room(group: Group, root: str) -> list[int]:
+    Path.touch = full  # type: ignore[method-assign,assignment]
+    return saver.find_writers(Path(root), pieces(state(0.0)), group)
+
+
+def test_rank_0_tries_to_save_where_the_disk_is_full(tmp_path: Path) -> None:
+    """Ranks that regroup find out who can write: that nobody can just now is no reason to end the run."""
+    assert dist.run("tests.test_saving:finds_no_room", 2, root=str(tmp_path)) == [[0], [0]]
+
+
+def test_what_is_said_on_a_full_disk_is_lost_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where standard output goes to a file."""
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: False, write=full, flush=full))
+    Console().say("step 1")
+
+
 # --------------------------------------------------------------------------------------- the whole command
+
+
+def test_a_run_that_finds_no_room_for_its_summary_is_done_and_one_for_its_settings_refused(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, there = folder.replace, "summary.json"
+    monkeypatch.setattr(folder, "replace", lambda path, text: full() if path.name == there else write(path, text))
+    code, path = train(tiny, "name=a", "devices=1", "steps=2")
+    assert code == 0
+    assert "summary.json could not be written (No space left on device)" in capsys.readouterr().out
+    assert records(path, "end")[-1]["step"] == 2
+    there = "config.yaml"
+    assert train(tiny, "name=b", "devices=1", "steps=2")[0] == 2
+    assert "b: cannot be written (No space left on device)" in capsys.readouterr().err
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ events, which is why it can be shown by a process that knows nothing of torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -31,12 +32,14 @@ class Console:
         self._bar: Progress | None = None
         self._task: Any = None
         self._label = ""
+        self._steps = 0
         self._spoke = 0.0
         self._pace = ""
         self._asked = False
 
-    def say(self, text: str) -> None:
-        self._rich.print(Text(text))
+    def say(self, text: str | Text | Table) -> None:
+        with contextlib.suppress(OSError):  # a full disk, where what is said goes to a file: it ends no run
+            self._rich.print(Text(text) if isinstance(text, str) else text)
 
     def error(self, text: str) -> None:
         self.close()
@@ -81,7 +84,7 @@ class Console:
 
     def _on_start(self, record: dict[str, Any]) -> None:
         self.close()
-        self._rich.print(_banner(record))
+        self.say(_banner(record))
         self._steps = record["steps"]
         if self._moves:
             columns = MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.fields[numbers]}  ETA")

@@ -312,13 +312,20 @@ class EventLog:
     def append(self, record: dict[str, Any]) -> None:
         """What does not fit on a full disk waits for the next event: the record of a run must not end it."""
         self._waiting += line(record).encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
         with contextlib.suppress(OSError):
             self._waiting = self._waiting[os.write(self._file, self._waiting) :]
 
     def sync(self) -> None:
-        os.fsync(self._file)
+        """Have it on the disk, if there is room."""
+        self._write()
+        with contextlib.suppress(OSError):  # where a network's disk says that it is full
+            os.fsync(self._file)
 
     def close(self) -> None:
+        self._write()
         os.close(self._file)
 
 

@@ -158,13 +158,17 @@ class RunFolder:
         return True
 
     def write(self, config: Train, data: dict[str, Any]) -> None:
-        """Write what the ranks read; raises Refused where a run that has begun had other data."""
+        """Write what the ranks read; raises Refused where a run that has begun had other data, or the disk is full."""
         stored = read_json(self.path / "data.json")
         if stored is not None and self.checkpointed() and stored["digest"] != data["digest"]:
             raise Refused("data", f"the corpus is not the one that {self.path} began with: choose another name=…")
-        replace(self.path / "data.json", json.dumps({**data, "left_out": self.left_out()}, indent=1))
-        replace(self.path / "config.yaml", to_yaml(config))
-        (self.path / "summary.json").unlink(missing_ok=True)
+        try:
+            replace(self.path / "data.json", json.dumps({**data, "left_out": self.left_out()}, indent=1))
+            replace(self.path / "config.yaml", to_yaml(config))
+            for of_before in ("summary.json", WISH):
+                (self.path / of_before).unlink(missing_ok=True)
+        except OSError as error:
+            raise Refused(str(self.path), f"cannot be written ({error.strerror})") from error
 
     def left_out(self) -> list[int]:
         """The batches that this run passes over, in order."""
@@ -199,6 +203,20 @@ def replace(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text)
     draft.replace(path)
+
+
+def wished(path: Path) -> int | None:
+    """How many ranks `colossus resize` asks for. A wish that cannot be read is none, and is taken away."""
+    try:
+        devices = json.loads((path / WISH).read_text())["devices"]
+        if isinstance(devices, int) and devices > 0:
+            return devices
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    (path / WISH).unlink(missing_ok=True)
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver as forkservers
@@ -34,6 +35,9 @@ from train.config import Train
 from train.slots import Spot
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+KILLED = (
+    10.0  # seconds after which a process that was killed and has not ended is given up: its device or disk holds it
+)
 DUMP = 5.0  # seconds in which a stack is written: a millisecond, if the rank finds a free core
 
 
@@ -75,6 +79,7 @@ class Rank:
     stands_by: bool = False  # it may be made a member
     left: bool = False  # it has said its last word
     fault: dict[str, Any] | None = None  # what it says has ended it
+    given_up: float = float("inf")  # from when on, on the monotonic clock
 
     @property
     def spot(self) -> Spot:
@@ -82,7 +87,7 @@ class Rank:
 
     @property
     def alive(self) -> bool:
-        return self.process.is_alive()
+        return time.monotonic() < self.given_up and self.process.is_alive()
 
     @property
     def killed(self) -> bool:
@@ -102,7 +107,7 @@ class Rank:
         try:
             while not self.connection.closed and self.connection.poll():
                 yield self.connection.recv_bytes()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # the latter where it has died in the middle of one
             self.connection.close()
 
     def silent(self) -> tuple[float, str] | None:
@@ -126,10 +131,11 @@ class Rank:
 
     def kill(self) -> None:
         self.process.kill()
+        self.given_up = min(self.given_up, time.monotonic() + KILLED)
 
     def end(self) -> None:
         self.kill()
-        self.process.join()
+        self.process.join(max(0.0, self.given_up - time.monotonic()))
         self.connection.close()
         self.trace.unlink(missing_ok=True)
 

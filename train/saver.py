@@ -10,6 +10,7 @@ What goes wrong here (a full disk, an error of the disk, a rank that does not an
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import secrets
 import shutil
@@ -30,6 +31,7 @@ from train.group import Group
 from train.mirror import Mirror, reason
 
 POLL = 0.02  # seconds between two looks into the store
+FULL = (errno.ENOSPC, errno.EDQUOT)  # where a disk is full, rank 0 tries to save, says so, and the run goes on
 LIMIT = 600.0  # seconds after which a writer that has not answered is not waited for
 
 
@@ -45,15 +47,16 @@ def find_writers(root: Path, pieces: Sequence[Piece], group: Group) -> list[int]
             root.mkdir(parents=True, exist_ok=True)
             probe.touch()
         except OSError as error:
-            raise Refused(str(root), f"cannot be written ({error.strerror})") from error
+            if error.errno not in FULL:
+                raise Refused(str(root), f"cannot be written ({error.strerror})") from error
     group.barrier()
     sees = probe.exists()
     seen = group.all_gather(torch.tensor(int(sees))).tolist()
     if group.rank == 0:
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     if not sees and not all(piece.replicated for piece in pieces):
         raise Refused("runs", f"{root} is not seen by rank {group.rank}, which holds a part of the state: share it")
-    return [rank for rank, flag in enumerate(seen) if flag]
+    return [rank for rank, flag in enumerate(seen) if flag] or [0]
 
 
 class Saver:

@@ -28,7 +28,7 @@ from train.faults.losses import Losses
 from train.fleet import Fleet
 from train.processes import Rank
 from train.remote import RemoteRank, There
-from train.slots import LIVES, QUICK, Slot, Spot, doubtful
+from train.slots import BACK_OFF, LIVES, QUICK, Slot, Spot, doubtful
 from train.summary import summarize
 
 MOURNING = 1.0  # seconds in which the others may say what a dead rank did to them, before it is named
@@ -87,7 +87,10 @@ class Supervisor:
         if code in (DONE, STOPPED):
             records = list(self._run.events())
             summary = summarize(records)
-            folder.replace(self._run.path / "summary.json", json.dumps(summary, indent=1))
+            try:
+                folder.replace(self._run.path / "summary.json", json.dumps(summary, indent=1))
+            except OSError as error:
+                self._console.say(f"summary.json could not be written ({error.strerror})")
             self._console.summary(self._config, self._run.path, summary, records)
         self._log.close()
         return code
@@ -194,9 +197,9 @@ class Supervisor:
         for rank in self._ranks:
             if rank.fault is None and (found := rank.silent()):
                 cause = f"no sign of life for {found[0]:.1f} s: killed; where it was stuck is at the end of its log"
-                said: dict[str, Any] = {"rank": rank.member, "step": None, "cause": cause}
-                said["flight"] = {str(one.member): one.flight() for one in self._ranks}
-                rank.fault = events.Fault(fault="hang", phase=found[1], **said).record()
+                at = {str(one.member): one.flight() for one in self._ranks}
+                said = events.Fault(fault="hang", phase=found[1], rank=rank.member, step=None, cause=cause, flight=at)
+                rank.fault = said.record()
                 self._record(rank.fault)
                 rank.dump()
                 rank.kill()
@@ -282,7 +285,6 @@ class Supervisor:
 
     def _bury(self, lost: list[Rank | RemoteRank]) -> int | None:
         """What becomes of the run now that these ranks are gone: GOES_ON, None for a new start, or an exit code."""
-        now = time.monotonic()
         faults: list[dict[str, Any]] = []
         for rank in lost:
             if rank.fault is None:
@@ -303,11 +305,10 @@ class Supervisor:
             if fault["fault"] == "miscomputed":
                 continue  # who says so may well be healthy
             slot = self._slots.get(rank.spot, Slot())  # none, where its place has gone as well
-            if slot.died(self._last["step"], now):
+            if slot.died(self._last["step"], time.monotonic()):
                 text = f"its place is left empty: {LIVES} processes died there within {QUICK} steps"
                 self.record(events.Warned(rank=rank.member, text=text))
-        alive = {rank.member for rank in self._ranks}
-        left = [member for member in self._members if member in alive]
+        left = [member for member in self._members if any(rank.member == member for rank in self._ranks)]
         poisoned = any(fault["fault"] in POISON for fault in faults)
         if left == self._members and self._heals:
             return GOES_ON  # a newcomer, or one that was on its way out
@@ -326,8 +327,7 @@ class Supervisor:
         for rank in self._ranks:
             if rank.member in members and rank.spot in self._slots:  # not on its way out, after a resize
                 self._slots[rank.spot].doubts += 1
-        spot = doubtful(self._slots) if self._heals else None
-        if spot is not None:
+        if self._heals and (spot := doubtful(self._slots)) is not None:
             self._slots[spot].left_out = True
             text = f"its place is left empty: it took part in {self._slots[spot].doubts} audits that did not agree"
             self.record(events.Warned(rank=spot[1], text=text))
@@ -347,13 +347,10 @@ class Supervisor:
 
     def _resize(self) -> None:
         """Heed `colossus resize`: who is too many leaves at the end of a step, who is missing is forked."""
-        wish = self._run.path / folder.WISH
-        if not self._heals or not wish.exists():
-            return
-        devices = int(folder.read_json(wish)["devices"])  # type: ignore[index]
-        if not any(rank.member in self._members and rank.spot[1] < devices for rank in self._ranks):
-            return  # all of those are being replaced just now
-        wish.unlink()
+        devices = folder.wished(self._run.path) if self._heals else None
+        if devices is None or not any(rank.member in self._members and rank.spot[1] < devices for rank in self._ranks):
+            return  # or all of those are being replaced just now
+        (self._run.path / folder.WISH).unlink(missing_ok=True)
         self._fleet.here.devices = devices
         self._settle()
 
@@ -372,9 +369,12 @@ class Supervisor:
         if not self._heals or self._asked or self._ending:
             return
         for spot, slot in self._slots.items():
-            taken = any(rank.spot == spot for rank in self._ranks)
-            if not taken and slot.takes(self._last["step"], time.monotonic()):
-                self._fork(spot, resume=self._run.checkpointed(), joins=True)
+            if slot.takes(self._last["step"], time.monotonic()) and all(rank.spot != spot for rank in self._ranks):
+                try:
+                    self._fork(spot, resume=self._run.checkpointed(), joins=True)
+                except OSError as error:  # a full disk, or too many processes
+                    slot.due = time.monotonic() + 10 * BACK_OFF
+                    self._console.say(f"nobody takes a lost rank's place for now: {error.strerror}")
 
     def _culprit(self, lost: list[Rank | RemoteRank]) -> Rank | RemoteRank:
         """The rank from whose fault the others follow: one killed from outside, else the first that spoke."""
