@@ -1,4 +1,6 @@
-# `make help` explains. Everything happens in .venv and runs/; nothing needs root but test-system.
+# `make help` explains. Everything happens in .venv, in runs/ and, where tokens and compiled code are kept, in
+# ~/.cache/pocket-colossus ($XDG_CACHE_HOME); benchmarks write tests/bench/results. Nothing needs root but test-system
+# and bench-fabrics.
 .DEFAULT_GOAL := help
 .PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-efficiency bench-detection bench-healthy bench-report bench-forecast bench-peers bench-loss bench-startup bench-scaling bench-large bench-experts bench-fabrics gpu-check clean
 
@@ -18,7 +20,7 @@ help: ## Show this help
 
 setup: $(VENV)/.ready ## Make .venv with everything installed (torch first, at its pinned version)
 
-# torch comes first and by its exact version: a range would fetch the newest CUDA build, gigabytes of it.
+# torch comes first, and like all others by its exact version. On Linux PyPI's brings CUDA along, gigabytes of it.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 setup"; exit 1; }
 	@echo "setting up $(VENV) …"

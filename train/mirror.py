@@ -38,7 +38,7 @@ class Remote:
             self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except ImportError as error:
             extra = EXTRAS.get(url.partition("://")[0])
-            how = f"pip install 'pocket-colossus[{extra}]'" if extra else str(error).splitlines()[0]
+            how = f"pip install -e '.[{extra}]' in a checkout" if extra else str(error).splitlines()[0]
             raise Refused(key, f"{url} needs a package that is not installed: {how}") from error
         except ValueError as error:
             raise Refused(key, f"{url} is of no kind that is known ({str(error).splitlines()[0]})") from error

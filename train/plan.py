@@ -27,7 +27,7 @@ def there(accelerator: str) -> tuple[str, int]:
 def resolve(config: Train) -> Train:
     """Replace every `auto` by what it means on this machine; raises Refused where the run is impossible here."""
     if "wandb" in config.logger and importlib.util.find_spec("wandb") is None:
-        raise Refused("logger", "wandb is not installed: pip install 'pocket-colossus[wandb]', or leave it out")
+        raise Refused("logger", "wandb is not installed: pip install -e '.[wandb]' in a checkout, or leave it out")
     ids, known = vocabulary(config), config.model.vocab
     fits = not known or ids <= known or config.data.tokenizer.kind is TokenizerKind.file  # read later, and compared
     require(fits, "model.vocab", f"{known} are fewer than the tokenizer's {ids} ids: choose another data.tokenizer")

@@ -7,8 +7,6 @@ the same `Saver` that a run has. Printed, as medians over the rounds:
     wait    what the step that saves waits, beside the time of a bare copy of the same bytes into a like buffer
     extra   how much longer the loop takes, from the save's beginning until it is whole, than the same work without,
             beside what must be paid anyway: the copy, and the writing threads' own CPU time (hashing and writing)
-
-Aims: wait at most 1.5 copies; extra at most 1.15 times copy + CPU time where there is no core to spare.
 """
 
 from __future__ import annotations

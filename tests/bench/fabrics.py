@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=18, help="of each run; the first three are not measured")
     parser.add_argument("--only", default="", help="the speeds whose name has this in it")
     options = parser.parse_args()
-    rows, kernel = [], call("uname", "-r").stdout.strip()
+    rows, kernel = [], call("uname", "-r").stdout.strip().partition("-")[0]
     with joined_hosts() as hosts:
         for speed, bucket in SPEEDS.items():
             if options.only not in speed:

@@ -2,10 +2,8 @@
 
 Data is prepared before, nothing is compiled. Warm: Python has its bytecode. Cold: it has none (an empty
 PYTHONPYCACHEPREFIX), as after an installation. Beside each stands what importing torch and lightning.fabric alone
-takes, in the same way and at the same time, since nothing here can change it; the figure is what comes on top. Turns
-alternate; medians. CPU seconds are those of the command itself: its forkserver and ranks are not in them.
-
-Aims: on top at most 5 s cold, 2.5 s warm.
+takes, in the same way and in turns with it; "on top" is the difference, below 0 where ranks import less. Medians. CPU
+seconds are those of the command itself: its forkserver and ranks are not in them.
 """
 
 from __future__ import annotations

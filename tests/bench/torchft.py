@@ -162,9 +162,9 @@ def main() -> int:
                 row[name] = {"p50": quantile(values, 0.5), "worst": max(values)}  # type: ignore[assignment]
             rows.append(row)
             print(row, flush=True)
-    report.write(
-        "torchft", "make bench-torchft", compute_s=options.compute, heartbeat_timeout_ms=options.heartbeat, rows=rows
-    )
+    given = f" ARGS='{' '.join(sys.argv[1:])}'" if len(sys.argv) > 1 else ""
+    head = {"compute_s": options.compute, "heartbeat_timeout_ms": options.heartbeat}
+    report.write("torchft", f"make bench-torchft{given}", **head, rows=rows)
     return 0
 
 

@@ -138,7 +138,7 @@ def _needs(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise Refused("data", f"{module} is missing: pip install 'pocket-colossus[{extra}]'") from None
+        raise Refused("data", f"{module} is missing: pip install -e '.[{extra}]' in a checkout") from None
 
 
 class Document(bytes):

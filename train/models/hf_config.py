@@ -160,7 +160,7 @@ def _folder(path: str) -> Path:
             name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"], ignore_patterns="*/*"
         )
     except ImportError:
-        why = "is no folder here; to look it up on the Hub: pip install 'pocket-colossus[hf]'"
+        why = "is no folder here; to look it up on the Hub: pip install -e '.[hf]' in a checkout"
         raise Refused("model.path", f"{path} {why}") from None
     except Exception as error:  # the Hub's client has dozens, for network, rights and names
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
