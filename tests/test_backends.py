@@ -88,9 +88,11 @@ def test_who_only_waits_is_alive_also_where_nobody_is_replaced(tmp_path: Path, m
     assert dist.run("tests.test_backends:waits_for_rank_0", 2, seen=str(tmp_path / "seen"))[1] >= 3
     answers, looks = iter([False, False, True]), []
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=list, query=lambda: next(answers)))
-    backends.Joined("a group of GPUs").settle(lambda: looks.append(1))
+    group = backends.Joined("a group of GPUs")
+    group.settle(lambda: looks.append(1), reads=False)
+    assert not looks, "the host does not wait for what it does not read"
+    group.settle(lambda: looks.append(1), reads=True)
     assert len(looks) == 2
-    backends.Joined().settle(lambda: looks.append(1))
 
 
 def leaves_in_the_middle(outer: Group) -> list[Any]:

@@ -53,9 +53,9 @@ class Joined:
         """For the end of a collective. Raises RuntimeError where it has failed, and whatever `look` raises."""
         work.wait()
 
-    def settle(self, look: Callable[[], None]) -> None:
-        """Return when what was waited for is there."""
-        if self.processes is not None:
+    def settle(self, look: Callable[[], None], reads: bool) -> None:
+        """Return when what was waited for is there; here, if the host `reads` it and so has to wait."""
+        if reads:
             end = torch.cuda.Event()  # type: ignore[no-untyped-call]
             end.record()
             while not end.query():  # type: ignore[no-untyped-call]
@@ -82,7 +82,7 @@ class Gloo(Joined):
                     return
             look()
 
-    def settle(self, look: Callable[[], None]) -> None:
+    def settle(self, look: Callable[[], None], reads: bool) -> None:
         """It is there: the host has waited."""
 
     def leave(self, alive: Callable[[], object]) -> None:
@@ -118,7 +118,7 @@ class Nccl(Joined):
         self._ends.append(end)
         self._see(AHEAD, look)
 
-    def settle(self, look: Callable[[], None]) -> None:
+    def settle(self, look: Callable[[], None], reads: bool) -> None:
         self._see(0, look)
 
     def _see(self, ahead: int, look: Callable[[], None]) -> None:

@@ -112,8 +112,8 @@ class Group(Ranks, Strategy):
                 raise
             raise Changed(str(error)) from error
 
-    def settle(self) -> None:
-        self._joined.settle(self.look)
+    def settle(self, reads: bool) -> None:
+        self._joined.settle(self.look, reads)
 
     def look(self) -> None:
         """Raise Changed where there is a newer membership, unless it waits for the end of a step that is under way.
@@ -206,7 +206,7 @@ class Group(Ranks, Strategy):
             return tensor
         on_wire = tensor.to(self.wire)
         self.wait(self.sum_up(on_wire), "an all-reduce")
-        self.settle()
+        self.settle(tensor.device.type != self.wire.type)
         return on_wire.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:

@@ -47,8 +47,8 @@ class Ranks:
     def look(self) -> None:
         """Raise Changed where the ranks are not what they were; these never change."""
 
-    def settle(self) -> None:
-        """Return when what was waited for is there: a stream may wait instead of the host."""
+    def settle(self, reads: bool) -> None:
+        """Return when what was waited for is there. A stream may wait instead of the host, if that `reads` nothing."""
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """(…) on each rank -> (W, …) on all of them."""
@@ -58,7 +58,7 @@ class Ranks:
         gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
         work = self.processes._allgather_base(gathered.view(-1), sent.view(-1))
         self.wait(work, f"an all-gather of {sent.numel():,} numbers")
-        self.settle()
+        self.settle(tensor.device.type != self.wire.type)
         return gathered.to(tensor.device)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -68,7 +68,7 @@ class Ranks:
         if self.world > 1:
             on_wire = obj.to(self.wire, copy=True)
             self.wait(self.processes.broadcast(on_wire, src), f"a broadcast from rank {src}")
-            self.settle()
+            self.settle(obj.device.type != self.wire.type)
             obj.copy_(on_wire)
         return obj
 
