@@ -42,9 +42,8 @@ def _train(config: Train, node: nodes.Node, run: folder.RunFolder, console: Cons
     config = plan.resolve(run.pinned(config, elsewhere))
     faults = planned(config)
     resume = run.admit(config, elsewhere)
-    if (store := config.checkpoint.store) and (
-        held := next(mirror.Origin(store, "checkpoint.store").manifests(), None)
-    ):
+    store, held = config.checkpoint.store, None
+    if store and (held := next(mirror.Origin(store, "checkpoint.store").manifests(), None)):
         folder.compare(held.get("identity", {}), config, f"the run at {store}", "use another checkpoint.store=…")
     finished = run.finished(config)
     if finished is not None:
@@ -53,6 +52,8 @@ def _train(config: Train, node: nodes.Node, run: folder.RunFolder, console: Cons
     context = forkserver()
     prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
     try:
+        if held and held.get("data") != prepared.digest:
+            raise Refused("checkpoint.store", f"the run at {store} was trained on another corpus: use another folder")
         run.write(config, dataclasses.asdict(prepared))
         here = Here(node, config, run.path, run.events_path, context, int(config.devices))
         agrees = folder.plain_identity(config, folder.LOCAL)
