@@ -175,6 +175,23 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+def test_who_looks_for_the_newest_while_a_run_saves_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was the newest goes, as a newer one has come since."""
+    whole = manifest.verify
+
+    def late(path: Path) -> manifest.Verified:
+        if path.name == "step-00000002":
+            simple(tmp_path, 3)
+            shutil.rmtree(path)
+        return whole(path)
+
+    simple(tmp_path, 2)
+    monkeypatch.setattr(manifest, "verify", late)
+    found, refused = manifest.newest(tmp_path)
+    assert found is not None
+    assert (found.step, refused) == (3, [])
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_damage_is_refused_by_name(damage: str, name: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
@@ -95,6 +96,17 @@ def test_what_is_copied_there_comes_back_whole(url: str, tmp_path: Path) -> None
     flip(path / "model-00000.safetensors")
     assert Origin(url, "resume_from").fetch(elsewhere, any_manifest) == path, "what is here is damaged"
     manifest.verify(path)
+
+
+def test_a_seal_that_has_outlived_its_files_is_not_believed(tmp_path: Path) -> None:
+    """A disk that lost its power may keep the last small file of a checkpoint and none of the large ones."""
+    root, store = tmp_path / "checkpoints", tmp_path / "store"
+    simple(root, 1)
+    for spoil in (lambda path: os.truncate(path, 9), os.unlink):
+        assert mirrored(root, str(store), 1) == []
+        spoil(store / "step-00000001" / "model-00000.safetensors")
+    assert mirrored(root, str(store), 1) == []
+    manifest.verify(store / "step-00000001")
 
 
 @pytest.mark.parametrize("name", ["model-00001.safetensors", MANIFEST, SEAL])
@@ -199,10 +211,12 @@ def test_a_save_does_not_wait_for_the_mirror(tmp_path: Path, monkeypatch: pytest
     copier = Mirror(root, Checkpoint(store=f"{tmp_path}/store"), lambda step: True, lambda text, step: None)
     copier.update(1)
     assert begun.wait(30)
+    assert copier.uploading == 1
     simple(root, 2)
     copier.update(2)  # returns at once
     go.set()
     copier.close()
+    assert copier.uploading is None
     assert Remote(f"{tmp_path}/store", "").steps() == [2, 1]
 
 
@@ -238,7 +252,7 @@ def test_what_cannot_be_read_or_is_no_url_is_refused_in_one_line(
         with pytest.raises(Refused, match="no credentials"):
             Checkpoint(store=bad)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(Refused, match=r"pocket-colossus\[gs\]"):
+    with pytest.raises(Refused, match=r"pip install -e '\.\[gs\]'"):
         Remote("gs://bucket/run", "resume_from")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     s3fs.S3FileSystem.clear_instance_cache()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -174,6 +175,29 @@ def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path, mon
         assert [path.name for path in root.iterdir()] == ["step-00000001"]
 
 
+def test_what_is_being_uploaded_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a store that is slower than `keep` saves would never have a whole one."""
+    go, begun, upload = threading.Event(), threading.Event(), Remote.upload
+
+    def slow(self: Remote, path: Path) -> None:
+        begun.set()
+        assert go.wait(30)
+        upload(self, path)
+
+    monkeypatch.setattr(Remote, "upload", slow)
+    heard: list[Any] = []
+    (one,) = savers(tmp_path / "here", 1, heard, keep=1, store=str(tmp_path / "there"))
+    for step in (1, 2, 3):
+        save([one], step, float(step))
+        wait([one])
+        assert begun.wait(30)
+    assert [path.name[-1] for path in manifest.candidates(tmp_path / "here")] == ["3", "1"]
+    go.set()
+    one.finish()
+    assert Remote(str(tmp_path / "there"), "").steps() == [3, 1]
+    assert not [event for event in heard if isinstance(event, events.Warned)]
+
+
 def seen(group: Group, root: str, partial: bool) -> Any:
     """Rank 1 of 2 looks into another folder, as on a node that does not share rank 0's."""
     mine = cut(state(0.0), group.rank, group.world) if partial else pieces(state(0.0))
@@ -329,15 +353,18 @@ def test_a_run_goes_on_from_another_folder_only_if_it_is_the_same(
     for path in manifest.candidates(first / "checkpoints"):
         found = manifest.read(path)
         assert found["val_loss"] == scores[found["step"]]
-    origin = f"resume_from={first}/checkpoints"
+    origin, store = (f"{key}={first}/checkpoints" for key in ("resume_from", "checkpoint.store"))
+    other = shutil.copytree(corpus, tmp_path / "other")
+    (other / "one more.py").write_text("pass\n")
 
     for more, words in (
         (["name=b", "optimizer.lr=0.5"], ["optimizer.lr", "0.01", "0.5", "resume.allow=optimizer.lr"]),
         (["name=c", "data.validation=0.2", "resume.allow=data.validation"], ["data:", "corpus"]),
         (["name=d", "resume=never"], ["resume_from", "resume=never"]),
-        (["name=e", "checkpoint.store=" + f"{first}/checkpoints", "seed=3"], ["seed", "checkpoint.store"]),
+        (["name=e", store, "seed=3"], ["seed", "checkpoint.store"]),
+        (["name=other", store, f"data.path={other}"], ["checkpoint.store: the run at", "another corpus"]),
     ):
-        extra = [] if "name=e" in more else [origin]
+        extra = [] if store in more else [origin]
         capsys.readouterr()
         assert train(constant, *more, *extra)[0] == 2
         said = capsys.readouterr().err
@@ -362,6 +389,29 @@ def test_a_run_goes_on_from_another_folder_only_if_it_is_the_same(
     assert "bitwise equality ends here: torch 0.1 ->" in said
     assert records(second, "warning")[0]["step"] == 6
     assert summary(second)["state_sha256"] == sha256(constant, "name=i", "steps=9")
+
+
+def test_what_a_run_under_way_removes_meanwhile_is_not_damaged(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = train(tiny, "name=a", "devices=1")
+    whole = manifest.verify
+
+    def late(path: Path, progress: Any) -> manifest.Verified:
+        if path.name == "step-00000003":
+            shutil.rmtree(path)
+        return whole(path, progress)
+
+    monkeypatch.setattr(manifest, "verify", late)
+    capsys.readouterr()
+    assert cli.main(["verify", f"run={path}", "format=json"]) == 0
+    assert [one["step"] for one in json.loads(capsys.readouterr().out)] == [6]
+
+
+def test_what_somebody_has_put_aside_is_no_checkpoint(tmp_path: Path) -> None:
+    with folder.RunFolder(tmp_path) as run:
+        (tmp_path / "checkpoints" / "step-00000003.bad").mkdir(parents=True)
+        assert not run.checkpointed()
 
 
 def test_verify_says_what_is_damaged(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ class RunFolder:
         return events.read(self.events_path)
 
     def checkpointed(self) -> bool:
-        return any((self.path / "checkpoints").glob("step-*"))
+        return bool(manifest.candidates(self.path / "checkpoints"))
 
     def pinned(self, config: Train, origin: dict[str, Any] | None = None) -> Train:
         """The configuration with `auto` replaced by what this run, if it has begun, was pinned to.

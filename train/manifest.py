@@ -174,10 +174,13 @@ def index(path: Path, manifest: dict[str, Any]) -> Parts:
 def newest(root: Path, among: Callable[[int], bool] = lambda step: True) -> tuple[Verified | None, list[str]]:
     """The newest checkpoint of a step `among` that is whole, and what is wrong with those that were passed over."""
     refused: list[str] = []
-    for step in filter(among, steps(path.name for path in root.glob("step-*"))):
+    for path in candidates(root):
         try:
-            return verify(root / folder_name(step)), refused
+            if among(step_of(path.name) or 0):
+                return verify(path), refused
         except Damaged as damage:
+            if not path.exists():  # a run under way has removed it, and has a newer one
+                return newest(root, among)
             refused.append(str(damage))
     return None, refused
 
@@ -204,9 +207,13 @@ def outlived(
     return set(found) - retained(losses, policy)
 
 
-def prune(root: Path, policy: Checkpoint, trusted: Callable[[int], bool]) -> None:
-    """Remove what has been outlived. A folder goes out of sight at once: a crash leaves it whole or leaves a draft."""
-    for step in outlived(steps(os.listdir(root)), lambda step: read(root / folder_name(step)), policy, trusted):
+def prune(root: Path, policy: Checkpoint, trusted: Callable[[int], bool], spared: int | None = None) -> None:
+    """Remove what has been outlived, but for one that is `spared`, this time.
+
+    A folder goes out of sight at once: a crash leaves it whole or leaves a draft.
+    """
+    found = outlived(steps(os.listdir(root)), lambda step: read(root / folder_name(step)), policy, trusted)
+    for step in found - {spared}:
         shutil.rmtree(_aside(root / folder_name(step), ".draft-removed-"), ignore_errors=True)
 
 

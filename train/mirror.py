@@ -66,10 +66,15 @@ class Remote:
         return manifest.decode(raw, seal, where, step)
 
     def upload(self, path: Path) -> None:
-        """Copy a checkpoint there if it is not: files, manifest, seal. One of the same step loses its seal first."""
+        """Copy a checkpoint there if it is not: files, manifest, seal. One of the same step loses its seal first.
+
+        A seal may have outlived what it vouches for, where a disk lost its power: files are there if their sizes are.
+        """
         found, seal = manifest.read(path), (path / SEAL).read_bytes()
         with contextlib.suppress(FileNotFoundError):
-            if self._fs.cat_file(self._at(found["step"], SEAL)) == seal:
+            there = {Path(one["name"]).name: one["size"] for one in self._fs.ls(self._at(found["step"]), detail=True)}
+            whole = all(there.get(name) == about["size"] for name, about in found["files"].items())
+            if self._fs.cat_file(self._at(found["step"], SEAL)) == seal and whole:
                 return
             self._fs.rm_file(self._at(found["step"], SEAL))
         for name in (*found["files"], MANIFEST, SEAL):
@@ -144,6 +149,7 @@ class Mirror:
         self._remote = Remote(policy.store, "checkpoint.store")
         self._root, self._policy, self._trusted, self._warn = root, policy, trusted, warn
         self._step = 0  # committed last
+        self.uploading: int | None = None  # which must not be removed meanwhile, or a slow store never has a whole one
         self._due, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -176,12 +182,14 @@ class Mirror:
     def _copy(self, newest: int) -> None:
         here = [step for step in manifest.steps(os.listdir(self._root)) if self._trusted(step)]
         for step in here:
-            path = self._root / folder_name(step)
+            path, self.uploading = self._root / folder_name(step), step
             try:
                 self._remote.upload(path)
             except (FileNotFoundError, Damaged):
                 if path.exists():
                     raise  # else: removed here meanwhile, as retention does
+            finally:
+                self.uploading = None
         there = [step for step in self._remote.steps() if step <= newest]  # what is newer is not this run's to judge
         for step in manifest.outlived(there, self._remote.read, self._policy, self._trusted) - set(here):
             self._remote.remove(step)

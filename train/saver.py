@@ -183,7 +183,8 @@ class Saver:
         wall = waited + time.perf_counter() - started
         self._send(events.Saved(step=step, path=str(path), bytes=size, seconds=waited, wall=wall))
         try:
-            manifest.prune(self._root, self._policy, self._trusted)
+            uploading = self._mirror.uploading if self._mirror else None
+            manifest.prune(self._root, self._policy, self._trusted, spared=uploading)
         except OSError as error:
             self._warn(f"old checkpoints were not removed: {reason(error)}", step)
         if self._mirror is not None:

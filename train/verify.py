@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Rich
@@ -23,7 +25,7 @@ def verify(config: Verify) -> int:
     if not paths:
         which = "checkpoint" if config.step < 0 else f"checkpoint of step {config.step}"
         raise Refused(str(root), f"holds no {which}")
-    total = sum(file.stat().st_size for path in paths for file in path.glob("*.safetensors"))
+    total = sum(size for path in paths for name, size in _sizes(path).items() if name.endswith(".safetensors"))
     console, done = Console(), 0
 
     def progress(count: int) -> None:
@@ -34,19 +36,28 @@ def verify(config: Verify) -> int:
 
     found: list[dict[str, Any]] = []
     for path in reversed(paths):
-        sizes, why = [file.stat().st_size for file in path.iterdir() if file.is_file()], ""
+        sizes, why = _sizes(path), ""
         try:
             manifest.verify(path, progress)
         except manifest.Damaged as damage:
+            if not path.exists():
+                continue  # a run under way has removed it, as it should
             why = str(damage)
         step = manifest.step_of(path.name)
-        found.append({"step": step, "files": len(sizes), "bytes": sum(sizes), "whole": not why, "why": why})
+        found.append({"step": step, "files": len(sizes), "bytes": sum(sizes.values()), "whole": not why, "why": why})
     console.close()
     config.format.tell(found, _show)
     for row in found:
         if row["why"]:
             console.error(row["why"])
     return DONE if all(row["whole"] for row in found) else FAILED
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Of a checkpoint's files; none where a run under way removes it just now."""
+    with contextlib.suppress(FileNotFoundError):
+        return {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+    return {}
 
 
 def _show(found: list[dict[str, Any]]) -> None:
