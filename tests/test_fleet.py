@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -23,7 +23,10 @@ from tests.running import Running, at_step, gone
 from tests.test_recovery import equals_one_rank, of_kind, once, records, watching
 from tests.test_resume import ENDLESS
 from train import compose, events, nodes, plan, remote
+from train.agent import Agent
+from train.channel import Requests
 from train.checks import REFUSED, Refused
+from train.console import Console
 from train.fleet import Fleet
 from train.folder import RunFolder
 from train.processes import Here
@@ -113,6 +116,37 @@ def test_a_rank_that_hangs_on_another_node_is_found_and_says_where(tiny: list[st
     assert re.match("reduce: step 3, waits for a part of the exchange", fault["flight"]["0"])
     log = (other.folder / "logs" / "rank-3.log").read_text()
     assert re.search(r'File ".*train/loop.py", line \d+ in micro_batch', log), "the stack of the culprit"
+
+
+def test_a_second_hang_is_reported_too(tmp_path: Path) -> None:
+    """When all start again, numbers are given again: another process with the same one may hang as well."""
+    said: list[dict[str, Any]] = []
+
+    def fork(slot: int, order: dict[str, Any]) -> Any:
+        rank = SimpleNamespace(member=order["member"], port=1, alive=True, process=SimpleNamespace(exitcode=-9))
+        rank.sources = rank.words = list
+        rank.silent, rank.flight, rank.end = lambda: (9.0, "reduce") if rank.alive else None, str, list
+        rank.kill = lambda: setattr(rank, "alive", False)
+        return rank
+
+    class Orders:
+        """A link, over which two members with one number are forked, hang for a while, and are killed."""
+
+        lost, close, sources = "", list, list
+        hang: ClassVar[list[dict[str, Any]]] = [{"fork": 0, "order": {"member": 3}}, {}, {"kill": 3}]
+        orders = iter([*hang, *hang, {"over": 0, "why": ""}])
+
+        def send(self, **message: Any) -> None:
+            said.append(message)
+
+        def receive(self) -> list[dict[str, Any]]:
+            return [next(self.orders)]
+
+    here = SimpleNamespace(index=1, config=SimpleNamespace(stop_after=""), fork=fork)
+    with RunFolder(tmp_path / "run", node=1) as run:
+        agent = Agent(here, run, Console(), None, Requests(), {})  # type: ignore[arg-type]
+        assert agent._serve(Orders()) == 0  # type: ignore[arg-type]
+    assert [key for one in said for key in one if key in ("silent", "exit_code")] == ["silent", "exit_code"] * 2
 
 
 def test_nodes_come_and_go(tiny: list[str], tmp_path: Path, port: int) -> None:
