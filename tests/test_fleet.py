@@ -21,7 +21,8 @@ import pytest
 
 from tests.running import Running, at_step, gone
 from tests.test_recovery import equals_one_rank, of_kind, once, records, watching
-from tests.test_resume import ENDLESS
+from tests.test_resume import ENDLESS, numbers
+from tests.test_train import train
 from train import compose, events, nodes, plan, remote
 from train.agent import Agent
 from train.channel import Requests
@@ -183,6 +184,19 @@ def test_node_0_is_lost_and_started_again(tiny: list[str], tmp_path: Path, port:
     equals_one_rank(again, both.overrides, f"runs={tmp_path}/alone", *ENDLESS)
     assert other.end()[0] == 75
     assert [start["world"] for start in of_kind(records(again.folder), "start")] == [2, 2]
+
+
+def test_batches_that_are_left_out_are_left_out_on_all_nodes(tiny: list[str], tmp_path: Path, port: int) -> None:
+    """Node 0's folder says which: the others' may know of none, or of others, whose loss was no good elsewhere."""
+    both = Nodes(tiny, tmp_path, port, "nodes=2", "devices=1")
+    for folder, left_out in (("node0/a", [1, 2]), ("node1/a", [0]), ("alone/twin", [1, 2])):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "data.json").write_text(json.dumps({"left_out": left_out}))
+    head, other = both.start(0), both.start(1)
+    assert [node.end()[0] for node in (head, other)] == [0, 0]
+    code, twin = train(both.overrides, f"runs={tmp_path}/alone", "name=twin", "devices=1")
+    assert code == 0
+    assert numbers(head.folder) == numbers(twin)
 
 
 def test_a_clock_that_is_wrong_elsewhere_is_harmless(tiny: list[str], tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ class Here:
             "backend": config.backend,
             "heals": config.heals,
         }
-        words = {key: order[key] for key in ("writer_epoch", "resume", "joins")}
+        words = {key: order[key] for key in ("writer_epoch", "resume", "joins", "left_out") if key in order}
         paths = {"folder": str(self.folder), "record": str(self.record)}
         text = json.dumps({**paths, "threads": 1, "place": place, **words})
         with nodes.listen(self.node) as listener:

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from train import nodes
 from train.checks import Refused
+from train.folder import read_json
 from train.processes import died_of
 from train.slots import Spot
 
@@ -201,7 +202,8 @@ class There:
     def fork(self, slot: int, order: dict[str, Any]) -> RemoteRank:
         rank = RemoteRank(order["member"], slot, not order["joins"], self)
         self.ranks[rank.member] = rank
-        self.link.send(fork=slot, order=order)
+        data = read_json(self.logs.parent / "data.json") or {}  # the node's own folder need not know what was left out
+        self.link.send(fork=slot, order={**order, "left_out": data.get("left_out", [])})
         return rank
 
     def hear(self) -> None:
