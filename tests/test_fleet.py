@@ -29,7 +29,7 @@ from train.channel import Requests
 from train.checks import REFUSED, Refused
 from train.console import Console
 from train.fleet import Fleet
-from train.folder import RunFolder
+from train.folder import RunFolder, replace
 from train.processes import Here
 
 GROUPS = ("start", "regroup")  # events that say who there is
@@ -197,6 +197,21 @@ def test_batches_that_are_left_out_are_left_out_on_all_nodes(tiny: list[str], tm
     code, twin = train(both.overrides, f"runs={tmp_path}/alone", "name=twin", "devices=1")
     assert code == 0
     assert numbers(head.folder) == numbers(twin)
+
+
+def test_two_nodes_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that both have; in containers even the numbers of their processes are equal."""
+    rename = Path.replace
+
+    def late(draft: Path, path: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", rename)
+        replace(path, "the other's")  # between this one's draft and its name
+        return rename(draft, path)
+
+    monkeypatch.setattr(Path, "replace", late)
+    replace(tmp_path / "data.json", "this one's")
+    assert (tmp_path / "data.json").read_text() == "this one's"
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
 
 
 def test_a_clock_that_is_wrong_elsewhere_is_harmless(tiny: list[str], tmp_path: Path) -> None:
