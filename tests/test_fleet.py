@@ -312,6 +312,18 @@ def test_who_would_do_something_else_is_turned_away(hello: dict[str, Any], why: 
     assert why in answers[0]["why"]
 
 
+def test_who_has_no_token_is_warned_also_where_nobody_is_waited_for(
+    lobby: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nodes=1-4 the port is open from the start."""
+    said: list[str] = []
+    lobby.gather(1, said.append)
+    assert said == []
+    monkeypatch.delenv("COLOSSUS_TOKEN")
+    lobby.gather(1, said.append)
+    assert [text.split(":")[0] for text in said] == ["COLOSSUS_TOKEN is not set"]
+
+
 def test_a_node_that_is_silent_is_lost_and_its_ranks_with_it(lobby: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though its connection stands: on both sides, since each goes by what it hears."""
     monkeypatch.setattr(remote, "BEAT", 3600.0)

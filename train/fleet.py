@@ -83,7 +83,7 @@ class Fleet:
     def gather(self, least: int, say: Callable[[str], None]) -> None:
         """Wait until there are so many nodes. Raises Refused where one of them cannot take part, or does not come."""
         until = time.monotonic() + PATIENCE
-        if least > 1 and not os.environ.get(TOKEN):
+        if self._lobby is not None and not os.environ.get(TOKEN):
             say(f"{TOKEN} is not set: whoever reaches port {self.here.node.port} of this machine can take part")
         while len(self.others) + 1 < least:
             missing = least - 1 - len(self.others)
