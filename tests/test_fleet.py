@@ -5,6 +5,8 @@ The nodes are processes on this host, each with a run folder of its own. Network
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -23,7 +26,7 @@ from tests.running import Running, at_step, gone
 from tests.test_recovery import equals_one_rank, of_kind, once, records, watching
 from tests.test_resume import ENDLESS, numbers
 from tests.test_train import train
-from train import compose, events, nodes, plan, remote
+from train import compose, events, fleet, nodes, plan, remote
 from train.agent import Agent
 from train.channel import Requests
 from train.checks import REFUSED, Refused
@@ -287,6 +290,53 @@ def test_who_does_not_know_the_token_is_not_let_in(lobby: Fleet, monkeypatch: py
         (there,) = arrived(lobby)
         assert (there.index, there.devices, lobby.devices) == (1, 2, 3)
         link.close()
+
+
+def test_a_call_that_cannot_be_taken_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Too many open files, for a while, or a network's error that belongs to one caller."""
+    failed, listen = threading.Event(), nodes.listen
+
+    class Failing(socket.socket):
+        def accept(self) -> Any:
+            if not failed.is_set():
+                failed.set()
+                raise OSError(errno.EMFILE, "too many open files")
+            return super().accept()
+
+    monkeypatch.setattr(nodes, "listen", lambda *where: Failing(fileno=listen(*where).detach()))
+    monkeypatch.setattr(fleet, "GREETERS", 1)
+    lobby = request.getfixturevalue("lobby")
+    assert failed.wait(10)
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    assert [there.index for there in arrived(lobby)] == [1]
+    link.close()
+
+
+def test_strangers_take_few_descriptors(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """So many are met at once, and all others after them; each connection is open once while that goes on."""
+    met, too_many = threading.Semaphore(0), threading.Barrier(3)
+    copies, crowds = list[int](), list[int]()
+
+    def challenge(connection: Connection, secret: bytes) -> None:
+        stranger = os.fstat(connection.fileno()).st_ino
+        copies.append(sum(inode == stranger for _, inode in nodes.sockets()))
+        with contextlib.suppress(threading.BrokenBarrierError):
+            crowds.append(too_many.wait(0.5))
+        met.release()
+        raise EOFError
+
+    monkeypatch.setattr(remote, "deliver_challenge", challenge)
+    monkeypatch.setattr(fleet, "GREETERS", 2)
+    node = request.getfixturevalue("lobby").here.node
+    with contextlib.ExitStack() as strangers:
+        for _ in range(5):
+            strangers.enter_context(socket.create_connection((node.host, node.port)))
+        assert all(met.acquire(timeout=10) for _ in range(5))
+    assert (copies, crowds) == ([1] * 5, [])
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import AuthenticationError
 from typing import Any, Self
 
 from train import nodes
 from train.checks import DONE, FAILED, REFUSED, STOPPED, Refused, require
 from train.folder import differences
 from train.processes import Here
-from train.remote import BLOCKED, TOKEN, Link, There, key
+from train.remote import BEAT, BLOCKED, TOKEN, Link, There, key
 from train.slots import Spot
 
 PATIENCE = 600.0  # seconds in which the nodes of a run must find each other
+GREETERS = 32  # strangers who are met at once: others wait outside, or whoever connects could use up all descriptors
 
 
 class Lobby:
@@ -32,16 +32,20 @@ class Lobby:
     def __init__(self, node: nodes.Node) -> None:
         self.arrived: queue.Queue[tuple[Link, dict[str, Any]]] = queue.Queue()
         self._key, self._socket = key(), nodes.listen(node, node.port)
-        threading.Thread(target=self._open, daemon=True, name="lobby").start()
+        for _ in range(GREETERS):
+            threading.Thread(target=self._open, daemon=True, name="lobby").start()
 
     def _open(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
+        while self._socket.fileno() >= 0:  # not closed
+            try:
                 cable, _ = self._socket.accept()
-                threading.Thread(target=self._greet, args=(cable,), daemon=True, name="greet").start()
+            except OSError:  # of the one who called, or too many open files here: others may come
+                time.sleep(BEAT)
+            else:
+                self._greet(cable)
 
     def _greet(self, cable: socket.socket) -> None:
-        with contextlib.suppress(OSError, EOFError, AuthenticationError):
+        with contextlib.suppress(Exception):  # whatever it meets with a stranger, its thread goes on to the next
             link = Link.over(cable, self._key, calls=False)
             until = time.monotonic() + BLOCKED
             while time.monotonic() < until and not link.lost:

@@ -41,11 +41,12 @@ def key() -> bytes:
     return hashlib.sha256(os.environ.get(TOKEN, "").encode()).digest()
 
 
-def _limit(cable: socket.socket, seconds: float) -> None:
+def _limit(connection: Connection, seconds: float) -> None:
     """How long a read or a write may be under way; blocking all the same, as `Connection` expects."""
-    cable.setblocking(True)
-    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-        cable.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), 0))
+    with socket.socket(fileno=os.dup(connection.fileno())) as cable:
+        cable.setblocking(True)
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            cable.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), 0))
 
 
 class Link:
@@ -62,17 +63,16 @@ class Link:
     @classmethod
     def over(cls, cable: socket.socket, secret: bytes, calls: bool) -> Self:
         """Once both have shown that they know the token. Raises AuthenticationError, or OSError or EOFError."""
-        connection, peer = Connection(os.dup(cable.fileno())), cable.getpeername()[0]
+        with cable:
+            peer, connection = cable.getpeername()[0], Connection(cable.detach())
         try:
-            _limit(cable, BLOCKED)
+            _limit(connection, BLOCKED)
             for turn in (answer_challenge, deliver_challenge) if calls else (deliver_challenge, answer_challenge):
                 turn(connection, secret)
-            _limit(cable, GONE)
+            _limit(connection, GONE)
         except BaseException:
             connection.close()
             raise
-        finally:
-            cable.close()
         return cls(connection, peer)
 
     @property
