@@ -339,6 +339,36 @@ def test_strangers_take_few_descriptors(monkeypatch: pytest.MonkeyPatch, request
     assert (copies, crowds) == ([1] * 5, [])
 
 
+def test_who_comes_under_the_number_of_a_node_that_is_there_waits_until_it_is_lost(lobby: Fleet) -> None:
+    """It may be the same one, back before its loss is noticed; it may be another, which is no reason for a loss."""
+
+    def comes() -> remote.Link:
+        link = remote.call(lobby.here.node)
+        assert link is not None
+        link.send(node=1, devices=1, agrees={"seed": 0})
+        return link
+
+    def waiting(number: int) -> bool:
+        until, changed = time.monotonic() + 10, lobby.meet()
+        while lobby._arrived.qsize() != number and not changed and time.monotonic() < until:
+            time.sleep(0.01)
+            changed = lobby.meet()
+        return lobby._arrived.qsize() == number and not changed
+
+    first = comes()
+    (there,) = arrived(lobby)
+    second, third = comes(), comes()
+    assert waiting(2)
+    second.close()
+    assert waiting(1)
+    assert (lobby.others, there.link.lost) == ({1: there}, "")
+    first.close()
+    gone, came = arrived(lobby) + arrived(lobby)
+    assert (gone, lobby.others) == (there, {1: came})
+    third.close()
+    assert arrived(lobby) == [came]
+
+
 @pytest.mark.parametrize(
     ("hello", "why"),
     [

@@ -29,9 +29,8 @@ GREETERS = 32  # strangers who are met at once: others wait outside, or whoever 
 class Lobby:
     """Where the agents of other nodes arrive. Threads see to it that nobody who has no token takes our time."""
 
-    def __init__(self, node: nodes.Node) -> None:
-        self.arrived: queue.Queue[tuple[Link, dict[str, Any]]] = queue.Queue()
-        self._key, self._socket = key(), nodes.listen(node, node.port)
+    def __init__(self, node: nodes.Node, arrived: queue.Queue[tuple[Link, dict[str, Any]]]) -> None:
+        self._arrived, self._key, self._socket = arrived, key(), nodes.listen(node, node.port)
         for _ in range(GREETERS):
             threading.Thread(target=self._open, daemon=True, name="lobby").start()
 
@@ -50,7 +49,7 @@ class Lobby:
             until = time.monotonic() + BLOCKED
             while time.monotonic() < until and not link.lost:
                 for hello in link.receive():
-                    self.arrived.put((link, hello))
+                    self._arrived.put((link, hello))
                     return
                 time.sleep(0.01)
             link.close()
@@ -69,7 +68,8 @@ class Fleet:
         self.here, self.others = here, dict[int, There]()
         self.verdict: tuple[int, str] | None = None  # the run's exit code and why, for all nodes
         self._most, self._hello = most, hello
-        self._lobby = None if here.node.alone else Lobby(here.node)
+        self._arrived: queue.Queue[tuple[Link, dict[str, Any]]] = queue.Queue()
+        self._lobby = None if here.node.alone else Lobby(here.node, self._arrived)
         self._turned_away = ""
 
     def __enter__(self) -> Self:
@@ -119,15 +119,17 @@ class Fleet:
     def meet(self) -> list[There]:
         """Hear them all, and see who has come or gone: those nodes. The ranks of a node that has gone are dead."""
         changed = []
-        while self._lobby is not None and not self._lobby.arrived.empty():
-            link, hello = self._lobby.arrived.get()
+        for _ in range(self._arrived.qsize()):
+            link, hello = self._arrived.get()
             if why := self._unfit(hello):
                 self._turned_away = f"node {hello.get('node')} at {link.peer} cannot take part: {why}"
                 link.part(over=REFUSED, why=self._turned_away)
                 continue
+            if hello["node"] in self.others:  # back before we notice that it was gone; or another one, which may wait
+                list(link.receive())
+                link.close() if link.lost else self._arrived.put((link, hello))
+                continue
             there = There(hello["node"], hello["devices"], link, self.here.folder / "logs")
-            if there.index in self.others:  # it has come back before we noticed that it was gone
-                self.others[there.index].drop()
             self.others[there.index] = there
             changed.append(there)
         for there in list(self.others.values()):

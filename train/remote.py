@@ -221,7 +221,7 @@ class There:
         """Take it for gone, and its ranks for dead; it does so, too."""
         for rank in self.ranks.values():
             rank.alive = False
-            rank.cause = rank.cause or f"node {self.index} is lost: {self.link.lost or 'it has come again'}"
+            rank.cause = rank.cause or f"node {self.index} is lost: {self.link.lost}"
         self.link.close()
 
     def _take(self, message: dict[str, Any]) -> None:
