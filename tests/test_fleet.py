@@ -33,7 +33,7 @@ from train.checks import REFUSED, Refused
 from train.console import Console
 from train.fleet import Fleet
 from train.folder import RunFolder, replace
-from train.processes import Here
+from train.processes import Here, died_of
 
 GROUPS = ("start", "regroup")  # events that say who there is
 SLOW = "forward:0:40:1000000"  # most of the time is waited for processes to start: let it be few steps, for the twin
@@ -465,3 +465,8 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     assert rank.flight() == "reduce: waits (node 1)"
     assert (tmp_path / "logs" / "rank-5.log").read_text() == "stuck in reduce"
     link.close()
+
+
+def test_a_signal_without_a_name_ends_a_rank_only() -> None:
+    assert died_of(-35) == "killed by signal 35"
+    assert died_of(-signal.SIGTERM) == "killed by SIGTERM"

@@ -182,7 +182,7 @@ def died_of(code: int) -> str:
     """What an exit code says, in one line."""
     if code >= 0:
         return f"ended with exit code {code}"
-    cause = f"killed by {signal.Signals(-code).name}"
+    cause = "killed by " + next((one.name for one in signal.Signals if one == -code), f"signal {-code}")
     if code == -signal.SIGKILL:
         cause += "; if nobody did that, the machine ran out of memory: use a smaller batch.micro_batch or fewer devices"
     return cause
