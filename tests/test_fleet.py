@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -36,6 +38,7 @@ from train.folder import RunFolder, replace
 from train.processes import Here, died_of
 
 GROUPS = ("start", "regroup")  # events that say who there is
+DEEP: list[Any] = functools.reduce(lambda inside, _: [inside], range(50), [])
 SLOW = "forward:0:40:1000000"  # most of the time is waited for processes to start: let it be few steps, for the twin
 
 
@@ -404,6 +407,25 @@ def test_who_has_no_token_is_warned_also_where_nobody_is_waited_for(
     assert [text.split(":")[0] for text in said] == ["COLOSSUS_TOKEN is not set"]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"node": "1"},
+        {"node": True},
+        {"devices": None},
+        {"devices": 9},
+        {"agrees": ["seed"]},
+        {"agrees": {"seed": DEEP}},
+    ],
+)
+def test_what_a_node_says_of_itself_has_types_and_bounds(wrong: dict[str, Any], lobby: Fleet) -> None:
+    """More ranks than there are virtual ranks no node has."""
+    right = {"node": 1, "devices": 8, "agrees": {"seed": 0}}
+    assert lobby._unfit(right) == ""
+    assert lobby._unfit({**right, **wrong}) == "there are nodes 0 … 1, of 1 … 8 ranks"
+    assert all(lobby._unfit({key: right[key] for key in right if key != absent}) for absent in right)
+
+
 def test_a_node_that_is_silent_is_lost_and_its_ranks_with_it(lobby: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though its connection stands: on both sides, since each goes by what it hears."""
     monkeypatch.setattr(remote, "BEAT", 3600.0)
@@ -451,7 +473,8 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     rank = there.fork(0, {"member": 5, "joins": True})
     assert rank.flight() == "on node 1"
     silence = {"silent": 4.5, "phase": "reduce", "flights": {5: "reduce: waits", 98: "whoever that is"}}
-    for said in ({"word": "mark"}, {"word": "{}"}, {"port": 77}, silence):
+    ready = events.line(events.Ready(rank=5).record())
+    for said in ({"word": "mark"}, {"word": ready}, {"port": 77}, silence):
         link.send(**{"from": 5, **said})
     link.send(**{"from": 99, "word": "whoever that is"})
     link.send(**{"from": 5, "exit_code": -9, "log": "stuck in reduce"})
@@ -459,11 +482,61 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     while rank.alive and time.monotonic() < until:
         there.hear()
         assert rank.silent() in (None, (4.5, "reduce"))
-    assert list(rank.words()) == [b"mark", b"{}"]
+    assert list(rank.words()) == [b"mark", ready.encode()]
     assert (rank.port, rank.silent(), rank.killed) == (77, None, True)
     assert "killed by SIGKILL" in rank.died_of()
     assert rank.flight() == "reduce: waits (node 1)"
     assert (tmp_path / "logs" / "rank-5.log").read_text() == "stuck in reduce"
+    link.close()
+
+
+def word(event: events.Event, **other: Any) -> bytes:
+    """What an agent says of a rank that says this event, with other values."""
+    return json.dumps({"from": 5, "word": json.dumps({**event.record(), **other})}).encode()
+
+
+LEFT = events.Left(rank=5, step=3, stopped=False, time=0.0)
+AUDITED = events.Audited(step=1, virtual_rank=0, suspects=[], time=0.0)
+NONSENSE = [
+    *(b"", b"kill", b"\xff", b"5", b"[1]", b"[" * 100_000, b'{"from": [5]}'),
+    *(b'{"from": 5, "port": "http"}', b'{"from": 5, "port": 1e999}', b'{"from": 5, "silent": 4.5, "phase": "reduce"}'),
+    b'{"from": 5, "silent": "long", "phase": "reduce", "flights": {}}',
+    b'{"from": 5, "silent": 4.5, "phase": "reduce", "flights": []}',
+    *(b'{"from": 5, "exit_code": "-9", "log": ""}', b'{"from": 5, "exit_code": -9}'),
+    *(b'{"from": 5, "exit_code": 1, "log": 5}', b'{"from": 5, "exit_code": 1, "log": "\\ud800"}'),
+    *(b'{"from": 5, "word": %b}' % said for said in (b"5", b'"\\ud800"', b'"{"', b'"5"', b'"[]"', b'"{}"')),
+    *(b'{"from": 5, "word": "%b"}' % (b"[" * 100_000), b'{"from": 5, "word": "{\\"kind\\": \\"left\\"}"}'),
+    *(word(LEFT, kind="cheer"), word(LEFT, kind=["left"]), word(LEFT, step="3"), word(LEFT, step=None)),
+    *(word(LEFT, more=DEEP), word(AUDITED, suspects=[[1]])),
+]
+
+
+@pytest.mark.parametrize("said", NONSENSE, ids=lambda said: said[:60])
+def test_who_says_what_no_node_says_is_lost(said: bytes, lobby: Fleet, tmp_path: Path) -> None:
+    """The node, and not the run: nothing of that comes to the supervisor, which would take it for a rank's word."""
+    (tmp_path / "logs").mkdir()
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    (there,) = arrived(lobby)
+    rank = there.fork(0, {"member": 5, "joins": True})
+    link.send(**json.loads(word(LEFT)))
+    link._connection.send_bytes(said)
+    assert arrived(lobby) == [there]
+    assert (lobby.others, rank.alive) == ({}, False)
+    assert [json.loads(one)["kind"] for one in rank.words()] == ["left"]
+    assert there.link.lost == "it said what no node says"
+    link.close()
+
+
+def test_a_message_without_end_is_not_waited_for(lobby: Fleet) -> None:
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    (there,) = arrived(lobby)
+    os.write(link._connection.fileno(), struct.pack("!i", 2**31 - 1))
+    assert arrived(lobby) == [there]
+    assert there.link.lost == "its connection broke (bad message length)"
     link.close()
 
 

@@ -19,7 +19,7 @@ from train import nodes
 from train.checks import DONE, FAILED, REFUSED, STOPPED, Refused, require
 from train.folder import differences
 from train.processes import Here
-from train.remote import BEAT, BLOCKED, TOKEN, Link, There, key
+from train.remote import BEAT, BLOCKED, TOKEN, Link, There, fits, key
 from train.slots import Spot
 
 PATIENCE = 600.0  # seconds in which the nodes of a run must find each other
@@ -144,10 +144,11 @@ class Fleet:
         return changed
 
     def _unfit(self, hello: dict[str, Any]) -> str:
-        index, devices = hello.get("node"), hello.get("devices")
-        if not isinstance(index, int) or not 0 < index < self._most or not isinstance(devices, int) or devices < 1:
-            return f"there are nodes 0 … {self._most - 1}"
-        different = differences(self._hello["agrees"], hello.get("agrees", {}))
+        most = self.here.config.batch.virtual_ranks  # which no node has more ranks than: it would have refused to
+        fitting = fits(hello, {"node": int, "devices": int, "agrees": dict[str, Any]})
+        if not fitting or not 0 < hello["node"] < self._most or not 0 < hello["devices"] <= most:
+            return f"there are nodes 0 … {self._most - 1}, of 1 … {most} ranks"
+        different = differences(self._hello["agrees"], hello["agrees"])
         return ", ".join(f"{key} is {here} on node 0, {there} there" for key, (here, there) in different.items())
 
     def can_spare(self, index: int, least: int) -> bool:
