@@ -5,30 +5,40 @@ The nodes are processes on this host, each with a run folder of its own. Network
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from tests.running import Running, at_step, gone
 from tests.test_recovery import equals_one_rank, of_kind, once, records, watching
-from tests.test_resume import ENDLESS
-from train import compose, events, nodes, plan, remote
+from tests.test_resume import ENDLESS, numbers
+from tests.test_train import train
+from train import compose, events, fleet, nodes, plan, remote
+from train.agent import Agent
+from train.channel import Requests
 from train.checks import REFUSED, Refused
+from train.console import Console
 from train.fleet import Fleet
-from train.folder import RunFolder
-from train.processes import Here
+from train.folder import RunFolder, replace
+from train.processes import Here, died_of
 
 GROUPS = ("start", "regroup")  # events that say who there is
+DEEP: list[Any] = functools.reduce(lambda inside, _: [inside], range(50), [])
 SLOW = "forward:0:40:1000000"  # most of the time is waited for processes to start: let it be few steps, for the twin
 
 
@@ -115,6 +125,37 @@ def test_a_rank_that_hangs_on_another_node_is_found_and_says_where(tiny: list[st
     assert re.search(r'File ".*train/loop.py", line \d+ in micro_batch', log), "the stack of the culprit"
 
 
+def test_a_second_hang_is_reported_too(tmp_path: Path) -> None:
+    """When all start again, numbers are given again: another process with the same one may hang as well."""
+    said: list[dict[str, Any]] = []
+
+    def fork(slot: int, order: dict[str, Any]) -> Any:
+        rank = SimpleNamespace(member=order["member"], port=1, alive=True, process=SimpleNamespace(exitcode=-9))
+        rank.sources = rank.words = list
+        rank.silent, rank.flight, rank.end = lambda: (9.0, "reduce") if rank.alive else None, str, list
+        rank.kill = lambda: setattr(rank, "alive", False)
+        return rank
+
+    class Orders:
+        """A link, over which two members with one number are forked, hang for a while, and are killed."""
+
+        lost, close, sources = "", list, list
+        hang: ClassVar[list[dict[str, Any]]] = [{"fork": 0, "order": {"member": 3}}, {}, {"kill": 3}]
+        orders = iter([*hang, *hang, {"over": 0, "why": ""}])
+
+        def send(self, **message: Any) -> None:
+            said.append(message)
+
+        def receive(self) -> list[dict[str, Any]]:
+            return [next(self.orders)]
+
+    here = SimpleNamespace(index=1, config=SimpleNamespace(stop_after=""), fork=fork)
+    with RunFolder(tmp_path / "run", node=1) as run:
+        agent = Agent(here, run, Console(), None, Requests(), {})  # type: ignore[arg-type]
+        assert agent._serve(Orders()) == 0  # type: ignore[arg-type]
+    assert [key for one in said for key in one if key in ("silent", "exit_code")] == ["silent", "exit_code"] * 2
+
+
 def test_nodes_come_and_go(tiny: list[str], tmp_path: Path, port: int) -> None:
     """nodes=1-3: one begins, others join at the end of a step, and leave when they are asked to; the run goes on."""
     some = Nodes(tiny, tmp_path, port, *ENDLESS, "nodes=1-3", f"faults.at=[slow:0@{SLOW}]")
@@ -149,6 +190,34 @@ def test_node_0_is_lost_and_started_again(tiny: list[str], tmp_path: Path, port:
     equals_one_rank(again, both.overrides, f"runs={tmp_path}/alone", *ENDLESS)
     assert other.end()[0] == 75
     assert [start["world"] for start in of_kind(records(again.folder), "start")] == [2, 2]
+
+
+def test_batches_that_are_left_out_are_left_out_on_all_nodes(tiny: list[str], tmp_path: Path, port: int) -> None:
+    """Node 0's folder says which: the others' may know of none, or of others, whose loss was no good elsewhere."""
+    both = Nodes(tiny, tmp_path, port, "nodes=2", "devices=1")
+    for folder, left_out in (("node0/a", [1, 2]), ("node1/a", [0]), ("alone/twin", [1, 2])):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "data.json").write_text(json.dumps({"left_out": left_out}))
+    head, other = both.start(0), both.start(1)
+    assert [node.end()[0] for node in (head, other)] == [0, 0]
+    code, twin = train(both.overrides, f"runs={tmp_path}/alone", "name=twin", "devices=1")
+    assert code == 0
+    assert numbers(head.folder) == numbers(twin)
+
+
+def test_two_nodes_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that both have; in containers even the numbers of their processes are equal."""
+    rename = Path.replace
+
+    def late(draft: Path, path: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", rename)
+        replace(path, "the other's")  # between this one's draft and its name
+        return rename(draft, path)
+
+    monkeypatch.setattr(Path, "replace", late)
+    replace(tmp_path / "data.json", "this one's")
+    assert (tmp_path / "data.json").read_text() == "this one's"
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
 
 
 def test_a_clock_that_is_wrong_elsewhere_is_harmless(tiny: list[str], tmp_path: Path) -> None:
@@ -226,6 +295,83 @@ def test_who_does_not_know_the_token_is_not_let_in(lobby: Fleet, monkeypatch: py
         link.close()
 
 
+def test_a_call_that_cannot_be_taken_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Too many open files, for a while, or a network's error that belongs to one caller."""
+    failed, listen = threading.Event(), nodes.listen
+
+    class Failing(socket.socket):
+        def accept(self) -> Any:
+            if not failed.is_set():
+                failed.set()
+                raise OSError(errno.EMFILE, "too many open files")
+            return super().accept()
+
+    monkeypatch.setattr(nodes, "listen", lambda *where: Failing(fileno=listen(*where).detach()))
+    monkeypatch.setattr(fleet, "GREETERS", 1)
+    lobby = request.getfixturevalue("lobby")
+    assert failed.wait(10)
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    assert [there.index for there in arrived(lobby)] == [1]
+    link.close()
+
+
+def test_strangers_take_few_descriptors(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """So many are met at once, and all others after them; each connection is open once while that goes on."""
+    met, too_many = threading.Semaphore(0), threading.Barrier(3)
+    copies, crowds = list[int](), list[int]()
+
+    def challenge(connection: Connection, secret: bytes) -> None:
+        stranger = os.fstat(connection.fileno()).st_ino
+        copies.append(sum(inode == stranger for _, inode in nodes.sockets()))
+        with contextlib.suppress(threading.BrokenBarrierError):
+            crowds.append(too_many.wait(0.5))
+        met.release()
+        raise EOFError
+
+    monkeypatch.setattr(remote, "deliver_challenge", challenge)
+    monkeypatch.setattr(fleet, "GREETERS", 2)
+    node = request.getfixturevalue("lobby").here.node
+    with contextlib.ExitStack() as strangers:
+        for _ in range(5):
+            strangers.enter_context(socket.create_connection((node.host, node.port)))
+        assert all(met.acquire(timeout=10) for _ in range(5))
+    assert (copies, crowds) == ([1] * 5, [])
+
+
+def test_who_comes_under_the_number_of_a_node_that_is_there_waits_until_it_is_lost(lobby: Fleet) -> None:
+    """It may be the same one, back before its loss is noticed; it may be another, which is no reason for a loss."""
+
+    def comes() -> remote.Link:
+        link = remote.call(lobby.here.node)
+        assert link is not None
+        link.send(node=1, devices=1, agrees={"seed": 0})
+        return link
+
+    def waiting(number: int) -> bool:
+        until, changed = time.monotonic() + 10, lobby.meet()
+        while lobby._arrived.qsize() != number and not changed and time.monotonic() < until:
+            time.sleep(0.01)
+            changed = lobby.meet()
+        return lobby._arrived.qsize() == number and not changed
+
+    first = comes()
+    (there,) = arrived(lobby)
+    second, third = comes(), comes()
+    assert waiting(2)
+    second.close()
+    assert waiting(1)
+    assert (lobby.others, there.link.lost) == ({1: there}, "")
+    first.close()
+    gone, came = arrived(lobby) + arrived(lobby)
+    assert (gone, lobby.others) == (there, {1: came})
+    third.close()
+    assert arrived(lobby) == [came]
+
+
 @pytest.mark.parametrize(
     ("hello", "why"),
     [
@@ -247,6 +393,37 @@ def test_who_would_do_something_else_is_turned_away(hello: dict[str, Any], why: 
         time.sleep(0.01)
     assert answers[0]["over"] == REFUSED
     assert why in answers[0]["why"]
+
+
+def test_who_has_no_token_is_warned_also_where_nobody_is_waited_for(
+    lobby: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nodes=1-4 the port is open from the start."""
+    said: list[str] = []
+    lobby.gather(1, said.append)
+    assert said == []
+    monkeypatch.delenv("COLOSSUS_TOKEN")
+    lobby.gather(1, said.append)
+    assert [text.split(":")[0] for text in said] == ["COLOSSUS_TOKEN is not set"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"node": "1"},
+        {"node": True},
+        {"devices": None},
+        {"devices": 9},
+        {"agrees": ["seed"]},
+        {"agrees": {"seed": DEEP}},
+    ],
+)
+def test_what_a_node_says_of_itself_has_types_and_bounds(wrong: dict[str, Any], lobby: Fleet) -> None:
+    """More ranks than there are virtual ranks no node has."""
+    right = {"node": 1, "devices": 8, "agrees": {"seed": 0}}
+    assert lobby._unfit(right) == ""
+    assert lobby._unfit({**right, **wrong}) == "there are nodes 0 … 1, of 1 … 8 ranks"
+    assert all(lobby._unfit({key: right[key] for key in right if key != absent}) for absent in right)
 
 
 def test_a_node_that_is_silent_is_lost_and_its_ranks_with_it(lobby: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +473,8 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     rank = there.fork(0, {"member": 5, "joins": True})
     assert rank.flight() == "on node 1"
     silence = {"silent": 4.5, "phase": "reduce", "flights": {5: "reduce: waits", 98: "whoever that is"}}
-    for said in ({"word": "mark"}, {"word": "{}"}, {"port": 77}, silence):
+    ready = events.line(events.Ready(rank=5).record())
+    for said in ({"word": "mark"}, {"word": ready}, {"port": 77}, silence):
         link.send(**{"from": 5, **said})
     link.send(**{"from": 99, "word": "whoever that is"})
     link.send(**{"from": 5, "exit_code": -9, "log": "stuck in reduce"})
@@ -304,9 +482,64 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     while rank.alive and time.monotonic() < until:
         there.hear()
         assert rank.silent() in (None, (4.5, "reduce"))
-    assert list(rank.words()) == [b"mark", b"{}"]
+    assert list(rank.words()) == [b"mark", ready.encode()]
     assert (rank.port, rank.silent(), rank.killed) == (77, None, True)
     assert "killed by SIGKILL" in rank.died_of()
     assert rank.flight() == "reduce: waits (node 1)"
     assert (tmp_path / "logs" / "rank-5.log").read_text() == "stuck in reduce"
     link.close()
+
+
+def word(event: events.Event, **other: Any) -> bytes:
+    """What an agent says of a rank that says this event, with other values."""
+    return json.dumps({"from": 5, "word": json.dumps({**event.record(), **other})}).encode()
+
+
+LEFT = events.Left(rank=5, step=3, stopped=False, time=0.0)
+AUDITED = events.Audited(step=1, virtual_rank=0, suspects=[], time=0.0)
+NONSENSE = [
+    *(b"", b"kill", b"\xff", b"5", b"[1]", b"[" * 100_000, b'{"from": [5]}'),
+    *(b'{"from": 5, "port": "http"}', b'{"from": 5, "port": 1e999}', b'{"from": 5, "silent": 4.5, "phase": "reduce"}'),
+    b'{"from": 5, "silent": "long", "phase": "reduce", "flights": {}}',
+    b'{"from": 5, "silent": 4.5, "phase": "reduce", "flights": []}',
+    *(b'{"from": 5, "exit_code": "-9", "log": ""}', b'{"from": 5, "exit_code": -9}'),
+    *(b'{"from": 5, "exit_code": 1, "log": 5}', b'{"from": 5, "exit_code": 1, "log": "\\ud800"}'),
+    *(b'{"from": 5, "word": %b}' % said for said in (b"5", b'"\\ud800"', b'"{"', b'"5"', b'"[]"', b'"{}"')),
+    *(b'{"from": 5, "word": "%b"}' % (b"[" * 100_000), b'{"from": 5, "word": "{\\"kind\\": \\"left\\"}"}'),
+    *(word(LEFT, kind="cheer"), word(LEFT, kind=["left"]), word(LEFT, step="3"), word(LEFT, step=None)),
+    *(word(LEFT, more=DEEP), word(AUDITED, suspects=[[1]])),
+]
+
+
+@pytest.mark.parametrize("said", NONSENSE, ids=lambda said: said[:60])
+def test_who_says_what_no_node_says_is_lost(said: bytes, lobby: Fleet, tmp_path: Path) -> None:
+    """The node, and not the run: nothing of that comes to the supervisor, which would take it for a rank's word."""
+    (tmp_path / "logs").mkdir()
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    (there,) = arrived(lobby)
+    rank = there.fork(0, {"member": 5, "joins": True})
+    link.send(**json.loads(word(LEFT)))
+    link._connection.send_bytes(said)
+    assert arrived(lobby) == [there]
+    assert (lobby.others, rank.alive) == ({}, False)
+    assert [json.loads(one)["kind"] for one in rank.words()] == ["left"]
+    assert there.link.lost == "it said what no node says"
+    link.close()
+
+
+def test_a_message_without_end_is_not_waited_for(lobby: Fleet) -> None:
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    (there,) = arrived(lobby)
+    os.write(link._connection.fileno(), struct.pack("!i", 2**31 - 1))
+    assert arrived(lobby) == [there]
+    assert there.link.lost == "its connection broke (bad message length)"
+    link.close()
+
+
+def test_a_signal_without_a_name_ends_a_rank_only() -> None:
+    assert died_of(-35) == "killed by signal 35"
+    assert died_of(-signal.SIGTERM) == "killed by SIGTERM"

@@ -92,6 +92,7 @@ class Agent:
             for rank in dead:
                 code = rank.process.exitcode or 0
                 link.send(**{"from": rank.member, "exit_code": code, "log": self._tail(rank.member)})
+                told.discard(rank.member)  # its number is another's when all start again
             self._ranks = [rank for rank in self._ranks if rank not in dead]
             for message in link.receive():
                 if "over" in message:

@@ -13,40 +13,43 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import AuthenticationError
 from typing import Any, Self
 
 from train import nodes
 from train.checks import DONE, FAILED, REFUSED, STOPPED, Refused, require
 from train.folder import differences
 from train.processes import Here
-from train.remote import BLOCKED, TOKEN, Link, There, key
+from train.remote import BEAT, BLOCKED, TOKEN, Link, There, fits, key
 from train.slots import Spot
 
 PATIENCE = 600.0  # seconds in which the nodes of a run must find each other
+GREETERS = 32  # strangers who are met at once: others wait outside, or whoever connects could use up all descriptors
 
 
 class Lobby:
     """Where the agents of other nodes arrive. Threads see to it that nobody who has no token takes our time."""
 
-    def __init__(self, node: nodes.Node) -> None:
-        self.arrived: queue.Queue[tuple[Link, dict[str, Any]]] = queue.Queue()
-        self._key, self._socket = key(), nodes.listen(node, node.port)
-        threading.Thread(target=self._open, daemon=True, name="lobby").start()
+    def __init__(self, node: nodes.Node, arrived: queue.Queue[tuple[Link, dict[str, Any]]]) -> None:
+        self._arrived, self._key, self._socket = arrived, key(), nodes.listen(node, node.port)
+        for _ in range(GREETERS):
+            threading.Thread(target=self._open, daemon=True, name="lobby").start()
 
     def _open(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
+        while self._socket.fileno() >= 0:  # not closed
+            try:
                 cable, _ = self._socket.accept()
-                threading.Thread(target=self._greet, args=(cable,), daemon=True, name="greet").start()
+            except OSError:  # of the one who called, or too many open files here: others may come
+                time.sleep(BEAT)
+            else:
+                self._greet(cable)
 
     def _greet(self, cable: socket.socket) -> None:
-        with contextlib.suppress(OSError, EOFError, AuthenticationError):
+        with contextlib.suppress(Exception):  # whatever it meets with a stranger, its thread goes on to the next
             link = Link.over(cable, self._key, calls=False)
             until = time.monotonic() + BLOCKED
             while time.monotonic() < until and not link.lost:
                 for hello in link.receive():
-                    self.arrived.put((link, hello))
+                    self._arrived.put((link, hello))
                     return
                 time.sleep(0.01)
             link.close()
@@ -65,7 +68,8 @@ class Fleet:
         self.here, self.others = here, dict[int, There]()
         self.verdict: tuple[int, str] | None = None  # the run's exit code and why, for all nodes
         self._most, self._hello = most, hello
-        self._lobby = None if here.node.alone else Lobby(here.node)
+        self._arrived: queue.Queue[tuple[Link, dict[str, Any]]] = queue.Queue()
+        self._lobby = None if here.node.alone else Lobby(here.node, self._arrived)
         self._turned_away = ""
 
     def __enter__(self) -> Self:
@@ -83,7 +87,7 @@ class Fleet:
     def gather(self, least: int, say: Callable[[str], None]) -> None:
         """Wait until there are so many nodes. Raises Refused where one of them cannot take part, or does not come."""
         until = time.monotonic() + PATIENCE
-        if least > 1 and not os.environ.get(TOKEN):
+        if self._lobby is not None and not os.environ.get(TOKEN):
             say(f"{TOKEN} is not set: whoever reaches port {self.here.node.port} of this machine can take part")
         while len(self.others) + 1 < least:
             missing = least - 1 - len(self.others)
@@ -115,15 +119,17 @@ class Fleet:
     def meet(self) -> list[There]:
         """Hear them all, and see who has come or gone: those nodes. The ranks of a node that has gone are dead."""
         changed = []
-        while self._lobby is not None and not self._lobby.arrived.empty():
-            link, hello = self._lobby.arrived.get()
+        for _ in range(self._arrived.qsize()):
+            link, hello = self._arrived.get()
             if why := self._unfit(hello):
                 self._turned_away = f"node {hello.get('node')} at {link.peer} cannot take part: {why}"
                 link.part(over=REFUSED, why=self._turned_away)
                 continue
+            if hello["node"] in self.others:  # back before we notice that it was gone; or another one, which may wait
+                list(link.receive())
+                link.close() if link.lost else self._arrived.put((link, hello))
+                continue
             there = There(hello["node"], hello["devices"], link, self.here.folder / "logs")
-            if there.index in self.others:  # it has come back before we noticed that it was gone
-                self.others[there.index].drop()
             self.others[there.index] = there
             changed.append(there)
         for there in list(self.others.values()):
@@ -138,10 +144,11 @@ class Fleet:
         return changed
 
     def _unfit(self, hello: dict[str, Any]) -> str:
-        index, devices = hello.get("node"), hello.get("devices")
-        if not isinstance(index, int) or not 0 < index < self._most or not isinstance(devices, int) or devices < 1:
-            return f"there are nodes 0 … {self._most - 1}"
-        different = differences(self._hello["agrees"], hello.get("agrees", {}))
+        most = self.here.config.batch.virtual_ranks  # which no node has more ranks than: it would have refused to
+        fitting = fits(hello, {"node": int, "devices": int, "agrees": dict[str, Any]})
+        if not fitting or not 0 < hello["node"] < self._most or not 0 < hello["devices"] <= most:
+            return f"there are nodes 0 … {self._most - 1}, of 1 … {most} ranks"
+        different = differences(self._hello["agrees"], hello["agrees"])
         return ", ".join(f"{key} is {here} on node 0, {there} there" for key, (here, there) in different.items())
 
     def can_spare(self, index: int, least: int) -> bool:

@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -199,8 +200,8 @@ def under_way(path: Path) -> bool:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a small file whole or not at all, whoever else does: in containers, processes have the same numbers."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     draft.write_text(text)
     draft.replace(path)
 

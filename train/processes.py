@@ -171,7 +171,7 @@ class Here:
             "backend": config.backend,
             "heals": config.heals,
         }
-        words = {key: order[key] for key in ("writer_epoch", "resume", "joins")}
+        words = {key: order[key] for key in ("writer_epoch", "resume", "joins", "left_out") if key in order}
         paths = {"folder": str(self.folder), "record": str(self.record)}
         text = json.dumps({**paths, "threads": 1, "place": place, **words})
         with nodes.listen(self.node) as listener:
@@ -188,7 +188,7 @@ def died_of(code: int) -> str:
     """What an exit code says, in one line."""
     if code >= 0:
         return f"ended with exit code {code}"
-    cause = f"killed by {signal.Signals(-code).name}"
+    cause = "killed by " + next((one.name for one in signal.Signals if one == -code), f"signal {-code}")
     if code == -signal.SIGKILL:
         cause += "; if nobody did that, the machine ran out of memory: use a smaller batch.micro_batch or fewer devices"
     return cause

@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from train import nodes
+from train import events, nodes
+from train.channel import MARK
 from train.checks import Refused
+from train.folder import read_json
 from train.processes import died_of
 from train.slots import Spot
 
@@ -32,7 +34,10 @@ BEAT = 1.0  # seconds between signs of life
 GONE = 15.0  # seconds without one, after which a node is lost
 BLOCKED = 5.0  # seconds in which a newcomer must have shown its token
 SETTLED = 5.0  # seconds in which a node must have ended the ranks that it was told to end
+LONGEST = 64 << 20  # bytes of a message: a log takes 400 kB at most, the checksums of a million parameters 20 MB
+NONSENSE = "it said what no node says"
 TOKEN = "COLOSSUS_TOKEN"
+KINDS = {one.kind: {**get_type_hints(one), "kind": str} for one in events.Event.__subclasses__()}  # keys and types
 
 
 def key() -> bytes:
@@ -40,11 +45,23 @@ def key() -> bytes:
     return hashlib.sha256(os.environ.get(TOKEN, "").encode()).digest()
 
 
-def _limit(cable: socket.socket, seconds: float) -> None:
+def _limit(connection: Connection, seconds: float) -> None:
     """How long a read or a write may be under way; blocking all the same, as `Connection` expects."""
-    cable.setblocking(True)
-    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-        cable.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), 0))
+    with socket.socket(fileno=os.dup(connection.fileno())) as cable:
+        cable.setblocking(True)
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            cable.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), 0))
+
+
+def fits(value: Any, kind: Any, deep: int = 9) -> bool:
+    """Whether JSON gave this type, or an object with these keys, nested no deeper. Null: a number was not finite."""
+    if isinstance(kind, dict):
+        return fits(value, dict[str, Any]) and all(key in value and fits(value[key], kind[key]) for key in kind)
+    of, inner = type(value) if kind is Any else get_origin(kind), get_args(kind) or (kind,)
+    if of in (dict, list):
+        parts = value.values() if type(value) is dict else value
+        return type(value) is of and deep > 0 and all(fits(part, inner[-1], deep - 1) for part in parts)
+    return kind is Any or type(value) in inner or (float in inner and type(value) in (int, type(None)))
 
 
 class Link:
@@ -61,17 +78,16 @@ class Link:
     @classmethod
     def over(cls, cable: socket.socket, secret: bytes, calls: bool) -> Self:
         """Once both have shown that they know the token. Raises AuthenticationError, or OSError or EOFError."""
-        connection, peer = Connection(os.dup(cable.fileno())), cable.getpeername()[0]
+        with cable:
+            peer, connection = cable.getpeername()[0], Connection(cable.detach())
         try:
-            _limit(cable, BLOCKED)
+            _limit(connection, BLOCKED)
             for turn in (answer_challenge, deliver_challenge) if calls else (deliver_challenge, answer_challenge):
                 turn(connection, secret)
-            _limit(cable, GONE)
+            _limit(connection, GONE)
         except BaseException:
             connection.close()
             raise
-        finally:
-            cable.close()
         return cls(connection, peer)
 
     @property
@@ -101,12 +117,14 @@ class Link:
     def receive(self) -> Iterator[dict[str, Any]]:
         try:
             while not self._broken and self._connection.poll():
-                message = json.loads(self._connection.recv_bytes())
+                message = dict(json.loads(self._connection.recv_bytes(LONGEST)))
                 self._heard = time.monotonic()
                 if message:
                     yield message
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError) as error:
             self._broken = f"its connection broke ({str(error) or 'closed at the other end'})"
+        except (RecursionError, TypeError, ValueError):
+            self._broken = NONSENSE
 
     def part(self, **message: Any) -> None:
         """Say the last word, and close when the other side has: what is not read yet may be lost with a connection."""
@@ -118,8 +136,8 @@ class Link:
             time.sleep(0.01)
         self.close()
 
-    def close(self) -> None:
-        self._broken = self._broken or "its connection was closed"
+    def close(self, why: str = "its connection was closed") -> None:
+        self._broken = self._broken or why
         self._connection.close()
 
 
@@ -201,13 +219,17 @@ class There:
     def fork(self, slot: int, order: dict[str, Any]) -> RemoteRank:
         rank = RemoteRank(order["member"], slot, not order["joins"], self)
         self.ranks[rank.member] = rank
-        self.link.send(fork=slot, order=order)
+        data = read_json(self.logs.parent / "data.json") or {}  # the node's own folder need not know what was left out
+        self.link.send(fork=slot, order={**order, "left_out": data.get("left_out", [])})
         return rank
 
     def hear(self) -> None:
-        """Take in what the agent has said."""
-        for message in self.link.receive():
-            self._take(message)
+        """Take in what the agent has said. One that says what no agent says is lost, and the run goes on."""
+        try:
+            for message in self.link.receive():
+                self._take(message)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            self.link.close(NONSENSE)
 
     def brief(self, records: Iterable[dict[str, Any]]) -> None:
         """Let its ranks know which faults on order have struck. Of a node that has gone nothing is read."""
@@ -219,22 +241,23 @@ class There:
         """Take it for gone, and its ranks for dead; it does so, too."""
         for rank in self.ranks.values():
             rank.alive = False
-            rank.cause = rank.cause or f"node {self.index} is lost: {self.link.lost or 'it has come again'}"
+            rank.cause = rank.cause or f"node {self.index} is lost: {self.link.lost}"
         self.link.close()
 
     def _take(self, message: dict[str, Any]) -> None:
+        rank = self.ranks.get(message.get("from", -1))
         if "asked" in message:
             self.asked = str(message["asked"])
+        elif rank is None:
             return
-        rank = self.ranks.get(message.get("from", -1))
-        if rank is None:
-            return
-        if "word" in message:
-            rank.said.append(message["word"].encode())
+        elif "word" in message:
+            if (word := message["word"].encode()) != MARK and not fits(said := json.loads(word), KINDS[said["kind"]]):
+                raise ValueError
+            rank.said.append(word)
         elif "port" in message:
-            rank.port = message["port"]
+            rank.port = int(message["port"])
         elif "silent" in message:
-            rank.silence = message["silent"], message["phase"]
+            rank.silence = float(message["silent"]), str(message["phase"])
             for one in self.ranks.values():
                 if flight := message["flights"].get(str(one.member)):
                     one.seen = f"{flight} (node {self.index})"

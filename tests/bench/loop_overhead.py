@@ -68,7 +68,7 @@ def ours(config: Train, path: Path) -> Callable[[int], None]:
     prepared, _ = prepare(config.data, seed=config.seed, context=config.model.context)
     with folder.RunFolder(path) as run:
         run.write(config, dataclasses.asdict(prepared))
-    where = {"folder": str(path), "record": str(path / "events.jsonl")}
+    where: dict[str, Any] = {"folder": str(path), "record": str(path / "events.jsonl")}
     order = Order(**where, place=Place.alone(), threads=1, writer_epoch=1, resume=False, joins=False)
     recovery = assemble(order, Memory(path / "pulse"), None)
     recovery.regroup()

@@ -33,7 +33,7 @@ def ours(job: Job, turns: Turns, listener: socket | None = None) -> None:
     """A rank as `colossus train` assembles it; only the pipe to the supervisor is a list."""
     heals = job.config.heals
     place = Place(member=job.rank, local_rank=job.rank, device="cpu", loopback=True, backend="gloo", heals=heals)
-    where = {"folder": job.folder, "record": f"{job.folder}/events.jsonl"}
+    where: dict[str, Any] = {"folder": job.folder, "record": f"{job.folder}/events.jsonl"}
     order = Order(**where, place=place, threads=job.threads, writer_epoch=1, resume=False, joins=False)
     recovery = assemble(order, Member(Path(job.folder) / f"pulse-{job.rank}", job.world, job.port), listener)
     recovery.regroup()
