@@ -490,6 +490,20 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     link.close()
 
 
+def test_a_log_that_cannot_be_written_here_ends_no_run(lobby: Fleet, tmp_path: Path) -> None:
+    assert not (tmp_path / "logs").exists()
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    (there,) = arrived(lobby)
+    rank = there.fork(0, {"member": 5, "joins": True})
+    link.send(**{"from": 5, "exit_code": -9, "log": "stuck in reduce"})
+    while rank.alive:
+        there.hear()
+    assert not there.link.lost
+    link.close()
+
+
 def word(event: events.Event, **other: Any) -> bytes:
     """What an agent says of a rank that says this event, with other values."""
     return json.dumps({"from": 5, "word": json.dumps({**event.record(), **other})}).encode()

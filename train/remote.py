@@ -9,6 +9,7 @@ there is one supervisor, and nobody trains without it. A cut that is shorter tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -266,7 +267,8 @@ class There:
             rank.cause = died_of(message["exit_code"])
             log = self.logs / f"rank-{rank.member}.log"
             if message["log"] and not log.exists():  # it is another folder there
-                log.write_text(message["log"])
+                with contextlib.suppress(OSError):  # a full disk
+                    log.write_text(message["log"])
 
 
 def call(node: nodes.Node) -> Link | None:
