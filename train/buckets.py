@@ -251,14 +251,20 @@ class Reducer(ABC):
 
         If the ranks change meanwhile, the backward pass is finished all the same: a leaf that is whole can be kept.
         """
-        if self._unready:
-            for bucket in self._inside[parameter]:
-                self._unready[bucket] -= 1
-            try:
-                while self._next < len(self._buckets) and self._unready[self._next] == 0:
-                    self._send()
-            except Changed as changed:
-                self._changed, self._unready = changed, []
+        if not self._unready:
+            return
+        for bucket in self._inside[parameter]:
+            self._unready[bucket] -= 1
+            if self._unready[bucket] < 0:  # what has been sent, perhaps, was not all: the sum would depend on W
+                raise RuntimeError(
+                    f"{list(self.flat.slots)[parameter]}, or a parameter beside it, got a gradient twice in a micro-"
+                    "batch: run one backward pass for each (v, i), and checkpoint with use_reentrant=False"
+                )
+        try:
+            while self._changed is None and self._next < len(self._buckets) and self._unready[self._next] == 0:
+                self._send()
+        except Changed as changed:
+            self._changed = changed
 
     def _send(self) -> None:
         a, b = self._buckets[self._next]
