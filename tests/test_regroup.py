@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import HashStore
 
 from tests import dist
 from tests.test_reduce import gradient, odd_model, used
-from train import backends, nodes, optim
+from train import backends, compose, nodes, optim, plan, telemetry
 from train.config import Optimizer, OptimizerKind
 from train.evidence import Evidence
 from train.flat import Buffer, Flat, Piece
@@ -234,6 +234,7 @@ def recovered(
     whole: bool,
     again: bool = False,
     begins: Callable[[], object] = lambda: None,
+    recorder: Any = None,
 ) -> SimpleNamespace:
     """Have `half`, with the state after `step` or with none, regroup with the others; what was said and asked for.
 
@@ -249,9 +250,10 @@ def recovered(
 
     group = member.group
     member.send(2, *group.membership.members)
-    last = SimpleNamespace(numbers=torch.arange(5) + step, world=group.world, rate=0.125 * step)
-    recorder = SimpleNamespace(
+    last = SimpleNamespace(step=step, numbers=torch.arange(5) + step, world=group.world, rate=0.125 * step)
+    recorder = recorder or SimpleNamespace(
         last=last if whole else None,
+        flush=lambda: None,
         catch_up=lambda *it: said.caught_up.append([it[0], it[1], it[2].tolist(), it[3]]),
         regrouped=lambda recorded: None,
     )
@@ -451,3 +453,41 @@ def receives_other_bits(group: Group) -> None:
 
     member.group.broadcast = flipped  # type: ignore[method-assign, assignment]
     recovered(half, member, 4 + int(group.rank == 1), whole=True)
+
+
+def records_late(group: Group, overrides: list[str]) -> dict[str, Any]:
+    """Numbers are read two steps late, as on GPUs: the ranks have agreed to leave, and rank 2 gives way to a new one."""
+    config = plan.resolve(compose.config("train", overrides))
+    said: list[Any] = []
+    member = Member(group)
+    member.join(1, 0, 1, 2)
+    half, new = Half(member.group), group.rank == 2
+    fabric: Any = SimpleNamespace(is_global_zero=group.rank == 0, device=torch.device("cpu"), world_size=3)
+    fabric.log_dict = lambda *_, **__: None
+    recorder = telemetry.Recorder(config, fabric, said.append, vocab=300)
+    recorder._lag = telemetry.LAG
+
+    def step(number: int, changes: bool) -> None:
+        half.leaves()
+        recorder.step(number, half.reducer.finish(change=changes), 0.125 * number)
+
+    for number in range(1, 6):  # all know of it in step 4 and leave after step 6; one is lost before
+        step(number, changes=number >= 4)
+    if new:
+        half, recorder = Half(member.group), telemetry.Recorder(config, fabric, said.append, vocab=300)
+        recorder._lag = telemetry.LAG
+    recovered(half, member, 0 if new else 5, whole=not new, recorder=recorder)
+    caught_up = recorder.last and [recorder.last.step, recorder.last.rate, recorder.last.numbers.tolist()]
+    for number in range(6, 10):
+        step(number, changes=False)
+        assert not recorder.changing, f"after step {number} it leaves for a membership that does not exist"
+    recorder.flush()
+    return {"caught_up": caught_up, "said": [event.step for event in said if event.kind == "step"]}
+
+
+def test_numbers_that_are_read_late_are_of_the_group_that_made_them(tiny: list[str]) -> None:
+    """They are read before it is left: a newcomer gets those of the step whose state it gets; each is said once."""
+    results = dist.run("tests.test_regroup:records_late", 3, overrides=[*tiny, "name=a"])
+    assert results[0]["caught_up"][:2] == [5, 0.625]
+    assert all(result["caught_up"] == results[0]["caught_up"] for result in results)
+    assert [result["said"] for result in results] == [[*range(1, 10)], [], []]

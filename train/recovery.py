@@ -62,6 +62,7 @@ class Recovery:
 
     def _regroup(self, led: bool, lost_save: bool, began: float) -> None:
         group, state, reducer, recorder = self.group, self.state, self.reducer, self.parts.recorder
+        recorder.flush()  # numbers read late are of these ranks, and ask to leave this group, not the next
         if not self.joined:
             group.join()
         self.joined = False
@@ -119,6 +120,7 @@ class Recovery:
         for piece in state.pieces():
             group.broadcast(piece.data, source)
         last = recorder.last
+        assert receives or last is None or last.step == step
         rate = torch.tensor(last.rate if last else 0.0, dtype=torch.float64)
         numbers = last.numbers if last and not receives else torch.zeros(size, dtype=torch.int64)
         group.broadcast(rate, source)
