@@ -331,6 +331,7 @@ def takes_over(group: Group, dtype: str, done: list[int], hosts: list[int]) -> d
         "again": list(half.computed),
         "sent": sent,
         "total": half.total(),
+        "computed": list(map(list, half.reducer.computed)),
     }
     half.leaves()  # the next step is an ordinary one
     return result | {"next": half.total(), "shares": [len(own) for own in half.reducer.hosted]}
@@ -382,7 +383,8 @@ def test_a_step_is_taken_over_with_what_is_finished(dtype: str, hosts: list[int]
         ]
         assert [len(own) for own in kept[:2]] == finished
         assert results[0]["sent"] == [[sum(finished), V - sum(finished) if sum(finished) else 0]]
-        for result in results:
+        for rank, result in enumerate(results):
+            assert result["computed"][rank] == sorted({*result["kept"], *result["again"]}), "not its regular share"
             assert result["total"] == result["next"] == expected
             assert result["shares"] == [result["hosted"] for result in results]
 

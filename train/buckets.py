@@ -80,6 +80,7 @@ class Reducer(ABC):
         self._unready: list[int] = []  # gradients that each bucket still waits for
         self._changed: Changed | None = None  # the ranks did, in the middle of the last leaf
         self.hosted: Sequence[Sequence[int]]  # by rank
+        self.computed: Sequence[Sequence[int]]  # by rank, in the last finished step, which may have been taken over
         self._regular: Sequence[Sequence[int]] | None = None  # to come back to after a step that was taken over
         self._last: Buffer
         self._final: int | None
@@ -197,7 +198,7 @@ class Reducer(ABC):
         self._clock.summed()
         total = self._exchange_numbers(stop, change)
         self.forget()
-        self._under_way = False
+        self._under_way, self.computed = False, self.hosted
         if self._regular is not None:
             self.assign(self._regular)
         return total
