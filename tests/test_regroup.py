@@ -240,7 +240,7 @@ def recovered(
 
     `again`: the ranks change once more in the middle of it. `begins`: called where the run begins.
     """
-    said = SimpleNamespace(sent=[], caught_up=[], again=again)
+    said = SimpleNamespace(sent=[], caught_up=[], shaken=[], again=again)
 
     def regrouped(pieces: list[Piece], step: int) -> None:
         if said.again:
@@ -264,10 +264,11 @@ def recovered(
         parts=SimpleNamespace(recorder=recorder, phase=lambda name, step: None),  # type: ignore[arg-type]
         reducer=half.reducer,
         keeper=SimpleNamespace(saver=SimpleNamespace(give_up=lambda: False, regrouped=regrouped)),  # type: ignore[arg-type]
-        balance=SimpleNamespace(regrouped=lambda state, parts, joined: None),  # type: ignore[arg-type]
+        balance=SimpleNamespace(regrouped=lambda state, parts, joined: said.shaken.append(joined)),  # type: ignore[arg-type]
         channel=SimpleNamespace(send=said.sent.append),  # type: ignore[arg-type]
         begin=lambda: (said.sent.append("begun"), begins())[0],
         whole=whole,
+        unshaken=not whole,
     )
     part.regroup()
     assert part.whole
@@ -412,6 +413,7 @@ def hands_over(group: Group, steps: list[int], again: bool) -> dict[str, Any]:
         "state": sha256(torch.cat([piece.data for piece in half.pieces()])),
         "updates": [float(moments["step"]) for moments in half.optimizer.state.values()],
         "caught_up": said.caught_up,
+        "shaken": said.shaken,
         "sent": [(event.step, event.kept, event.redone) for event in said.sent],
     }
 
@@ -427,6 +429,7 @@ def test_a_step_that_one_rank_has_applied_is_committed(steps: list[int], again: 
         ahead = steps[rank] == 6 and (again or 5 not in steps)
         assert result["kept"] == (result["before"] if ahead else 0), "of a step that is over"
         assert result["step"] == 6
+        assert result["shaken"] == [-1 in steps], "with a newcomer hands are shaken, if need be the next time"
         assert result["handled"] == (0 if 5 in steps else 1), "what one has not done, all do"
         catches_up = [[6, 0.75, [6, 7, 8, 9, 10], 3]]
         assert result["caught_up"] == (catches_up if steps[rank] < 6 else [])
