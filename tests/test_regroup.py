@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import threading
 import time
@@ -25,7 +26,7 @@ from train.flat import Buffer, Flat, Piece
 from train.group import Dismissed, Group, Membership, Place
 from train.hierarchy import HostsFirstReducer
 from train.loop import TrainState
-from train.ranks import Changed
+from train.ranks import Changed, gather
 from train.recovery import Recovery
 
 V = 8
@@ -390,6 +391,67 @@ def test_a_step_is_taken_over_with_what_is_finished(dtype: str, hosts: list[int]
             assert result["shares"] == [result["hosted"] for result in results]
 
 
+def cannot_launch(group: Group) -> dict[str, Any]:
+    """Rank 0's second exchange of the last leaf is refused by the backend, as NCCL does when an earlier one failed."""
+    member = Member(group)
+    member.join(1, 0, 1)
+    half, real = Half(member.group), member.group.processes
+    launched: list[int] = []
+
+    def exchange(*arguments: Any) -> Any:
+        launched.append(1)
+        if len(launched) == 2 and group.rank == 0:
+            raise RuntimeError("NCCL communicator was aborted on rank 0")
+        return real.alltoall_base(*arguments)
+
+    member.group.processes = SimpleNamespace(
+        alltoall_base=exchange, _allgather_base=real._allgather_base, allreduce=real.allreduce
+    )
+    half.leaves()
+    with pytest.raises(Changed):
+        half.reducer.finish()
+    half.computed = []
+    recovered(half, member, 3, whole=True)
+    kept = len(half.reducer.kept())
+    half.leaves()
+    return {"kept": kept, "again": half.computed, "total": half.total()}
+
+
+def test_a_collective_that_cannot_be_launched_is_as_one_that_fails() -> None:
+    """And the last leaf is kept though a part of it is the subtree's sum already, what was refused included."""
+    (expected,) = dist.run("tests.test_regroup:alone", 1, dtype="float32")
+    first, second = dist.run("tests.test_regroup:cannot_launch", 2)
+    assert first == {"kept": 4, "again": [], "total": expected}
+    assert second["total"] == expected
+    assert second["kept"] + len(second["again"]) == 4, "whether its first bucket's sum had come is a matter of chance"
+
+
+class Refusing:
+    """In the place of a backend: it launches nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def refuse(*_: Any) -> None:
+            raise RuntimeError(name)
+
+        return refuse
+
+
+@pytest.mark.parametrize("heals", [True, False])
+def test_every_launch_that_is_refused_is_a_change_where_ranks_are_replaced(heals: bool) -> None:
+    group, some = Group(dataclasses.replace(Place.alone(), heals=heals), Precision()), torch.zeros(2)
+    group.world, group.processes = 2, Refusing()
+    calls: dict[str, list[Callable[[], object]]] = {
+        "_allgather_base": [lambda: group.all_gather(some), lambda: gather(group, some, some[:1])],
+        "allreduce": [lambda: group.all_reduce(some)],
+        "broadcast": [lambda: group.broadcast(some)],
+        "alltoall_base": [lambda: group.exchange(some, some, [1, 1], [1, 1])],
+    }
+    for name, each in calls.items():
+        for call in each:
+            with pytest.raises(Changed if heals else RuntimeError, match=name):
+                call()
+
+
 # ------------------------------------------------------------------------------------------ the state
 
 
@@ -461,7 +523,7 @@ def receives_other_bits(group: Group) -> None:
 
 
 def records_late(group: Group, overrides: list[str]) -> dict[str, Any]:
-    """Numbers are read two steps late, as on GPUs: the ranks have agreed to leave, and rank 2 gives way to a new one."""
+    """Numbers are read two steps late, as on GPUs: the ranks agree to leave, and rank 2 gives way to a new one."""
     config = plan.resolve(compose.config("train", overrides))
     said: list[Any] = []
     member = Member(group)

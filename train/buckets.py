@@ -271,8 +271,8 @@ class Reducer(ABC):
         a, b = self._buckets[self._next]
         if self._final is not None:
             self._evidence.of_leaf(self._final, self._last.tensor[a:b], a)
+        self._next += 1  # whether or not it can be launched: `_exchange` may have added to the leaf in place
         self._finishing.append(self._exchange((a, b)))
-        self._next += 1
         if len(self._finishing) == IN_FLIGHT:
             with self._clock.paused():  # waiting for others
                 self._gathering.append(self._finishing.popleft()())
