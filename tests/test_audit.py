@@ -87,6 +87,18 @@ def test_who_is_always_wrong_is_named_though_few_are_audited(seed: int) -> None:
     assert finds < 10
 
 
+def test_who_is_suspected_is_who_computed_it() -> None:
+    """In a step that was taken over that is not whose share it is, which the reducer is back at by then."""
+    ranks = detection.Ranks(share=1.0, seed=0)
+    regular, ranks.hosted = ranks.hosted, [[1, 2, 3], [4, 5], [0, 6], [7]]  # type: ignore[list-item]
+    for one in ranks.audits:
+        one._reducer = SimpleNamespace(hosted=regular, computed=ranks.hosted)  # type: ignore[assignment]
+    ranks.wrong = {(2, 0)}
+    assert ranks.take(0)
+    ((host, _),) = ranks.suspected
+    assert host == 2
+
+
 def test_two_ranks_that_never_agree_end_the_run(tiny: list[str], tmp_path: Path) -> None:
     """There is no third one to tell which of them is wrong, and going back does not help."""
     config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=2", "recovery.audit=0.1"]))

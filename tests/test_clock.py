@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,49 @@ def test_a_clock_tells_computing_from_waiting(monkeypatch: pytest.MonkeyPatch) -
     one.stop()
     one.summed()
     assert (one.seconds, one.waited) == (5.0, 6.0)
+
+
+class Event:
+    """A CUDA event on a device that is always done; like the real one, "done" where it was never recorded."""
+
+    def __init__(self, now: list[float]) -> None:
+        self._now, self._at = now, math.nan
+
+    def record(self) -> None:
+        self._at = self._now[0]
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        if math.isnan(self._at + end._at):
+            raise ValueError("Both events must be recorded before calculating elapsed time.")
+        return 1000 * (end._at - self._at)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["in a leaf", "in the sum"])
+def test_a_clock_on_a_gpu_forgets_a_step_that_was_interrupted(stopped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was recorded of it has no end to be measured by."""
+    now = [0.0]
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event(now))
+    one = clock.Clock(torch.device("cuda"))
+
+    def step(computing: float, waiting: float) -> None:
+        one.start()
+        now[0] += computing
+        one.stop()
+        now[0] += waiting
+        one.summed()
+
+    step(3.0, 1.0)
+    one.start()
+    now[0] += 5.0
+    if stopped:
+        one.stop()
+    step(4.0, 2.0)
+    assert (one.seconds, one.waited) == (3.0, 1.0), "a step later"
+    step(1.0, 1.0)
+    assert (one.seconds, one.waited) == (4.0, 2.0)
 
 
 def test_the_record_says_what_share_of_the_time_each_rank_waited(

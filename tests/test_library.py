@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from tests import dist, nanogpt
 from train.fast import FastReducer
@@ -146,6 +147,38 @@ def test_what_the_sum_cannot_serve_is_refused() -> None:
     model[0].bias.requires_grad_(False)
     with pytest.raises(ValueError, match=r"not so 0\.bias, 1\.weight, 1\.bias"):
         ExactReducer.of(model)
+
+
+def shared(group: Group, how: str, first: bool) -> str:
+    """A step of a model that uses one layer twice, in segments that are computed again in the backward pass."""
+    torch.manual_seed(0)
+    layer, head = nn.Linear(5, 5), nn.Linear(5, 1)
+    below = nn.Linear(5, 5) if first else nn.Identity()  # its gradient comes last; without it, the shared layer's own
+    model = nn.ModuleList([below, layer, head])
+    reducer = ExactReducer.of(model, virtual_ranks=4, micro_batches=2)
+    for v, i, _ in reducer.micro_batches(seed=0, step=0):
+        x = below(torch.full((3, 5), 0.1 * v + i, requires_grad=True))
+        for _ in range(2):
+            x = checkpoint(lambda x: layer(x).tanh(), x, use_reentrant=how == "reentrant")
+        losses = head(x).square().sum(), x.sum()
+        for loss in losses if how == "two passes" else [losses[0] + losses[1]]:
+            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    return hashlib.sha256(reducer.finish().gradient[: reducer.flat.size].numpy().data).hexdigest()
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("how", ["reentrant", "two passes"])
+def test_a_gradient_that_comes_after_its_bucket_is_refused(how: str, first: bool) -> None:
+    """Whatever is complete is sent. Without the refusal the sum lacked what came later: another one for each W."""
+    with pytest.raises(AssertionError, match=r"got a gradient twice .* use_reentrant=False"):
+        dist.run("tests.test_library:shared", 2, how=how, first=first)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_shared_layer_is_summed_once_complete(first: bool) -> None:
+    """Autograd itself adds up what several places of one backward pass say of a parameter."""
+    seen = {s for w in (1, 2, 3) for s in dist.run("tests.test_library:shared", w, how="one pass", first=first)}
+    assert len(seen) == 1
 
 
 # --------------------------------------------------------------------------------------------------- whole programs

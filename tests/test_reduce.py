@@ -331,3 +331,31 @@ def test_a_slow_rank_is_given_less() -> None:
     ((named, step),) = first[2]
     assert (named, step in (19, 29, 39)) == (1, True), "and it is named, once, when that has lasted for a while"
     assert second[1:] == [None, []], "rank 0 speaks for all"
+
+
+def agrees(group: Group) -> list[Any]:
+    """The shares after a regroup for which one rank decided alone, and after one with a newcomer who knows less."""
+    reducer = ExactReducer(Ranks.default(), Flat(nn.Linear(3, 3), group.world), virtual_ranks=8)
+    config, state = SimpleNamespace(batch=SimpleNamespace(virtual_ranks=8, weights="auto")), SimpleNamespace(step=0)
+
+    def regrouped(balance: Balance, digest: int, joined: bool) -> list[int]:
+        balancing._same_micro_batch = lambda *_: (digest, [0.1, 0.9][group.rank])  # type: ignore[assignment]
+        reducer.lay_out()
+        for step in range(balancing.WINDOW if group.rank == 1 and not joined else 0):  # it catches up
+            balance.observe(step, [0.1, 0.9])
+        balance.regrouped(state, None, joined)  # type: ignore[arg-type]
+        return list(map(len, reducer.hosted))
+
+    def new() -> Balance:
+        return Balance(config, group, reducer, Recorded())  # type: ignore[arg-type]
+
+    balance = new()
+    found = [regrouped(balance, 7, True), regrouped(balance, 7, False)]
+    found += [regrouped(balance, group.rank, True)]  # other bits: from here on nobody follows speeds
+    return [*found, regrouped(new() if group.rank == 1 else balance, 7, True)]
+
+
+def test_ranks_decide_alike_though_they_know_unlike() -> None:
+    """Else they expect leaves from each other that nobody computes, and bytes of other sizes."""
+    results = dist.run("tests.test_reduce:agrees", 2)
+    assert results == [[[7, 1], [4, 4], [4, 4], [4, 4]]] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import threading
 import time
@@ -18,14 +19,14 @@ from torch._C._distributed_c10d import HashStore
 
 from tests import dist
 from tests.test_reduce import gradient, odd_model, used
-from train import backends, nodes, optim
+from train import backends, compose, nodes, optim, plan, telemetry
 from train.config import Optimizer, OptimizerKind
 from train.evidence import Evidence
 from train.flat import Buffer, Flat, Piece
 from train.group import Dismissed, Group, Membership, Place
 from train.hierarchy import HostsFirstReducer
 from train.loop import TrainState
-from train.ranks import Changed
+from train.ranks import Changed, gather
 from train.recovery import Recovery
 
 V = 8
@@ -234,12 +235,13 @@ def recovered(
     whole: bool,
     again: bool = False,
     begins: Callable[[], object] = lambda: None,
+    recorder: Any = None,
 ) -> SimpleNamespace:
     """Have `half`, with the state after `step` or with none, regroup with the others; what was said and asked for.
 
     `again`: the ranks change once more in the middle of it. `begins`: called where the run begins.
     """
-    said = SimpleNamespace(sent=[], caught_up=[], again=again)
+    said = SimpleNamespace(sent=[], caught_up=[], shaken=[], again=again)
 
     def regrouped(pieces: list[Piece], step: int) -> None:
         if said.again:
@@ -249,9 +251,10 @@ def recovered(
 
     group = member.group
     member.send(2, *group.membership.members)
-    last = SimpleNamespace(numbers=torch.arange(5) + step, world=group.world, rate=0.125 * step)
-    recorder = SimpleNamespace(
+    last = SimpleNamespace(step=step, numbers=torch.arange(5) + step, world=group.world, rate=0.125 * step)
+    recorder = recorder or SimpleNamespace(
         last=last if whole else None,
+        flush=lambda: None,
         catch_up=lambda *it: said.caught_up.append([it[0], it[1], it[2].tolist(), it[3]]),
         regrouped=lambda recorded: None,
     )
@@ -262,10 +265,11 @@ def recovered(
         parts=SimpleNamespace(recorder=recorder, phase=lambda name, step: None),  # type: ignore[arg-type]
         reducer=half.reducer,
         keeper=SimpleNamespace(saver=SimpleNamespace(give_up=lambda: False, regrouped=regrouped)),  # type: ignore[arg-type]
-        balance=SimpleNamespace(regrouped=lambda state, parts, joined: None),  # type: ignore[arg-type]
+        balance=SimpleNamespace(regrouped=lambda state, parts, joined: said.shaken.append(joined)),  # type: ignore[arg-type]
         channel=SimpleNamespace(send=said.sent.append),  # type: ignore[arg-type]
         begin=lambda: (said.sent.append("begun"), begins())[0],
         whole=whole,
+        unshaken=not whole,
     )
     part.regroup()
     assert part.whole
@@ -329,6 +333,7 @@ def takes_over(group: Group, dtype: str, done: list[int], hosts: list[int]) -> d
         "again": list(half.computed),
         "sent": sent,
         "total": half.total(),
+        "computed": list(map(list, half.reducer.computed)),
     }
     half.leaves()  # the next step is an ordinary one
     return result | {"next": half.total(), "shares": [len(own) for own in half.reducer.hosted]}
@@ -380,9 +385,71 @@ def test_a_step_is_taken_over_with_what_is_finished(dtype: str, hosts: list[int]
         ]
         assert [len(own) for own in kept[:2]] == finished
         assert results[0]["sent"] == [[sum(finished), V - sum(finished) if sum(finished) else 0]]
-        for result in results:
+        for rank, result in enumerate(results):
+            assert result["computed"][rank] == sorted({*result["kept"], *result["again"]}), "not its regular share"
             assert result["total"] == result["next"] == expected
             assert result["shares"] == [result["hosted"] for result in results]
+
+
+def cannot_launch(group: Group) -> dict[str, Any]:
+    """Rank 0's second exchange of the last leaf is refused by the backend, as NCCL does when an earlier one failed."""
+    member = Member(group)
+    member.join(1, 0, 1)
+    half, real = Half(member.group), member.group.processes
+    launched: list[int] = []
+
+    def exchange(*arguments: Any) -> Any:
+        launched.append(1)
+        if len(launched) == 2 and group.rank == 0:
+            raise RuntimeError("NCCL communicator was aborted on rank 0")
+        return real.alltoall_base(*arguments)
+
+    member.group.processes = SimpleNamespace(
+        alltoall_base=exchange, _allgather_base=real._allgather_base, allreduce=real.allreduce
+    )
+    half.leaves()
+    with pytest.raises(Changed):
+        half.reducer.finish()
+    half.computed = []
+    recovered(half, member, 3, whole=True)
+    kept = len(half.reducer.kept())
+    half.leaves()
+    return {"kept": kept, "again": half.computed, "total": half.total()}
+
+
+def test_a_collective_that_cannot_be_launched_is_as_one_that_fails() -> None:
+    """And the last leaf is kept though a part of it is the subtree's sum already, what was refused included."""
+    (expected,) = dist.run("tests.test_regroup:alone", 1, dtype="float32")
+    first, second = dist.run("tests.test_regroup:cannot_launch", 2)
+    assert first == {"kept": 4, "again": [], "total": expected}
+    assert second["total"] == expected
+    assert second["kept"] + len(second["again"]) == 4, "whether its first bucket's sum had come is a matter of chance"
+
+
+class Refusing:
+    """In the place of a backend: it launches nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def refuse(*_: Any) -> None:
+            raise RuntimeError(name)
+
+        return refuse
+
+
+@pytest.mark.parametrize("heals", [True, False])
+def test_every_launch_that_is_refused_is_a_change_where_ranks_are_replaced(heals: bool) -> None:
+    group, some = Group(dataclasses.replace(Place.alone(), heals=heals), Precision()), torch.zeros(2)
+    group.world, group.processes = 2, Refusing()
+    calls: dict[str, list[Callable[[], object]]] = {
+        "_allgather_base": [lambda: group.all_gather(some), lambda: gather(group, some, some[:1])],
+        "allreduce": [lambda: group.all_reduce(some)],
+        "broadcast": [lambda: group.broadcast(some)],
+        "alltoall_base": [lambda: group.exchange(some, some, [1, 1], [1, 1])],
+    }
+    for name, each in calls.items():
+        for call in each:
+            with pytest.raises(Changed if heals else RuntimeError, match=name):
+                call()
 
 
 # ------------------------------------------------------------------------------------------ the state
@@ -408,6 +475,7 @@ def hands_over(group: Group, steps: list[int], again: bool) -> dict[str, Any]:
         "state": sha256(torch.cat([piece.data for piece in half.pieces()])),
         "updates": [float(moments["step"]) for moments in half.optimizer.state.values()],
         "caught_up": said.caught_up,
+        "shaken": said.shaken,
         "sent": [(event.step, event.kept, event.redone) for event in said.sent],
     }
 
@@ -423,6 +491,7 @@ def test_a_step_that_one_rank_has_applied_is_committed(steps: list[int], again: 
         ahead = steps[rank] == 6 and (again or 5 not in steps)
         assert result["kept"] == (result["before"] if ahead else 0), "of a step that is over"
         assert result["step"] == 6
+        assert result["shaken"] == [-1 in steps], "with a newcomer hands are shaken, if need be the next time"
         assert result["handled"] == (0 if 5 in steps else 1), "what one has not done, all do"
         catches_up = [[6, 0.75, [6, 7, 8, 9, 10], 3]]
         assert result["caught_up"] == (catches_up if steps[rank] < 6 else [])
@@ -451,3 +520,41 @@ def receives_other_bits(group: Group) -> None:
 
     member.group.broadcast = flipped  # type: ignore[method-assign, assignment]
     recovered(half, member, 4 + int(group.rank == 1), whole=True)
+
+
+def records_late(group: Group, overrides: list[str]) -> dict[str, Any]:
+    """Numbers are read two steps late, as on GPUs: the ranks agree to leave, and rank 2 gives way to a new one."""
+    config = plan.resolve(compose.config("train", overrides))
+    said: list[Any] = []
+    member = Member(group)
+    member.join(1, 0, 1, 2)
+    half, new = Half(member.group), group.rank == 2
+    fabric: Any = SimpleNamespace(is_global_zero=group.rank == 0, device=torch.device("cpu"), world_size=3)
+    fabric.log_dict = lambda *_, **__: None
+    recorder = telemetry.Recorder(config, fabric, said.append, vocab=300)
+    recorder._lag = telemetry.LAG
+
+    def step(number: int, changes: bool) -> None:
+        half.leaves()
+        recorder.step(number, half.reducer.finish(change=changes), 0.125 * number)
+
+    for number in range(1, 6):  # all know of it in step 4 and leave after step 6; one is lost before
+        step(number, changes=number >= 4)
+    if new:
+        half, recorder = Half(member.group), telemetry.Recorder(config, fabric, said.append, vocab=300)
+        recorder._lag = telemetry.LAG
+    recovered(half, member, 0 if new else 5, whole=not new, recorder=recorder)
+    caught_up = recorder.last and [recorder.last.step, recorder.last.rate, recorder.last.numbers.tolist()]
+    for number in range(6, 10):
+        step(number, changes=False)
+        assert not recorder.changing, f"after step {number} it leaves for a membership that does not exist"
+    recorder.flush()
+    return {"caught_up": caught_up, "said": [event.step for event in said if event.kind == "step"]}
+
+
+def test_numbers_that_are_read_late_are_of_the_group_that_made_them(tiny: list[str]) -> None:
+    """They are read before it is left: a newcomer gets those of the step whose state it gets; each is said once."""
+    results = dist.run("tests.test_regroup:records_late", 3, overrides=[*tiny, "name=a"])
+    assert results[0]["caught_up"][:2] == [5, 0.625]
+    assert all(result["caught_up"] == results[0]["caught_up"] for result in results)
+    assert [result["said"] for result in results] == [[*range(1, 10)], [], []]

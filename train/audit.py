@@ -41,7 +41,7 @@ class Audit:
         """`parts` are what a step is made of; `phase` below goes into its own. `nth`: which start of the run it is."""
         self._config, self._state, self._parts, self._nth = config, state, parts, nth
         self._reducer, self._group, self._channel = reducer, group, channel
-        self._found: dict[tuple[int, int], tuple[int, int]] = {}  # (step, v) -> its checksum here, who hosted it
+        self._found: dict[tuple[int, int], tuple[int, int]] = {}  # (step, v) -> its checksum here, who computed it
 
     def phase(self, name: str, step: int) -> None:
         """What the loop calls: what it called before and, when the sum is there, the audit."""
@@ -67,7 +67,7 @@ class Audit:
         self._found = {(at, v): found for (at, v), found in self._found.items() if at >= step}
 
     def _again(self, v: int, step: int) -> None:
-        host = next(rank for rank, own in enumerate(self._reducer.hosted) if v in own)
+        host = next(rank for rank, own in enumerate(self._reducer.computed) if v in own)
         world = self._group.world
         turn = random.Random(f"{self._nth} {step} {v}").randrange(max(1, world - 1))
         if self._group.rank != (host + 1 + turn) % world:

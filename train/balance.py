@@ -45,6 +45,7 @@ class Balance:
         """The ranks have changed: share out anew; with newcomers among them, shake hands first."""
         self._seconds = []
         weights = self._config.batch.weights
+        self._reducer.assign(self._shares(()))  # who caught up with a step may have shared out anew by it, alone
         if joined and self._group.world > 1:
             self._handshake(state, parts)
         if not isinstance(weights, str) and len(weights) == self._group.world > 1:
@@ -53,11 +54,10 @@ class Balance:
     def _handshake(self, state: TrainState, parts: Parts) -> None:
         """Compute the same micro-batch on all ranks: compare the bits, and take the first measure of their speeds."""
         digest, seconds = _same_micro_batch(state, parts, TRIALS if self._follows else 1)
-        mine = torch.tensor([digest, int(seconds * 1e9)], dtype=torch.int64)
-        rows = self._group.all_gather(mine)
+        rows = self._group.all_gather(torch.tensor([digest, int(seconds * 1e9), self._follows]))
         digests, times = rows[:, 0].tolist(), [nanoseconds / 1e9 for nanoseconds in rows[:, 1].tolist()]
         equal = len(set(digests)) == 1
-        self._follows = self._follows and equal
+        self._follows = equal and bool(rows[:, 2].all())  # a newcomer knows nothing of an earlier handshake
         if self._group.rank == 0:
             words = list(map(word, digests))
             self._channel.send(events.Handshake(step=state.step, equal=equal, digests=words, seconds=times))

@@ -80,6 +80,7 @@ class Reducer(ABC):
         self._unready: list[int] = []  # gradients that each bucket still waits for
         self._changed: Changed | None = None  # the ranks did, in the middle of the last leaf
         self.hosted: Sequence[Sequence[int]]  # by rank
+        self.computed: Sequence[Sequence[int]]  # by rank, in the last finished step, which may have been taken over
         self._regular: Sequence[Sequence[int]] | None = None  # to come back to after a step that was taken over
         self._last: Buffer
         self._final: int | None
@@ -197,7 +198,7 @@ class Reducer(ABC):
         self._clock.summed()
         total = self._exchange_numbers(stop, change)
         self.forget()
-        self._under_way = False
+        self._under_way, self.computed = False, self.hosted
         if self._regular is not None:
             self.assign(self._regular)
         return total
@@ -251,21 +252,27 @@ class Reducer(ABC):
 
         If the ranks change meanwhile, the backward pass is finished all the same: a leaf that is whole can be kept.
         """
-        if self._unready:
-            for bucket in self._inside[parameter]:
-                self._unready[bucket] -= 1
-            try:
-                while self._next < len(self._buckets) and self._unready[self._next] == 0:
-                    self._send()
-            except Changed as changed:
-                self._changed, self._unready = changed, []
+        if not self._unready:
+            return
+        for bucket in self._inside[parameter]:
+            self._unready[bucket] -= 1
+            if self._unready[bucket] < 0:  # what has been sent, perhaps, was not all: the sum would depend on W
+                raise RuntimeError(
+                    f"{list(self.flat.slots)[parameter]}, or a parameter beside it, got a gradient twice in a micro-"
+                    "batch: run one backward pass for each (v, i), and checkpoint with use_reentrant=False"
+                )
+        try:
+            while self._changed is None and self._next < len(self._buckets) and self._unready[self._next] == 0:
+                self._send()
+        except Changed as changed:
+            self._changed = changed
 
     def _send(self) -> None:
         a, b = self._buckets[self._next]
         if self._final is not None:
             self._evidence.of_leaf(self._final, self._last.tensor[a:b], a)
+        self._next += 1  # whether or not it can be launched: `_exchange` may have added to the leaf in place
         self._finishing.append(self._exchange((a, b)))
-        self._next += 1
         if len(self._finishing) == IN_FLIGHT:
             with self._clock.paused():  # waiting for others
                 self._gathering.append(self._finishing.popleft()())

@@ -22,7 +22,8 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._events: deque[tuple[torch.cuda.Event, ...]] = deque()  # three of each step that was summed up
+        self._marks: tuple[torch.cuda.Event, ...]  # those of the step in flight, which may be begun again
         self._began = self._ended = self._paused = 0.0
         self.seconds = 0.0  # that it computed; 0: not known yet
         self.waited = 0.0  # seconds
@@ -31,9 +32,8 @@ class Clock:
         """A step begins."""
         self._began, self._paused = time.perf_counter(), 0.0
         if self._on_gpu:
-            began, ended, summed = (torch.cuda.Event(enable_timing=True) for _ in range(3))  # type: ignore[no-untyped-call]
-            self._events.append((began, ended, summed))
-            began.record()
+            self._marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3))  # type: ignore[no-untyped-call]
+            self._marks[0].record()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -45,7 +45,7 @@ class Clock:
         """All leaves are computed."""
         self._ended = time.perf_counter()
         if self._on_gpu:
-            self._events[-1][1].record()
+            self._marks[1].record()
         else:
             self.seconds = self._ended - self._began - self._paused
 
@@ -54,7 +54,8 @@ class Clock:
         if not self._on_gpu:
             self.waited = time.perf_counter() - self._ended + self._paused
             return
-        self._events[-1][2].record()
+        self._marks[2].record()
+        self._events.append(self._marks)
         while len(self._events) > 1 and self._events[0][2].query():  # type: ignore[no-untyped-call]
             began, ended, summed = self._events.popleft()
             self.seconds, self.waited = began.elapsed_time(ended) / 1000, ended.elapsed_time(summed) / 1000

@@ -104,13 +104,16 @@ class Group(Ranks, Strategy):
 
     # Membership.
 
-    def _wait(self, work: Any) -> None:
+    def launch(self, start: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            self._joined.wait(work, self.look)
+            return start(*arguments)
         except RuntimeError as error:
             if not self._place.heals:
                 raise
             raise Changed(str(error)) from error
+
+    def _wait(self, work: Any) -> None:
+        self.launch(self._joined.wait, work, self.look)
 
     def settle(self, reads: bool) -> None:
         self._joined.settle(self.look, reads)

@@ -35,6 +35,10 @@ class Ranks:
         wire = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         return cls(dist.get_rank(), dist.get_world_size(), torch.device(wire), _World())
 
+    def launch(self, start: Callable[..., Any], *arguments: Any) -> Any:
+        """Start a collective. Every one is started here: it may find that the one before has failed."""
+        return start(*arguments)
+
     def wait(self, work: Any, what: str) -> None:
         """For the end of a collective. Every one is waited for here."""
         self.doing = f"waits for {what}"
@@ -56,7 +60,7 @@ class Ranks:
             return tensor.unsqueeze(0)
         sent = tensor.contiguous().to(self.wire)
         gathered = torch.empty(self.world, *sent.shape, dtype=sent.dtype, device=self.wire)
-        work = self.processes._allgather_base(gathered.view(-1), sent.view(-1))
+        work = self.launch(self.processes._allgather_base, gathered.view(-1), sent.view(-1))
         self.wait(work, f"an all-gather of {sent.numel():,} numbers")
         self.settle(tensor.device.type != self.wire.type)
         return gathered.to(tensor.device)
@@ -67,18 +71,18 @@ class Ranks:
             raise TypeError(f"only tensors are broadcast, not {type(obj).__name__}")
         if self.world > 1:
             on_wire = obj.to(self.wire, copy=True)
-            self.wait(self.processes.broadcast(on_wire, src), f"a broadcast from rank {src}")
+            self.wait(self.launch(self.processes.broadcast, on_wire, src), f"a broadcast from rank {src}")
             self.settle(obj.device.type != self.wire.type)
             obj.copy_(on_wire)
         return obj
 
     def sum_up(self, tensor: Tensor) -> Any:
         """Start to add up a tensor on the wire, in place and in the backend's own order."""
-        return self.processes.allreduce(tensor)
+        return self.launch(self.processes.allreduce, tensor)
 
     def exchange(self, received: Tensor, sent: Tensor, from_each: Sequence[int], to_each: Sequence[int]) -> Any:
         """Start an all-to-all of 1-D tensors on the wire, cut into so many elements from and to each rank."""
-        return self.processes.alltoall_base(received, sent, from_each, to_each)
+        return self.launch(self.processes.alltoall_base, received, sent, from_each, to_each)
 
 
 class _World:
@@ -99,7 +103,7 @@ def gather(ranks: Ranks, target: Tensor, chunk: Tensor) -> Wait:
     direct = target.device == ranks.wire and target.dtype == chunk.dtype
     gathered = target if direct else torch.empty(target.shape, dtype=chunk.dtype, device=ranks.wire)
     chunk = chunk.to(ranks.wire)
-    work = ranks.processes._allgather_base(gathered, chunk)
+    work = ranks.launch(ranks.processes._allgather_base, gathered, chunk)
 
     def wait(sent: Tensor = chunk) -> None:  # which must live until it has been sent
         a = target.storage_offset()

@@ -47,6 +47,7 @@ class Recovery:
     begin: Callable[[], None]  # for the first group of all: restore a checkpoint, or start
     joined: bool = False  # the first group has been joined already
     whole: bool = False  # this rank has a state
+    unshaken: bool = True  # hands are to be shaken: this rank is new, or was interrupted in it
 
     def regroup(self) -> None:
         """Go on in the newest group; raises Dismissed where this rank is not in it."""
@@ -62,6 +63,7 @@ class Recovery:
 
     def _regroup(self, led: bool, lost_save: bool, began: float) -> None:
         group, state, reducer, recorder = self.group, self.state, self.reducer, self.parts.recorder
+        recorder.flush()  # numbers read late are of these ranks, and ask to leave this group, not the next
         if not self.joined:
             group.join()
         self.joined = False
@@ -72,10 +74,10 @@ class Recovery:
         again = lost_save or (leads and not led)  # what was due may not have been done, or not have been said
         kept, last = reducer.kept(), recorder.last
         mine = [state.step if self.whole else NOTHING, 0 if again else min(state.handled, 2**31)]
-        mine += [last.numbers.numel() if last else 0, last.world if last else 0]
+        mine += [last.numbers.numel() if last else 0, last.world if last else 0, self.unshaken]
         rows = group.all_gather(torch.tensor([*mine, *(int(v in kept) for v in range(reducer.virtual_ranks))]))
         steps = rows[:, 0].tolist()
-        joined, step = NOTHING in steps, max(steps)
+        self.unshaken, step = bool(rows[:, 4].any()), max(steps)
         if step == NOTHING:
             self.begin()
             group.barrier()  # nobody has begun unless rank 0 has said so: it may be lost here, and all begin again
@@ -87,9 +89,10 @@ class Recovery:
             state.handled = min(many if at == step else 0 for at, many in handled if at != NOTHING)
         self.whole = True
         self.keeper.saver.regrouped(state.pieces(), state.step)
-        self.balance.regrouped(state, self.parts, joined)
+        self.balance.regrouped(state, self.parts, self.unshaken)
+        self.unshaken = False
         in_flight = step != NOTHING and all(at in (step, NOTHING) for at in steps)
-        flags = rows[:, 4:].bool().tolist() if in_flight else []
+        flags = rows[:, 5:].bool().tolist() if in_flight else []
         finished = [{v for v, flag in enumerate(row) if flag} for row in flags]
         if any(finished):
             reducer.take_over(taken_over(finished, reducer.virtual_ranks))
@@ -119,6 +122,7 @@ class Recovery:
         for piece in state.pieces():
             group.broadcast(piece.data, source)
         last = recorder.last
+        assert receives or last is None or last.step == step
         rate = torch.tensor(last.rate if last else 0.0, dtype=torch.float64)
         numbers = last.numbers if last and not receives else torch.zeros(size, dtype=torch.int64)
         group.broadcast(rate, source)

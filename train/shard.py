@@ -175,7 +175,7 @@ class RoundReducer(ExactReducer):
 
     def _exchange(self, bucket: Range) -> Started:
         a, b = bucket
-        index, own = self._next, self._round
+        index, own = self._next - 1, self._round
         first, _ = chunk(bucket, self.ranks.rank, self.ranks.world)
         nodes = [[Node(own[r], own[r] + 1)] if r < len(own) else [] for r in range(self.ranks.world)]
         sent = [self._last.tensor[a:b].to(self.dtype)] if nodes[self.ranks.rank] else []

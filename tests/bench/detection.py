@@ -60,7 +60,7 @@ class Ranks:
         membership = SimpleNamespace(members=list(range(RANKS)))
         parts: Any = SimpleNamespace(phase=lambda name, step: None, rank=rank)
         state: Any = SimpleNamespace(flat=self.flat)
-        reducer: Any = SimpleNamespace(hosted=self.hosted)
+        reducer: Any = SimpleNamespace(computed=self.hosted)
         group: Any = SimpleNamespace(rank=rank, world=RANKS, membership=membership)
         channel: Any = SimpleNamespace(send=lambda event: self.suspected.append(event.suspects))
         return audit.Audit(self.config, state, parts, reducer, group, channel, start)
