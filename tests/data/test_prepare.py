@@ -16,7 +16,7 @@ import pytest
 from tests.data.corpora import config, folder, jsonl, prepared, stream, texts
 from train.checks import Refused
 from train.config import Data, Source, SourceKind, Tokenizer, TokenizerKind
-from train.data.corpus import documents, held_out, pin
+from train.data.corpus import Document, documents, held_out, pin
 from train.data.prepare import Prepared, _sample, prepare
 from train.data.store import Store
 from train.data.stream import Validation
@@ -96,6 +96,27 @@ def test_bad_text_is_refused_by_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"hello world" * 100)[:-20])
     with pytest.raises(Refused, match=r"b\.txt\.gz"):
         prepared(config(tmp_path, "text", path=str(tmp_path / "b.txt.gz")))
+
+
+def test_zstd_is_read_to_the_end_of_its_last_frame_or_refused(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    written = [text * 40 for text in texts(60)]  # of more than one read of a file, and more than one block
+    lines = [jsonl(tmp_path / "x", part).read_bytes() for part in (written[:20], written[20:])]
+    skippable = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    raw = zstandard.compress(lines[0]) + skippable + zstandard.ZstdCompressor(write_checksum=True).compress(lines[1])
+    path = tmp_path / "a.jsonl.zst"
+
+    def read(content: bytes) -> list[Document | None]:
+        path.write_bytes(content)
+        (file,) = pin(Source(kind=SourceKind.text, path=str(path)), tmp_path, lambda *_: None)
+        return list(documents(file, "text"))
+
+    assert read(raw) == [text.encode() for text in written]
+    assert read(b"") == []
+    for damaged in (raw[:-2], raw[:-3000], raw + b"no frame", b"plain text", b"\0" * len(raw)):
+        with pytest.raises(Refused, match=r"a\.jsonl\.zst: cannot be read \(.+\): replace it") as refusal:
+            read(damaged)
+        assert "\n" not in str(refusal.value)
 
 
 def test_an_empty_corpus_and_an_empty_validation_split_are_refused(tmp_path: Path) -> None:

@@ -181,10 +181,29 @@ def _utf8(parts: list[str] | bytes | None) -> Document | None:
 def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        reader = _needs("zstandard", "zst").ZstdDecompressor()
-        return io.BufferedReader(reader.stream_reader(path.open("rb"), read_across_frames=True, closefd=True))
-    return path.open("rb")
+    return io.BufferedReader(_Frames(path)) if path.suffix == ".zst" else path.open("rb")
+
+
+class _Frames(io.FileIO):
+    """A .zst file, by frames, for a BufferedReader. The library's own reader takes one that is cut off for whole."""
+
+    frame: Any = None
+    out = memoryview(b"")
+
+    def readinto(self, buffer: Any) -> int:
+        zstd = _needs("zstandard", "zst")
+        while not self.out and (raw := (self.frame and self.frame.unused_data) or self.read(PAGE)):
+            if self.frame is None or self.frame.eof:
+                self.frame = zstd.ZstdDecompressor().decompressobj()
+            try:
+                self.out = memoryview(self.frame.decompress(raw))
+            except zstd.ZstdError as error:
+                raise OSError(error) from None
+        if not (self.out or self.frame is None or self.frame.eof):
+            raise EOFError("it ends in the middle of a frame")
+        size = min(len(buffer), len(self.out))
+        buffer[:size], self.out = self.out[:size], self.out[size:]
+        return size
 
 
 def _pages(stream: BinaryIO, file: File) -> Iterator[bytes]:
