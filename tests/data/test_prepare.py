@@ -204,6 +204,47 @@ def test_work_that_was_interrupted_goes_on_and_ends_the_same(tmp_path: Path) -> 
         assert mine.part == other.part
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("stage", ["digest", "tokenizer", "tokenize"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, stage: str, kind: str) -> None:
+    """What is kept under a digest has that content: with the file as it was, all is as if it had never changed."""
+    written = texts(100 if stage == "digest" else 1500)  # a batch, or several
+    path = jsonl(tmp_path / "a.jsonl", written)
+    before, after = path.read_bytes(), jsonl(tmp_path / "x", written[::-1]).read_bytes()
+    keys = {"path": str(path), "shard_tokens": 4096, "tokenizer": Tokenizer(kind=TokenizerKind[kind], vocab=300)}
+    whole = prepared(config(tmp_path, "text", cache=str(tmp_path / "clean"), **keys))
+    data = config(tmp_path, "text", cache=str(tmp_path / "cache"), **keys)
+
+    def change(at: str, done: int, total: int) -> None:
+        if at == stage and path.read_bytes() == before:
+            path.write_bytes(after)  # as long as it was
+
+    if (stage, kind) != ("tokenizer", "bytes"):
+        with pytest.raises(Refused, match=r"a\.jsonl: was changed while it was read: start again"):
+            prepare(data, seed=5, context=16, progress=change)
+    path.write_bytes(before)
+    again = prepared(data)
+    assert again.digest == whole.digest
+    for mine, other in zip(Store(again.stores[0], "train").shards, Store(whole.stores[0], "train").shards, strict=True):
+        assert mine.part == other.part
+
+
+def test_a_tokenizer_of_a_file_that_changes_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the sample was large enough before the file's end."""
+    monkeypatch.setattr("train.data.prepare.SAMPLE", 1 << 14)
+    (tmp_path / "a").mkdir()
+    path = jsonl(tmp_path / "a" / "a.jsonl", texts(400))
+    data = config(tmp_path, "hf", name=str(path.parent), tokenizer=Tokenizer(kind=TokenizerKind.bpe, vocab=300))
+
+    def change(at: str, done: int, total: int) -> None:
+        if at == "tokenizer":
+            jsonl(path, texts(400)[::-1])
+
+    with pytest.raises(Refused, match="was changed"):
+        prepare(data, seed=5, context=16, progress=change)
+    assert not list((tmp_path / "cache" / "tokenizers").rglob("tokenizer.json"))
+
+
 def flip(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1

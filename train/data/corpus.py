@@ -11,6 +11,7 @@ side of the split.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import gzip
 import hashlib
@@ -46,6 +47,7 @@ class File:
     repo: str = ""
     commit: str = ""
     whole: bool = False  # one document whatever its size
+    time: int = 0  # when it was last changed, in ns, before its digest was taken
 
     @property
     def form(self) -> str:
@@ -58,6 +60,13 @@ class File:
             return Path(self.path)
         hub = _needs("huggingface_hub", "hf")
         return Path(hub.hf_hub_download(self.repo, self.path, repo_type="dataset", revision=self.commit))
+
+    def unchanged(self) -> None:
+        """Refuse what was read since the digest if it may be another content than that: nothing is kept under it."""
+        with contextlib.suppress(OSError):
+            if self.repo or ((now := Path(self.path).stat()).st_size, now.st_mtime_ns) == (self.size, self.time):
+                return
+        raise Refused(self.path, "was changed while it was read: start again")
 
 
 FORMS = (".jsonl", ".parquet", ".gz", ".zst")
@@ -78,8 +87,9 @@ def pin(source: Source, cache: Path, progress: Progress) -> list[File]:
     files, done, total = [], 0, sum(path.stat().st_size for path in paths)
     for path in paths:
         with path.open("rb") as stream:
+            before = os.fstat(stream.fileno())
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        files.append(File(str(path), sha256, path.stat().st_size, whole=whole))
+        files.append(File(str(path), sha256, before.st_size, whole=whole, time=before.st_mtime_ns))
         done += files[-1].size
         progress("digest", done, total)
     if not files:
@@ -159,6 +169,7 @@ def documents(file: File, field: str, prompt_field: str = "") -> Iterator[Docume
         else:
             with _open(path) as stream:
                 yield from map(_utf8, _lines(stream, path, fields) if packed else _pages(stream, file))
+        file.unchanged()
     except (OSError, EOFError, zlib.error) as error:
         raise Refused(str(path), f"cannot be read ({error}): replace it or leave it out") from None
 

@@ -222,5 +222,7 @@ def _sample(data: Data, sources: list[Source], pins: list[list[File]], progress:
             progress("tokenizer", taken, SAMPLE)
             if budget <= 0:
                 break
+        for file in files:
+            file.unchanged()
     if not taken:
         raise Refused("data", NO_TRAINING)

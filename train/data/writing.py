@@ -200,6 +200,7 @@ def _batches(job: Job, start: Place) -> Iterator[list[tuple[Place, Document | No
                 batch.append(((f, d), raw))
                 size += len(raw or b"")
             if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+                job.files[f].unchanged()
                 yield batch
                 batch, size = [], 0
     yield batch
