@@ -18,6 +18,7 @@ import pytest
 from tests.data.corpora import config, folder, jsonl, prepared, stream, texts
 from train.checks import Refused
 from train.config import Data, Source, SourceKind, Tokenizer, TokenizerKind
+from train.data.corpus import File, pin
 from train.data.prepare import Prepared, prepare
 from train.data.store import Store, lock
 from train.data.stream import IGNORED, Stream, Validation
@@ -231,6 +232,34 @@ def test_a_dataset_without_the_column_is_refused(tmp_path: Path, dataset: Path) 
         prepare(local(tmp_path, dataset, "cache", field="body"), seed=5, context=16)
     with pytest.raises(Refused, match=r"data\.files"):
         prepare(local(tmp_path, dataset, "cache", files="*.csv"), seed=5, context=16)
+
+
+def test_a_pin_is_written_whole_and_one_that_is_not_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    source = Source(kind=SourceKind.hf, name="some/set")
+    file = SimpleNamespace(rfilename="train.jsonl", lfs=None, blob_id="b" * 40, size=7)
+    info = SimpleNamespace(sha="c" * 40, siblings=[file])
+
+    def ask() -> list[File]:
+        return pin(source, tmp_path, lambda *_: None)
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub.HfApi, "dataset_info", lambda *_, **__: info)
+        pinned = ask()
+        (kept,) = (tmp_path / "pins").iterdir()
+        before = os.stat(kept).st_ino
+        assert ask() == pinned
+        assert [path.name for path in (tmp_path / "pins").iterdir()] == [kept.name]
+        assert os.stat(kept).st_ino != before  # another file took its place, all at once
+    monkeypatch.setattr(hub.HfApi, "dataset_info", no_network)
+    assert ask() == pinned
+    for torn in (kept.read_text()[:-9], "", '[{"path": 1, "of_old": 2}]'):
+        kept.write_text(torn)
+        with pytest.raises(Refused, match=r"data\.name: cannot look up some/set at main on the Hub: no network"):
+            ask()
 
 
 def test_a_reader_waits_for_a_shard_and_sees_what_it_would_have_seen(

@@ -128,7 +128,7 @@ def _pin_on_hub(source: Source, cache: Path) -> list[File]:
     try:
         info = hub.HfApi().dataset_info(source.name, revision=source.revision, files_metadata=True)
     except Exception as error:  # the Hub's client has dozens, for network, rights and names
-        if kept.exists():
+        with contextlib.suppress(OSError, ValueError, TypeError):  # one that cannot be read is none
             return [File(**entry) for entry in json.loads(kept.read_text())]
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refused("data.name", f"cannot look up {source.name} at {source.revision} on the Hub: {line}") from None
@@ -139,7 +139,9 @@ def _pin_on_hub(source: Source, cache: Path) -> list[File]:
         digest = entry.lfs["sha256"] if entry.lfs else entry.blob_id
         files.append(File(name, digest, entry.size or 0, repo=source.name, commit=info.sha))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps([asdict(file) for file in files]))
+    draft = kept.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps([asdict(file) for file in files]))
+    draft.replace(kept)
     return files
 
 
