@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -93,6 +94,9 @@ def test_bad_text_is_refused_by_file_and_line(tmp_path: Path) -> None:
     path.write_text('{"text": "fine"}\n{"body": "no text"}\n')
     with pytest.raises(Refused, match=r"a\.jsonl:2.*data\.field"):
         prepared(config(tmp_path, "text", path=str(path)))
+    path.write_text('{"text": "fine"}\n{"text": ' + "[" * 100_000 + "}\n")
+    with pytest.raises(Refused, match=r"a\.jsonl:2: is no JSON object"):
+        prepared(config(tmp_path, "text", path=str(path)))
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"hello world" * 100)[:-20])
     with pytest.raises(Refused, match=r"b\.txt\.gz"):
         prepared(config(tmp_path, "text", path=str(tmp_path / "b.txt.gz")))
@@ -117,6 +121,16 @@ def test_zstd_is_read_to_the_end_of_its_last_frame_or_refused(tmp_path: Path) ->
         with pytest.raises(Refused, match=r"a\.jsonl\.zst: cannot be read \(.+\): replace it") as refusal:
             read(damaged)
         assert "\n" not in str(refusal.value)
+
+
+def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
+    written = texts(40)
+    root = folder(tmp_path / "a", written)
+    (root / "gone.txt").symlink_to(root / "nowhere")
+    os.mkfifo(root / "pipe.txt")
+    (root / "link.txt").symlink_to(folder(tmp_path / "b", ["linked " * 30]) / "0000.txt")
+    corpus = prepared(config(tmp_path, "text", path=str(root)))
+    assert sorted(contents(corpus, "train") + contents(corpus, "validation")) == sorted([*written, "linked " * 30])
 
 
 def test_an_empty_corpus_and_an_empty_validation_split_are_refused(tmp_path: Path) -> None:

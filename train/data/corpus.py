@@ -104,7 +104,8 @@ def _below(path: Path, leave_out: Collection[str] = ()) -> list[Path]:
     found = []
     for folder, folders, names in os.walk(path):
         folders[:] = [name for name in folders if name not in leave_out and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.is_file()]  # no broken link, no pipe
     return sorted(found, key=str)
 
 
@@ -245,7 +246,7 @@ def _lines(stream: BinaryIO, path: Path, fields: list[str]) -> Iterator[list[str
         except UnicodeDecodeError:
             yield None
             continue
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         texts: list[str] = []
         for field, key in zip(reversed(fields), ("data.field", "data.prompt_field"), strict=False):
