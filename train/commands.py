@@ -67,11 +67,11 @@ class Sample:
 
 @dataclass(slots=True, kw_only=True)
 class Evaluate:
-    """`colossus eval`: bits per byte and perplexity of a run's model on its validation set, or on all of `data`."""
+    """`colossus eval`: bits per byte and perplexity of a run's model on its validation set, or on `data`."""
 
     run: str = MISSING  # a folder, or a name under runs/
     step: int = -1
-    data: Data | None = None  # data=…: another corpus, in the run's tokens
+    data: Data | None = None  # data=…: another corpus, all of it (its val*.bin, of .bin files), in the run's tokens
     tokens: int = 0  # of the validation set, or of that corpus; 0: all
     micro_batch: int = 8
     accelerator: str = "auto"

@@ -65,7 +65,7 @@ class Prepared:
 
 
 def whole(data: Data, tokenizer: str) -> Prepared:
-    """All of a corpus to be scored, and none to be trained on, in the tokens of this tokenizer.json."""
+    """All of a corpus to be scored, in the tokens of this tokenizer.json; of .bin files, val*.bin."""
     data.tokenizer, data.validation = TokenizerConfig(kind=TokenizerKind.file, path=tokenizer), 1.0
     return prepare(data, seed=0, context=0)[0]
 
