@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from train.checks import Refused, at_least, choice, require, seconds
+from train.checks import Refused, at_least, choice, require, seconds, utf8
 from train.config import ACCELERATORS, GROUPS, Data, Model, TokenizerKind, Train
 from train.shapes import MODELS
 
@@ -61,6 +61,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         at_least(self, "", tokens=1, count=1, temperature=0, top_k=0)
+        utf8(self.prompt, "prompt")
         require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is not in (0, 1]")
         choice(self.accelerator, "accelerator", ACCELERATORS)
 
