@@ -97,6 +97,14 @@ def test_values_of_text_and_path_keys_are_quoted_for_the_user() -> None:
     assert (config.checkpoint.store, config.resume_from) == (url, url)
 
 
+def test_a_prompt_in_another_encoding_is_refused() -> None:
+    latin = b"caf\xe9".decode(errors="surrogateescape")  # as Python decodes arguments
+    with pytest.raises(Refused, match="prompt: is not UTF-8"):
+        compose.config("sample", ["run=x", f"prompt={latin}"])
+    with pytest.raises(Refused, match="sample: is not UTF-8"):
+        compose.config("train", [f"sample={latin}"])
+
+
 def test_a_mix_is_described_in_a_file_and_adjusted_on_the_command_line() -> None:
     """configs/data/mix.yaml as it ships, with other weights."""
     parts = compose.config("train", ["data=mix", "data.parts.prose.path=."]).data.parts

@@ -105,7 +105,7 @@ class Agent:
                 self._console.say(f"stopped at once ({self._requests.names[1]})")
                 return FAILED
             self._pass_on(link)
-            if self._preparer is not None and (error := self._preparer.poll()):
+            if self._preparer is not None and (error := self._preparer.poll(self._console.event)):
                 return self._fail(f"the data: {error}")
         return None
 

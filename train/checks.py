@@ -43,6 +43,11 @@ def choice(value: Any, key: str, choices: tuple[Any, ...]) -> None:
     require(value in choices, key, f"'{value}' is unknown: choose from {shown}")
 
 
+def utf8(text: str, key: str) -> None:
+    """A terminal's bytes in another encoding arrive as surrogates, which are no text."""
+    require(text == text.encode(errors="replace").decode(), key, "is not UTF-8")
+
+
 def no_secret(url: str, key: str) -> None:
     """A URL is written to config.yaml and said in messages."""
     user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")

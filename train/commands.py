@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from train.checks import Refused, at_least, choice, require, seconds
+from train.checks import Refused, at_least, choice, require, seconds, utf8
 from train.config import ACCELERATORS, GROUPS, Data, Model, TokenizerKind, Train
 from train.shapes import MODELS
 
@@ -61,17 +61,18 @@ class Sample:
 
     def __post_init__(self) -> None:
         at_least(self, "", tokens=1, count=1, temperature=0, top_k=0)
+        utf8(self.prompt, "prompt")
         require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is not in (0, 1]")
         choice(self.accelerator, "accelerator", ACCELERATORS)
 
 
 @dataclass(slots=True, kw_only=True)
 class Evaluate:
-    """`colossus eval`: bits per byte and perplexity of a run's model on its validation set, or on all of `data`."""
+    """`colossus eval`: bits per byte and perplexity of a run's model on its validation set, or on `data`."""
 
     run: str = MISSING  # a folder, or a name under runs/
     step: int = -1
-    data: Data | None = None  # data=…: another corpus, in the run's tokens
+    data: Data | None = None  # data=…: another corpus, all of it (its val*.bin, of .bin files), in the run's tokens
     tokens: int = 0  # of the validation set, or of that corpus; 0: all
     micro_batch: int = 8
     accelerator: str = "auto"

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from train.checks import at_least, choice, no_secret, require, seconds
+from train.checks import at_least, choice, no_secret, require, seconds, utf8
 
 _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"  # in a wheel; in a checkout
@@ -389,6 +389,7 @@ class Train:
         require(not full or self.batch.weights == "even", "batch.weights", why)
         seconds(self.stop_after)
         no_secret(self.resume_from, "resume_from")
+        utf8(self.sample, "sample")
         require(not self.recovery.spike or self.most_nodes == 1, "recovery.spike", "goes back on one node only: use 0")
         auditable = self.evidence.digests and self.reduce.mode is ReduceMode.exact and not full
         why = "compares digests of virtual ranks: not with evidence.digests=false, reduce=fast or sharding=full"

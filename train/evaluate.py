@@ -81,7 +81,7 @@ def evaluate(
 
 
 def main(config: Evaluate) -> int:
-    """`colossus eval`: the score of a run's model, on its own validation set or all of `data`, beside gzip's."""
+    """`colossus eval`: the score of a run's model, on its own validation set or on `data`, beside gzip's."""
     on = trained.device(config.accelerator)
     run = trained.load(locate(config.run), config.step, on)
     context, size = run.config.model.context, config.micro_batch

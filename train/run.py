@@ -166,6 +166,9 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
         due=(Due(config.eval.every, keeper.evaluate), Due(config.checkpoint.every, keeper.save, when_stopping=True)),
     )
 
+    for store in parts.stream.stores:
+        store.waits = channel.stop_requested  # which says that this rank is alive, and ends it with its parent
+
     if config.recovery.audit:
         audit = Audit(config, state, parts, engine.reducer, group, channel, order.writer_epoch)
         parts = replace(parts, phase=audit.phase)

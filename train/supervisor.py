@@ -175,7 +175,7 @@ class Supervisor:
                 self._console.say(f"stopped at once ({self._requests.names[1]}); the last checkpoint stands")
                 return FAILED
             self._ask_to_stop()
-            if self._preparer is not None and (error := self._preparer.poll()):
+            if self._preparer is not None and (error := self._preparer.poll(self._record)):
                 self._console.error(f"the data: {error}")
                 return FAILED
             self._end_silence()

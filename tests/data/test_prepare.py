@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 from tests.data.corpora import config, folder, jsonl, prepared, stream, texts
 from train.checks import Refused
 from train.config import Data, Source, SourceKind, Tokenizer, TokenizerKind
-from train.data.corpus import documents, held_out, pin
+from train.data.corpus import Document, documents, held_out, pin
 from train.data.prepare import Prepared, _sample, prepare
 from train.data.store import Store
 from train.data.stream import Validation
@@ -93,9 +94,43 @@ def test_bad_text_is_refused_by_file_and_line(tmp_path: Path) -> None:
     path.write_text('{"text": "fine"}\n{"body": "no text"}\n')
     with pytest.raises(Refused, match=r"a\.jsonl:2.*data\.field"):
         prepared(config(tmp_path, "text", path=str(path)))
+    path.write_text('{"text": "fine"}\n{"text": ' + "[" * 100_000 + "}\n")
+    with pytest.raises(Refused, match=r"a\.jsonl:2: is no JSON object"):
+        prepared(config(tmp_path, "text", path=str(path)))
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"hello world" * 100)[:-20])
     with pytest.raises(Refused, match=r"b\.txt\.gz"):
         prepared(config(tmp_path, "text", path=str(tmp_path / "b.txt.gz")))
+
+
+def test_zstd_is_read_to_the_end_of_its_last_frame_or_refused(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    written = [text * 40 for text in texts(60)]  # of more than one read of a file, and more than one block
+    lines = [jsonl(tmp_path / "x", part).read_bytes() for part in (written[:20], written[20:])]
+    skippable = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    raw = zstandard.compress(lines[0]) + skippable + zstandard.ZstdCompressor(write_checksum=True).compress(lines[1])
+    path = tmp_path / "a.jsonl.zst"
+
+    def read(content: bytes) -> list[Document | None]:
+        path.write_bytes(content)
+        (file,) = pin(Source(kind=SourceKind.text, path=str(path)), tmp_path, lambda *_: None)
+        return list(documents(file, "text"))
+
+    assert read(raw) == [text.encode() for text in written]
+    assert read(b"") == []
+    for damaged in (raw[:-2], raw[:-3000], raw + b"no frame", b"plain text", b"\0" * len(raw)):
+        with pytest.raises(Refused, match=r"a\.jsonl\.zst: cannot be read \(.+\): replace it") as refusal:
+            read(damaged)
+        assert "\n" not in str(refusal.value)
+
+
+def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
+    written = texts(40)
+    root = folder(tmp_path / "a", written)
+    (root / "gone.txt").symlink_to(root / "nowhere")
+    os.mkfifo(root / "pipe.txt")
+    (root / "link.txt").symlink_to(folder(tmp_path / "b", ["linked " * 30]) / "0000.txt")
+    corpus = prepared(config(tmp_path, "text", path=str(root)))
+    assert sorted(contents(corpus, "train") + contents(corpus, "validation")) == sorted([*written, "linked " * 30])
 
 
 def test_an_empty_corpus_and_an_empty_validation_split_are_refused(tmp_path: Path) -> None:
@@ -181,6 +216,47 @@ def test_work_that_was_interrupted_goes_on_and_ends_the_same(tmp_path: Path) -> 
     assert contents(again, "train") == contents(whole, "train")
     for mine, other in zip(Store(again.stores[0], "train").shards, Store(whole.stores[0], "train").shards, strict=True):
         assert mine.part == other.part
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("stage", ["digest", "tokenizer", "tokenize"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, stage: str, kind: str) -> None:
+    """What is kept under a digest has that content: with the file as it was, all is as if it had never changed."""
+    written = texts(100 if stage == "digest" else 1500)  # a batch, or several
+    path = jsonl(tmp_path / "a.jsonl", written)
+    before, after = path.read_bytes(), jsonl(tmp_path / "x", written[::-1]).read_bytes()
+    keys = {"path": str(path), "shard_tokens": 4096, "tokenizer": Tokenizer(kind=TokenizerKind[kind], vocab=300)}
+    whole = prepared(config(tmp_path, "text", cache=str(tmp_path / "clean"), **keys))
+    data = config(tmp_path, "text", cache=str(tmp_path / "cache"), **keys)
+
+    def change(at: str, done: int, total: int) -> None:
+        if at == stage and path.read_bytes() == before:
+            path.write_bytes(after)  # as long as it was
+
+    if (stage, kind) != ("tokenizer", "bytes"):
+        with pytest.raises(Refused, match=r"a\.jsonl: was changed while it was read: start again"):
+            prepare(data, seed=5, context=16, progress=change)
+    path.write_bytes(before)
+    again = prepared(data)
+    assert again.digest == whole.digest
+    for mine, other in zip(Store(again.stores[0], "train").shards, Store(whole.stores[0], "train").shards, strict=True):
+        assert mine.part == other.part
+
+
+def test_a_tokenizer_of_a_file_that_changes_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the sample was large enough before the file's end."""
+    monkeypatch.setattr("train.data.prepare.SAMPLE", 1 << 14)
+    (tmp_path / "a").mkdir()
+    path = jsonl(tmp_path / "a" / "a.jsonl", texts(400))
+    data = config(tmp_path, "hf", name=str(path.parent), tokenizer=Tokenizer(kind=TokenizerKind.bpe, vocab=300))
+
+    def change(at: str, done: int, total: int) -> None:
+        if at == "tokenizer":
+            jsonl(path, texts(400)[::-1])
+
+    with pytest.raises(Refused, match="was changed"):
+        prepare(data, seed=5, context=16, progress=change)
+    assert not list((tmp_path / "cache" / "tokenizers").rglob("tokenizer.json"))
 
 
 def flip(path: Path) -> None:

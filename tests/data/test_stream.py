@@ -3,10 +3,13 @@ from __future__ import annotations
 import gzip
 import os
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,11 @@ import pytest
 from tests.data.corpora import config, folder, jsonl, prepared, stream, texts
 from train.checks import Refused
 from train.config import Data, Source, SourceKind, Tokenizer, TokenizerKind
+from train.data.corpus import File, pin
 from train.data.prepare import Prepared, prepare
 from train.data.store import Store, lock
 from train.data.stream import IGNORED, Stream, Validation
-from train.data.writing import Preparer
+from train.data.writing import TRIES, Job, Preparer
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +169,19 @@ def dataset(tmp_path: Path) -> Path:
     return root
 
 
+def never(record: dict[str, Any]) -> None:
+    pytest.fail(record["text"])
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """What it gives, once that is something."""
+    deadline = time.monotonic() + 60
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
 def local(tmp_path: Path, dataset: Path, cache: str, **keys: Any) -> Data:
     return config(tmp_path, "hf", name=str(dataset), shard_tokens=6000, cache=str(tmp_path / cache), **keys)
 
@@ -173,7 +190,7 @@ def finished(data: Data) -> Prepared:
     result, preparer = prepare(data, seed=5, context=16)
     deadline = time.monotonic() + 60
     while preparer is not None and not (Path(result.stores[0]) / "complete.json").exists():
-        assert preparer.poll() is None
+        assert preparer.poll(never) is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     if preparer is not None:
@@ -186,7 +203,8 @@ def first_shard_only(data: Data, monkeypatch: pytest.MonkeyPatch) -> Prepared:
     with monkeypatch.context() as patch:
         patch.setattr("train.data.writing._background", lambda job, held: None)
         result, preparer = prepare(data, seed=5, context=16)
-    assert preparer is None
+    assert preparer is not None
+    assert preparer.works[0].process is None
     assert not result.complete
     return result
 
@@ -216,6 +234,34 @@ def test_a_dataset_without_the_column_is_refused(tmp_path: Path, dataset: Path) 
         prepare(local(tmp_path, dataset, "cache", files="*.csv"), seed=5, context=16)
 
 
+def test_a_pin_is_written_whole_and_one_that_is_not_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    source = Source(kind=SourceKind.hf, name="some/set")
+    file = SimpleNamespace(rfilename="train.jsonl", lfs=None, blob_id="b" * 40, size=7)
+    info = SimpleNamespace(sha="c" * 40, siblings=[file])
+
+    def ask() -> list[File]:
+        return pin(source, tmp_path, lambda *_: None)
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub.HfApi, "dataset_info", lambda *_, **__: info)
+        pinned = ask()
+        (kept,) = (tmp_path / "pins").iterdir()
+        before = os.stat(kept).st_ino
+        assert ask() == pinned
+        assert [path.name for path in (tmp_path / "pins").iterdir()] == [kept.name]
+        assert os.stat(kept).st_ino != before  # another file took its place, all at once
+    monkeypatch.setattr(hub.HfApi, "dataset_info", no_network)
+    assert ask() == pinned
+    for torn in (kept.read_text()[:-9], "", '[{"path": 1, "of_old": 2}]'):
+        kept.write_text(torn)
+        with pytest.raises(Refused, match=r"data\.name: cannot look up some/set at main on the Hub: no network"):
+            ask()
+
+
 def test_a_reader_waits_for_a_shard_and_sees_what_it_would_have_seen(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +276,7 @@ def test_a_reader_waits_for_a_shard_and_sees_what_it_would_have_seen(
     held = lock(Path(early.stores[0]))  # somebody prepares
     assert held is not None
     results: list[Any] = []
-    reader = threading.Thread(target=lambda: results.append(everything(waiting, 300)))
+    reader = threading.Thread(target=lambda: results.append(everything(waiting, 300)), daemon=True)
     reader.start()
     time.sleep(0.4)
     assert not results
@@ -253,17 +299,88 @@ def test_the_preparer_says_why_it_failed(tmp_path: Path, dataset: Path, monkeypa
     monkeypatch.setattr("train.data.writing.BATCH_BYTES", 4096)  # so that the first shard is there before the bad line
     with (dataset / "data" / "train-00001.jsonl").open("a") as out:
         out.write("{broken\n")
+    monkeypatch.setattr("train.data.writing.PAUSE", 0.0)
     result, preparer = prepare(local(tmp_path, dataset, "cache"), seed=5, context=16)
     assert isinstance(preparer, Preparer)
     with pytest.raises(Refused, match=r"train-00001\.jsonl:61"):
         everything(stream(result), 300)
-    deadline = time.monotonic() + 30
-    while preparer.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    line = preparer.poll()
-    assert line is not None
-    assert "train-00001.jsonl:61" in line
-    assert "\n" not in line
+    warned: list[str] = []
+    lines = until(lambda: preparer.poll(lambda record: warned.append(record["text"])))
+    assert len(warned) == TRIES - 1  # there was no new shard
+    for line in (lines, *warned):
+        assert "train-00001.jsonl:61" in line
+        assert "\n" not in line
+
+
+def test_a_preparer_that_fails_begins_again(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a pause that grows, and as often as there is a new shard between two failures."""
+    now, warned = [1000.0], list[str]()
+    monkeypatch.setattr("train.data.writing.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with monkeypatch.context() as patch:
+
+        def idle(job: Job, held: int) -> subprocess.Popen[bytes]:
+            return subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE)
+
+        def full(job: Job, held: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("train.data.writing._background", idle)
+        _, preparer = prepare(local(tmp_path, dataset, "cache"), seed=5, context=16)
+        assert preparer is not None
+        (work,) = preparer.works
+        folder = Path(work.job.folder)
+
+        def fail() -> None:
+            assert work.process is not None
+            work.process.kill()
+            work.process.wait()
+            assert preparer.poll(lambda record: warned.append(record["text"])) is None
+
+        for pause in (5, 20, 80):
+            fail()
+            assert warned[-1].endswith(f"has failed: it ended without a word; begun again in {pause} s")
+            now[0] += pause - 1
+            assert preparer.poll(never) is None
+            assert work.process is None
+            now[0] += 2
+            assert preparer.poll(never) is None
+        (folder / "shard-00001").mkdir()
+        fail()
+        assert warned[-1].endswith("begun again in 5 s")
+        (folder / "shard-00001").rmdir()
+        now[0] += 6
+        patch.setattr("train.data.writing._background", full)
+        assert preparer.poll(lambda record: warned.append(record["text"])) is None
+        assert "No space left on device; begun again in 5 s" in warned[-1]
+    now[0] += 6
+    assert until(lambda: preparer.poll(never) or (folder / "complete.json").exists()) is True
+    preparer.stop()
+    assert len(warned) == 5
+
+
+def test_what_another_run_leaves_is_taken_up(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs share a store. The one that prepares it ends; the other one's ranks wait all the while."""
+    data = local(tmp_path, dataset, "c2")
+    expected = everything(stream(finished(local(tmp_path, dataset, "c1"))), 300)
+    early = first_shard_only(data, monkeypatch)
+    held = lock(Path(early.stores[0]))  # the other run's
+    assert held is not None
+    result, preparer = prepare(data, seed=5, context=16)
+    assert preparer is not None
+    signs, results, waiting = [], list[Any](), stream(result)
+    waiting.stores[0].waits = lambda: signs.append(time.monotonic())
+    reader = threading.Thread(target=lambda: results.append(everything(waiting, 300)), daemon=True)
+    reader.start()
+    until(lambda: len(signs) > 2)
+    assert preparer.poll(never) is None
+    assert preparer.works[0].process is None
+    os.close(held)
+    seen = len(signs)
+    until(lambda: len(signs) > seen + 2)  # nobody prepares it just now
+    assert until(lambda: preparer.poll(never) or (Path(result.stores[0]) / "complete.json").exists()) is True
+    reader.join(timeout=60)
+    preparer.stop()
+    assert results == [expected]
 
 
 def test_the_preparer_does_not_outlive_its_parent(
@@ -277,7 +394,8 @@ def test_the_preparer_does_not_outlive_its_parent(
     if child == 0:  # a parent that is killed once its preparer works
         _, preparer = prepare(local(tmp_path, dataset, "cache"), seed=5, context=16)
         assert preparer is not None
-        os.write(writer, str(preparer.running[0][1].pid).encode())
+        assert preparer.works[0].process is not None
+        os.write(writer, str(preparer.works[0].process.pid).encode())
         time.sleep(60)
         os._exit(0)
     background = int(os.read(reader, 20))

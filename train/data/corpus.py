@@ -11,6 +11,7 @@ side of the split.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import gzip
 import hashlib
@@ -46,6 +47,7 @@ class File:
     repo: str = ""
     commit: str = ""
     whole: bool = False  # one document whatever its size
+    time: int = 0  # when it was last changed, in ns, before its digest was taken
 
     @property
     def form(self) -> str:
@@ -58,6 +60,13 @@ class File:
             return Path(self.path)
         hub = _needs("huggingface_hub", "hf")
         return Path(hub.hf_hub_download(self.repo, self.path, repo_type="dataset", revision=self.commit))
+
+    def unchanged(self) -> None:
+        """Refuse what was read since the digest if it may be another content than that: nothing is kept under it."""
+        with contextlib.suppress(OSError):
+            if self.repo or ((now := Path(self.path).stat()).st_size, now.st_mtime_ns) == (self.size, self.time):
+                return
+        raise Refused(self.path, "was changed while it was read: start again")
 
 
 FORMS = (".jsonl", ".parquet", ".gz", ".zst")
@@ -78,8 +87,9 @@ def pin(source: Source, cache: Path, progress: Progress) -> list[File]:
     files, done, total = [], 0, sum(path.stat().st_size for path in paths)
     for path in paths:
         with path.open("rb") as stream:
+            before = os.fstat(stream.fileno())
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        files.append(File(str(path), sha256, path.stat().st_size, whole=whole))
+        files.append(File(str(path), sha256, before.st_size, whole=whole, time=before.st_mtime_ns))
         done += files[-1].size
         progress("digest", done, total)
     if not files:
@@ -94,7 +104,8 @@ def _below(path: Path, leave_out: Collection[str] = ()) -> list[Path]:
     found = []
     for folder, folders, names in os.walk(path):
         folders[:] = [name for name in folders if name not in leave_out and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.is_file()]  # no broken link, no pipe
     return sorted(found, key=str)
 
 
@@ -118,7 +129,7 @@ def _pin_on_hub(source: Source, cache: Path) -> list[File]:
     try:
         info = hub.HfApi().dataset_info(source.name, revision=source.revision, files_metadata=True)
     except Exception as error:  # the Hub's client has dozens, for network, rights and names
-        if kept.exists():
+        with contextlib.suppress(OSError, ValueError, TypeError):  # one that cannot be read is none
             return [File(**entry) for entry in json.loads(kept.read_text())]
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refused("data.name", f"cannot look up {source.name} at {source.revision} on the Hub: {line}") from None
@@ -129,7 +140,9 @@ def _pin_on_hub(source: Source, cache: Path) -> list[File]:
         digest = entry.lfs["sha256"] if entry.lfs else entry.blob_id
         files.append(File(name, digest, entry.size or 0, repo=source.name, commit=info.sha))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps([asdict(file) for file in files]))
+    draft = kept.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps([asdict(file) for file in files]))
+    draft.replace(kept)
     return files
 
 
@@ -159,6 +172,7 @@ def documents(file: File, field: str, prompt_field: str = "") -> Iterator[Docume
         else:
             with _open(path) as stream:
                 yield from map(_utf8, _lines(stream, path, fields) if packed else _pages(stream, file))
+        file.unchanged()
     except (OSError, EOFError, zlib.error) as error:
         raise Refused(str(path), f"cannot be read ({error}): replace it or leave it out") from None
 
@@ -181,10 +195,29 @@ def _utf8(parts: list[str] | bytes | None) -> Document | None:
 def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        reader = _needs("zstandard", "zst").ZstdDecompressor()
-        return io.BufferedReader(reader.stream_reader(path.open("rb"), read_across_frames=True, closefd=True))
-    return path.open("rb")
+    return io.BufferedReader(_Frames(path)) if path.suffix == ".zst" else path.open("rb")
+
+
+class _Frames(io.FileIO):
+    """A .zst file, by frames, for a BufferedReader. The library's own reader takes one that is cut off for whole."""
+
+    frame: Any = None
+    out = memoryview(b"")
+
+    def readinto(self, buffer: Any) -> int:
+        zstd = _needs("zstandard", "zst")
+        while not self.out and (raw := (self.frame and self.frame.unused_data) or self.read(PAGE)):
+            if self.frame is None or self.frame.eof:
+                self.frame = zstd.ZstdDecompressor().decompressobj()
+            try:
+                self.out = memoryview(self.frame.decompress(raw))
+            except zstd.ZstdError as error:
+                raise OSError(error) from None
+        if not (self.out or self.frame is None or self.frame.eof):
+            raise EOFError("it ends in the middle of a frame")
+        size = min(len(buffer), len(self.out))
+        buffer[:size], self.out = self.out[:size], self.out[size:]
+        return size
 
 
 def _pages(stream: BinaryIO, file: File) -> Iterator[bytes]:
@@ -213,7 +246,7 @@ def _lines(stream: BinaryIO, path: Path, fields: list[str]) -> Iterator[list[str
         except UnicodeDecodeError:
             yield None
             continue
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         texts: list[str] = []
         for field, key in zip(reversed(fields), ("data.field", "data.prompt_field"), strict=False):

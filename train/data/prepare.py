@@ -23,7 +23,7 @@ from train.data import store
 from train.data.corpus import File, Progress, documents, drawn, held_out, pin
 from train.data.store import digest
 from train.data.tokenizer import Tokenizer
-from train.data.writing import Job, Preparer, index_bin, quiet, write_store
+from train.data.writing import Job, Preparer, Work, index_bin, quiet, write_store
 
 Manifest = dict[str, Any]  # of a shard
 
@@ -65,7 +65,7 @@ class Prepared:
 
 
 def whole(data: Data, tokenizer: str) -> Prepared:
-    """All of a corpus to be scored, and none to be trained on, in the tokens of this tokenizer.json."""
+    """All of a corpus to be scored, in the tokens of this tokenizer.json; of .bin files, val*.bin."""
     data.tokenizer, data.validation = TokenizerConfig(kind=TokenizerKind.file, path=tokenizer), 1.0
     return prepare(data, seed=0, context=0)[0]
 
@@ -81,7 +81,7 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
     pins = [pin(source, cache, progress) if source.kind in READ else [] for source in sources]
     path, tokenizer = _tokenizer(data, sources, pins, cache, progress)
     stores: list[tuple[Path, str]] = []  # and the digest of what each is made from
-    running = []
+    works = []
     for source, files in zip(sources, pins, strict=True):
         if source.kind is SourceKind.bin:
             folder, identity = index_bin(source, tokenizer.vocab, cache, progress)
@@ -103,8 +103,9 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
                 seed=seed,
                 synthetic_tokens=data.synthetic_tokens,
             )
-            if (process := write_store(job, progress)) is not None:
-                running.append((folder, process))
+            process = write_store(job, progress)
+            if process is not None or not (folder / "complete.json").exists():
+                works.append(Work(job, process))
         stores.append((folder, identity))
     shards = [store.manifests(folder) for folder, _ in stores]
     held = [found[:1] if s.kind is SourceKind.hf else found for s, found in zip(sources, shards, strict=True)]
@@ -127,7 +128,7 @@ def prepare(data: Data, *, seed: int, context: int, progress: Progress = quiet) 
         train=_counts("train", shards, known),
         validation=_counts("validation", held, known),
     )
-    return prepared, Preparer(running) if running else None
+    return prepared, Preparer(works) if works else None
 
 
 def _counts(split: str, shards: list[list[Manifest]], known: bool) -> Counts:
@@ -222,5 +223,7 @@ def _sample(data: Data, sources: list[Source], pins: list[list[File]], progress:
             progress("tokenizer", taken, SAMPLE)
             if budget <= 0:
                 break
+        for file in files:
+            file.unchanged()
     if not taken:
         raise Refused("data", NO_TRAINING)

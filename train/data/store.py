@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -170,12 +170,16 @@ class Shard:
 
 
 class Store:
-    """The shards of one split that are there; `wait(i)` waits for one that is still being prepared."""
+    """The shards of one split that are there; `wait(i)` waits for one that is still being prepared.
+
+    It gives up when nobody prepares it, unless there is `waits`, which it calls meanwhile.
+    """
 
     def __init__(self, folder: str | Path, split: str) -> None:
         self.folder, self.split = Path(folder), split
         self.shards: list[Shard] = []
         self.last = False  # the last shard has been seen
+        self.waits: Callable[[], object] | None = None  # of a run, whose supervisor sees to it that shards come
         if (self.folder / "complete.json").exists():
             for digest in unseal(self.folder / "complete.json")["manifests"]:
                 self._next(digest)
@@ -189,6 +193,9 @@ class Store:
             folder = shard_folder(self.folder, len(self.shards))
             if folder.exists():
                 self._next()
+            elif self.waits is not None:
+                self.waits()
+                time.sleep(0.1)
             elif (free := lock(self.folder)) is None:
                 time.sleep(0.1)
             else:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,9 +36,11 @@ from train.data.corpus import Document, File, Progress, documents, held_out
 from train.data.order import keys, scramble
 from train.data.store import digest
 from train.data.tokenizer import Tokenizer
+from train.events import Warned
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 512  # tokenized at once: bounds memory, and keeps the cores busy
 RANDOM_DOCUMENT = 1024  # tokens, the end-of-document token included
+PAUSE, TRIES = 5.0, 5  # seconds after a failure, four times as many after the next; so many in a row are hopeless
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -61,21 +63,51 @@ class Job:
     synthetic_tokens: int
 
 
+@dataclass(slots=True)
+class Work:
+    """A store of which shards are still to come, and who writes them."""
+
+    job: Job
+    process: subprocess.Popen[bytes] | None  # of ours; None: another run's, or nobody for a while
+    failures: int = 0  # since there was a new shard
+    shards: int = 0  # at the last of them
+    due: float = 0.0  # when it may be begun again
+
+
 class Preparer:
     """The background processes that write the shards still to come. They end by themselves when their parent does."""
 
-    def __init__(self, running: list[tuple[Path, subprocess.Popen[bytes]]]) -> None:
-        self.running = running
+    def __init__(self, works: list[Work]) -> None:
+        self.works = works
 
-    def poll(self) -> str | None:
-        """One line if one of them has failed, None while all goes well (or is done)."""
-        for folder, process in self.running:
-            if process.poll():
-                return f"preparing {folder} has failed: {store.why(folder)}"
+    def poll(self, warn: Callable[[dict[str, Any]], object]) -> str | None:
+        """See that all shards are written, also those that another run has left; one line where there is no hope."""
+        for work in self.works:
+            folder, failed = Path(work.job.folder), ""
+            if (folder / "complete.json").exists():
+                continue
+            try:
+                if work.process is None and time.monotonic() > work.due and (held := store.lock(folder)) is not None:
+                    with os.fdopen(held):
+                        work.process = _background(work.job, held)
+                elif work.process is not None and work.process.poll():
+                    work.process.communicate()
+                    failed = store.why(folder)
+            except OSError as error:  # a full disk, or too many processes
+                failed = str(error)
+            if failed:
+                shards = len(list(folder.glob("shard-*")))
+                work.failures, work.shards = work.failures + 1 if shards == work.shards else 1, shards
+                pause = PAUSE * 4 ** (work.failures - 1)
+                work.process, work.due = None, time.monotonic() + pause
+                failed = f"preparing {folder} has failed: {failed}"
+                if work.failures >= TRIES:
+                    return failed
+                warn(Warned(rank=0, text=f"{failed}; begun again in {pause:g} s").record())
         return None
 
     def stop(self) -> None:
-        for _, process in self.running:
+        for process in (work.process for work in self.works if work.process is not None):
             process.kill()  # whatever it was writing is not yet a shard
             process.communicate()
 
@@ -95,7 +127,6 @@ def write_store(job: Job, progress: Progress) -> subprocess.Popen[bytes] | None:
             continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "error.txt").unlink(missing_ok=True)
             if not write_shards(job, job.growing, progress):
                 return _background(job, held)
         finally:
@@ -104,6 +135,7 @@ def write_store(job: Job, progress: Progress) -> subprocess.Popen[bytes] | None:
 
 
 def _background(job: Job, held: int) -> subprocess.Popen[bytes]:
+    (Path(job.folder) / "error.txt").unlink(missing_ok=True)
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
@@ -200,6 +232,7 @@ def _batches(job: Job, start: Place) -> Iterator[list[tuple[Place, Document | No
                 batch.append(((f, d), raw))
                 size += len(raw or b"")
             if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+                job.files[f].unchanged()
                 yield batch
                 batch, size = [], 0
     yield batch
