@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -58,6 +59,23 @@ def test_the_main_job_composes() -> None:
         ("stop_after=5", ["stop_after", "50min"]),
         ("reduce.bucket_mib=0", ["reduce.bucket_mib"]),
         ("schedule.decay=2", ["schedule.decay"]),
+        ("model=null", ["model", "llama_nano"]),
+        ("model=[a,b]", ["model", "llama_nano"]),
+        ("data=5", ["data", "'5' is unknown"]),
+        ("~model", ["model", "llama_nano"]),
+        ("resume.allow=5", ["resume.allow", "no key 5"]),
+        ("resume.allow=[1,2]", ["resume.allow", "no key 1"]),
+        ("stop_after=1.2.3h", ["stop_after", "50min"]),
+        ("stop_after=.s", ["stop_after", "50min"]),
+        ("optimizer.lr=inf", ["optimizer.lr", "finite"]),
+        ("model.rope_base=nan", ["model.rope_base", "finite"]),
+        ("batch.weights=[inf,1]", ["batch.weights", "finite"]),
+        ("faults.days=nan", ["faults.days", "finite"]),
+        ("runs=~nope/x", ["runs", "~nope"]),
+        ("runs=a\nb", ["runs", "cannot be printed"]),
+        (f"runs={'a' * 300}", ["runs", "too long"]),
+        (f"name={'a' * 300}", ["name", "cannot be a folder's name"]),
+        ("data.cache=~nope/x", ["data.cache", "~nope"]),
     ],
 )
 def test_a_mistake_is_named(override: str, words: list[str]) -> None:
@@ -162,6 +180,24 @@ def test_a_sweep_with_one_bad_combination_starts_nothing(tmp_path: Path) -> None
     assert job.seen == []
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("name=a,a", "name: two jobs of the sweep are called 'a'"),
+        ("seed=1,1", "name: two jobs"),
+        ("steps=range(1,1)", "no job in it"),
+        ("steps=interval(1,3)", "--multirun: .*key=a,b"),
+        ("steps=glob(*)", "--multirun: "),
+        ("hydra/sweeper=nope", "--multirun: .*nope"),
+    ],
+)
+def test_what_is_no_sweep_starts_nothing(override: str, words: str, tmp_path: Path) -> None:
+    job = Job()
+    with pytest.raises(Refused, match=words):
+        compose.sweep("train", [f"runs={tmp_path}", override], job)
+    assert job.seen == []
+
+
 def test_a_sweep_stops_on_request_and_reports_the_first_failure(tmp_path: Path) -> None:
     assert compose.sweep("train", [f"runs={tmp_path}", "steps=1,2,3"], lambda c: 1 if c.steps == 2 else 0) == 1
     job = Job(code=75)
@@ -198,6 +234,7 @@ def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["model=nope"], "nope"),
         (["batch.virtual_ranks=0"], "batch.virtual_ranks"),
         (["data=text", "data.path=missing"], "missing"),
+        (["data.path=a\nb", "data=text"], "no such file or folder: a b"),
     ],
 )
 def test_refusals_from_the_outside(arguments: list[str], word: str, tmp_path: Path) -> None:
@@ -215,6 +252,32 @@ def test_refusals_from_the_outside(arguments: list[str], word: str, tmp_path: Pa
 def _children_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    """A full disk; a terminal without our signs; a file that a command stumbles on."""
+    command = [sys.executable, "-m", "train"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*command, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (1, "colossus: the output: No space left on device\n")
+    result = subprocess.run(
+        [*command, "--help"], capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_file_in_the_way_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._guarded(lambda: len(Path("/proc/nothing").read_bytes())) == 1
+    assert capsys.readouterr().err == "colossus: /proc/nothing: No such file or directory\n"
+
+
+def test_groups_and_keys_of_other_commands() -> None:
+    assert "no such key" in refused("run=R", "data.tokenizer.kind=bytes", command="eval")
+    assert "colossus_100k" in refused("cluster=5", command="scale")
+    assert "target: " in refused("target=null", command="launch")
+    assert "seed" in refused("run=R", f"seed={10**20}", command="sample")
+    assert "count" in refused("run=R", f"count={10**12}", command="sample")
+    assert "micro_batch" in refused("run=R", f"micro_batch={10**12}", command="eval")
 
 
 def test_a_sweep_is_for_what_trains(capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,7 +192,17 @@ def test_an_export_overwrites_nothing(tiny: list[str], tmp_path: Path, capsys: p
     assert cli.main(["export", f"run={run}", f"out={out}"]) == 2
     assert "is there already" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (tmp_path / "link").symlink_to("/nowhere")
+    for bad in ("/proc/foo", f"{out}/config.json/y", f"{tmp_path}/link", "a" * 300, "~nope/x"):
+        assert cli.main(["export", f"run={run}", f"out={bad}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("colossus: out: ")
     assert cli.main(["export", f"run={run}"]) == 0
+    for text in ("", '{"train": 5}'):
+        (run / "data.json").write_text(text)
+        assert cli.main(["export", f"run={run}", f"out={tmp_path}/none"]) == 2
+        assert f"{run}/data.json: " in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*.draft")), "a failed export leaves nothing"
     assert (run / "hf" / "model.safetensors").read_bytes() == before["model.safetensors"]
 
 

@@ -110,7 +110,7 @@ def test_top_k_and_top_p_cut_the_distribution() -> None:
     assert p(2, 1.0) == [0.625, 0, 0.375, 0]
     assert p(0, 0.6) == [0.625, 0, 0.375, 0]  # 0.5 is not enough; with 0.3 it is
     assert p(0, 0.45) == [1, 0, 0, 0]
-    assert p(0, 1e-9) == [1, 0, 0, 0]
+    assert p(0, 1e-9) == p(0, 1e-300) == [1, 0, 0, 0]
     assert p(3, 0.99) == [round(x / 9, 6) for x in (5, 1, 3, 0)]  # of equals, the first
     assert p(2, 0.6) == [1, 0, 0, 0]  # top_k first: then 0.625 is enough
 
@@ -118,8 +118,9 @@ def test_top_k_and_top_p_cut_the_distribution() -> None:
 def test_temperature_sharpens() -> None:
     logits = torch.tensor([[0.0, 1.0]]).expand(4000, 2)
     share = {
-        t: choose(logits, t, 0, 1.0, torch.Generator().manual_seed(0)).float().mean().item() for t in (0.0, 0.5, 1.0)
+        t: choose(logits, t, 0, 1.0, torch.Generator().manual_seed(0)).float().mean().item()
+        for t in (0.0, 1e-320, 1e-40, 0.5, 1.0)
     }
-    assert share[0.0] == 1
+    assert share[0.0] == share[1e-40] == share[1e-320] == 1
     assert share[0.5] == pytest.approx(0.8808, abs=0.02)  # 1 / (1 + e^-2)
     assert share[1.0] == pytest.approx(0.7311, abs=0.02)  # 1 / (1 + e^-1)

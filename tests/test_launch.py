@@ -231,11 +231,33 @@ def test_a_sweep_elsewhere_is_a_job_each(tools: Path) -> None:
         ("slurm", ["name='a b'"], ["name"]),
         ("kubernetes", [STORE, "target.image=x", "name=a_b"], ["name", "a_b"]),
         ("compose", ["target.image=x", "runs=/elsewhere"], ["runs", "leave it out"]),
+        ("slurm", ["runs=/tmp/a\n#SBATCH --wrap=x"], ["runs", "cannot be printed"]),
+        ("slurm", ["data=text", "data.path=[5]"], ["data.path", "5"]),
     ],
 )
 def test_what_a_place_cannot_do_is_refused(target: str, arguments: list[str], words: list[str]) -> None:
     message = refused(target, *arguments)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["target=slurm,local"], "target: "),
+        (["target=slurm", "target.gpus=1,2"], "target: "),
+        (["target=slurm", "nodes=1,2"], "nodes: "),
+        (["target=slurm", "dry=true,false"], "dry: "),
+        (["target=slurm", "steps=range(1,1)"], "no job"),
+        (["target=slurm", "name=a,a"], "name: two jobs"),
+    ],
+)
+def test_what_one_submission_cannot_vary_is_refused(
+    arguments: list[str], word: str, tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["launch", "--multirun", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert word in captured.err
+    assert (len(captured.err.splitlines()), captured.out, calls(tools)) == (1, "", [])
 
 
 @pytest.mark.parametrize(

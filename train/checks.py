@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+MALFORMED = (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError)  # who reads a file meets them
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit codes; 75: stopped on request, saved, resumable
 
 
@@ -48,6 +50,16 @@ def utf8(text: str, key: str) -> None:
     require(text == text.encode(errors="replace").decode(), key, "is not UTF-8")
 
 
+def place(text: str, key: str) -> Path:
+    """The path that a user means, `~` resolved; refused where there can be none: nobody's home, too long a name."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise Refused(key, f"{text!r} is no path ({getattr(error, 'strerror', None) or error})") from error
+    return path
+
+
 def no_secret(url: str, key: str) -> None:
     """A URL is written to config.yaml and said in messages."""
     user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
@@ -57,10 +69,10 @@ def no_secret(url: str, key: str) -> None:
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
-def seconds(text: str) -> float | None:
+def seconds(text: str, key: str = "stop_after") -> float | None:
     """Seconds in a wall time such as `90s`, `50min`, `2h`, `1.5d`; None where it is empty."""
     if not text:
         return None
     why = f"'{text}' is no duration: write 90s, 50min, 2h or 1d"
-    match = needed(re.fullmatch(r"([0-9.]+)\s*(s|min|h|d)", text), "stop_after", why)
+    match = needed(re.fullmatch(r"([0-9]{0,9}\.?[0-9]{1,9})\s*(s|min|h|d)", text), key, why)
     return float(match[1]) * UNITS[match[2]]

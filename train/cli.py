@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import os
@@ -57,6 +58,8 @@ GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "faults"
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done; 2 refused, nothing started; 75 stopped on request, saved; else a failure with its cause."""
     previous = {number: signal.signal(number, signal.default_int_handler) for number in REQUESTS}
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without our signs shows others
     try:
         return _guarded(lambda: _dispatch(sys.argv[1:] if arguments is None else arguments))
     finally:
@@ -97,14 +100,21 @@ def _dispatch(arguments: list[str]) -> int:
 def _guarded(run: Callable[[], int]) -> int:
     """The exit code of a command, or of one job of a sweep."""
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()
+        return code
     except Refused as refusal:
-        print(f"colossus: {refusal}", file=sys.stderr)
+        print("colossus:", " ".join(str(refusal).splitlines()), file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # who reads our output, `head` perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes
+    except OSError as error:
+        if error.filename is None:
+            if error.errno not in (errno.EPIPE, errno.ENOSPC):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes
+        if error.errno != errno.EPIPE:  # else who reads our output, `head` perhaps, has seen enough
+            print(f"colossus: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         return FAILED
 
 

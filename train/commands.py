@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from train.checks import Refused, at_least, choice, require, seconds, utf8
+from train.checks import at_least, choice, require, seconds, utf8
 from train.config import ACCELERATORS, GROUPS, Data, Model, TokenizerKind, Train
 from train.shapes import MODELS
 
@@ -62,6 +62,8 @@ class Sample:
     def __post_init__(self) -> None:
         at_least(self, "", tokens=1, count=1, temperature=0, top_k=0)
         utf8(self.prompt, "prompt")
+        require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
+        require(self.count <= 10_000, "count", f"{self.count} at once do not fit: use 10000 or less")
         require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is not in (0, 1]")
         choice(self.accelerator, "accelerator", ACCELERATORS)
 
@@ -80,6 +82,7 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         at_least(self, "", tokens=0, micro_batch=1)
+        require(self.micro_batch <= 10_000, "micro_batch", f"{self.micro_batch} is too large: use 10000 or less")
         given = self.data is not None and self.data.tokenizer.kind in (TokenizerKind.bytes, TokenizerKind.file)
         require(not given, "data.tokenizer", "is the run's own, which its model knows: leave it out")
         choice(self.accelerator, "accelerator", ACCELERATORS)
@@ -192,6 +195,8 @@ class Scale:
 
     def __post_init__(self) -> None:
         at_least(self, "", vocab=2, context=0, batch=0, gpus=0, tp=0, pp=0, cp=0, ep=0, micro_batch=0)
+        for key, most in {"vocab": 10**8, "context": 10**8, "batch": 10**6}.items():  # what is searched for grows
+            require(getattr(self, key) <= most, key, f"{getattr(self, key)} is too large: use {most} or less")
         require(0 <= self.tokens < 1e18, "tokens", f"{self.tokens:g} is no number of tokens")
         require(0 < self.utilization < 1, "utilization", f"{self.utilization} is not in (0, 1)")
         choice(self.recompute, "recompute", ("auto", "none", "selective", "full"))
@@ -329,10 +334,7 @@ class Target:
             good = bool(source and colon) and re.fullmatch(r"(/[\w.-]+)+", there)
             require(bool(good), "target.mounts", f"'{mount}' is not SOURCE:/there")
         require(not self.gpu or self.gpus > 0, "target.gpu", "needs target.gpus=N too")
-        try:
-            seconds(self.time)
-        except Refused as refusal:
-            raise Refused("target.time", refusal.why) from refusal
+        seconds(self.time, "target.time")
 
     @property
     def places(self) -> list[str]:

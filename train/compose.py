@@ -8,9 +8,10 @@ turned into `Refused`.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from train.checks import STOPPED, Refused
+from train.checks import STOPPED, Refused, require
 from train.commands import register
 from train.config import CONFIGS, Train
 from train.faults.plan import plan
@@ -44,7 +45,12 @@ def hydra() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3", job_name="colossus"):
-            yield
+            try:
+                yield
+            except HydraException as error:  # of a sweep: what can be said of a key has been
+                raise Refused("--multirun", f"{_first_line(error)} (write key=a,b or key=range(1,4))") from error
+            except OmegaConfBaseException as error:
+                raise Refused(error.full_key or "", _first_line(error)) from error
 
 
 def config(command: str, arguments: list[str]) -> Any:
@@ -70,15 +76,17 @@ def sweep(command: str, arguments: list[str], job: Callable[[Any], int]) -> int:
         parsed = _parse(overrides)
         swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
         if not any(o.startswith("hydra/sweeper=") for o in overrides):
-            for combination in BasicSweeper.split_arguments(parsed, None)[0]:
-                _checked(_compose(command, list(combination)))
+            names = []
+            for number, combination in enumerate(BasicSweeper.split_arguments(parsed, None)[0]):
+                composed = _compose(command, list(combination))
+                _name(composed, combination, swept, number)
+                names.append(_checked(composed).name)
+            _differ(names)
 
         def task(composed: DictConfig) -> int:
             hydra_config = HydraConfig.get()
             _default_name(composed, hydra_config)
-            different = [o for o in hydra_config.overrides.task if o.lstrip("+").split("=")[0] in swept - {"name"}]
-            if "name" not in swept:
-                composed.name += "-" + (",".join(different).replace("/", "_") or str(hydra_config.job.num))
+            _name(composed, hydra_config.overrides.task, swept, hydra_config.job.num)
             code = job(_checked(composed))
             if code == STOPPED:
                 raise SystemExit(code)  # a request to stop stops the sweep, not one job of it
@@ -99,14 +107,12 @@ def jobs(command: str, arguments: list[str], *, several: bool) -> list[tuple[Any
     """
     with hydra():
         parsed = _parse([_quoted(argument) for argument in arguments])
-        swept = {o.key_or_group for o in parsed if o.is_sweep_override()} - {"name"} if several else set()
+        swept = {o.key_or_group for o in parsed if o.is_sweep_override()} if several else set()
         found = []
         for overrides in BasicSweeper.split_arguments(parsed, None)[0] if several else [arguments]:
             keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
             composed = _compose(command, list(overrides))
-            if swept and "name" not in [o.key_or_group for o in parsed if o.is_sweep_override()]:
-                different = [o for key, o in zip(keys, overrides, strict=True) if key in swept]
-                composed.name += "-" + ",".join(different).replace("/", "_")
+            _name(composed, overrides, swept or {"name"}, 0)
             places = [str(mount).rpartition(":")[2] for mount in composed.target.mounts]
             for key in [key for key in _keys(composed.data) if key.split(".")[-1] == "path"]:
                 OmegaConf.update(composed.data, key, _here(OmegaConf.select(composed.data, key), places))
@@ -114,14 +120,28 @@ def jobs(command: str, arguments: list[str], *, several: bool) -> list[tuple[Any
             kept = [o for key, o in zip(keys, overrides, strict=True) if key.split(".")[0] not in own]
             name = composed.name if re.fullmatch(r"[\w.-]+", composed.name) else f"'{composed.name}'"
             found.append((_checked(composed), [*kept, f"name={name}"]))
+        _differ([config.name for config, _ in found])
     return found
+
+
+def _name(composed: DictConfig, overrides: Iterable[str], swept: set[str], number: int) -> None:
+    """A job of a sweep is called after what makes it different, unless names are swept over."""
+    if "name" not in swept:
+        different = [o for o in overrides if o.lstrip("+").split("=")[0] in swept]
+        composed.name += "-" + (",".join(different).replace("/", "_") or str(number))
+
+
+def _differ(names: list[str]) -> None:
+    require(bool(names), "--multirun", "there is no job in it: a key is swept over no value")
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), "")
+    require(not twice, "name", f"two jobs of the sweep are called '{twice}': they would be one run")
 
 
 def _here(path: Any, places: list[str]) -> Any:
     """`/` for a path below one of `places`."""
-    if not isinstance(path, str):
-        return [_here(one, places) for one in path] if path else path
-    return "/" if any(f"{path}/".startswith(f"{place}/") for place in places) else path
+    if OmegaConf.is_list(path):
+        return [_here(one, places) for one in path]
+    return "/" if path and any(f"{path}/".startswith(f"{place}/") for place in places) else path
 
 
 def values(command: str) -> dict[str, Any]:
@@ -140,12 +160,14 @@ def options(group: str) -> list[str]:
 
 
 def _checked(composed: DictConfig) -> Any:
+    for key in _keys(composed):
+        value = OmegaConf.select(composed, key, throw_on_missing=False)
+        for one in value if OmegaConf.is_list(value) else [value]:
+            require(not isinstance(one, float) or math.isfinite(one), key, f"{one} is no finite number")
     try:
         checked = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         raise Refused(error.full_key or "", f"is required: add {error.full_key}=…") from error
-    except OmegaConfBaseException as error:
-        raise Refused(error.full_key or "", _first_line(error)) from error
     if isinstance(checked, Train):
         adopt(checked)
         keys = list(_keys(composed))
@@ -173,8 +195,6 @@ def _compose(command: str, arguments: list[str]) -> DictConfig:
         cause = error.__cause__ or error
         key = next((o.key_or_group for o in parsed if o.input_line and o.input_line in str(error)), "")
         raise Refused(key or getattr(cause, "full_key", None) or "", _first_line(cause)) from error
-    except OmegaConfBaseException as error:
-        raise Refused(error.full_key or "", _first_line(error)) from error
     hydra_config = composed.hydra
     with open_dict(composed):
         del composed["hydra"]
@@ -203,16 +223,10 @@ def _parse(overrides: list[str]) -> list[Override]:
 
 def _quoted(argument: str) -> str:
     """Quote the value of a text or path key, so that `prompt=def f(n):` means what it says."""
-    key, equals, value = argument.partition("=")
+    key, _, value = argument.partition("=")
     last = key.rsplit(".", 1)[-1].lstrip("+")
-    is_list = last in PATHS and value.startswith("[")
-    if (
-        not equals
-        or not value
-        or is_list
-        or not (last in TEXT | PATHS or key in FILES)
-        or re.fullmatch(r"'.*'|\".*\"", value, re.S)
-    ):
+    is_list, is_text = last in PATHS and value.startswith("["), last in TEXT | PATHS or key in FILES
+    if not value or is_list or not is_text or re.fullmatch(r"'.*'|\".*\"", value, re.S):
         return argument
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
     if escaped.endswith("\\"):
@@ -223,9 +237,9 @@ def _quoted(argument: str) -> str:
 def _check_option(override: Override) -> None:
     group, value = override.key_or_group, override.value()
     available = options(group)
-    if isinstance(value, str) and value not in available:
-        near = did_you_mean(value, available)
-        raise Refused(group, f"'{value}' is unknown{near} (choose from {', '.join(available)})")
+    if value not in available and not override.is_sweep_override():  # `null` and `~group` have no value
+        near, shown = did_you_mean(str(value), available), override.input_line if value is None else value
+        raise Refused(group, f"'{shown}' is unknown{near} (choose from {', '.join(available)})")
 
 
 def _check_key(override: Override, known: DictConfig) -> None:
@@ -235,7 +249,8 @@ def _check_key(override: Override, known: DictConfig) -> None:
     if key.split(".")[0] in ("hydra", "hydra/launcher", "hydra/sweeper"):
         return
     for part in key.split("."):
-        node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
+        inner = isinstance(node, DictConfig) and not node._is_none()
+        node = node._get_node(part, validate_access=False) if inner else None
         if node is None:
             raise Refused(key, f"no such key{did_you_mean(key, list(_keys(known)))}")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from train.checks import at_least, choice, no_secret, require, seconds, utf8
+from train.checks import at_least, choice, no_secret, place, require, seconds, utf8
 
 _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"  # in a wheel; in a checkout
@@ -95,13 +95,14 @@ class Source:
     weight: float = 1.0  # share in a mix
 
     def paths(self) -> list[str]:
-        return [] if self.path is None else [self.path] if isinstance(self.path, str) else list(self.path)
+        several = isinstance(self.path, list | tuple)
+        return [] if self.path is None else list(map(str, self.path if several else [self.path]))
 
     def __post_init__(self) -> None:
         if self.kind in (SourceKind.text, SourceKind.bin):
             require(bool(self.paths()), "data.path", f"data={self.kind.value} needs data.path=FILE_OR_FOLDER")
             for path in self.paths():
-                require(Path(path).expanduser().exists(), "data.path", f"no such file or folder: {path}")
+                require(place(path, "data.path").exists(), "data.path", f"no such file or folder: {path}")
         if self.kind is SourceKind.hf:
             require(bool(self.name), "data.name", "data=hf needs data.name=OWNER/DATASET (or a local folder)")
         fields = not self.prompt_field or self.kind in (SourceKind.text, SourceKind.hf)
@@ -129,6 +130,7 @@ class Data(Source):
         Source.__post_init__(self)
         require(0 < self.validation <= 0.5, "data.validation", f"{self.validation} is no share above 0 and up to 0.5")
         at_least(self, "data.", shard_tokens=1024, synthetic_tokens=1024)
+        place(self.cache, "data.cache")
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -280,7 +282,7 @@ class Resume:
     allow: Any = None  # keys that may differ from the run's own, such as steps or [steps,optimizer.lr]
 
     def allowed(self) -> list[str]:
-        return [] if self.allow is None else [self.allow] if isinstance(self.allow, str) else list(self.allow)
+        return list(map(str, self.allow if isinstance(self.allow, list) else [self.allow] if self.allow else []))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -359,8 +361,11 @@ class Train:
     sample: str = ""  # a prompt to continue at evaluations and the end; empty: a document's beginning
 
     def __post_init__(self) -> None:
-        folder = Path(self.name).name == self.name and self.name not in ("", ".", "..")
-        require(folder, "name", f"'{self.name}' cannot be a folder's name under {self.runs}/")
+        folder = Path(self.name).name == self.name and self.name not in ("", ".", "..") and self.name.isprintable()
+        folder = folder and len(self.name.encode()) <= 200  # of 255: what is made beside it has longer names
+        require(folder, "name", f"{self.name!r} cannot be a folder's name under {self.runs}/")
+        place(self.runs, "runs")
+        require(self.runs.isprintable(), "runs", f"{self.runs!r} has characters that cannot be printed: use others")
         require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
         at_least(self, "", steps=1, profile=0)
         why = f"'{self.nodes}' is neither a number above 0 nor two of them, the least first, as in 1-4"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from train import trained
-from train.checks import require
+from train.checks import Refused, place, require
 from train.commands import Export
 from train.data.tokenizer import Tokenizer
 from train.folder import locate
@@ -23,16 +23,21 @@ from train.shapes import Grok
 
 def export(config: Export) -> int:
     folder = locate(config.run)
-    out = Path(config.out).expanduser() if config.out else folder / config.format.value
-    require(not out.exists(), "out", f"{out} is there already: remove it, or name another folder")
-    run = trained.load(folder, config.step, torch.device("cpu"))
+    out = place(config.out, "out") if config.out else folder / config.format.value
+    require(not (out.exists() or out.is_symlink()), "out", f"{out} is there already: remove it, or name another folder")
     draft = out.with_name(f".{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    hf.write(draft, run.model, run.tokenizer.eot)
-    if not write_tokenizer(draft, run.tokenizer, run.config.model.context):
-        print("the run's ids stand for no text: there is no tokenizer to export")
-    draft.rename(out)
+    try:
+        draft.mkdir(parents=True)  # before the model is loaded, which takes longer than to find that it cannot be
+        run = trained.load(folder, config.step, torch.device("cpu"))
+        hf.write(draft, run.model, run.tokenizer.eot)
+        if not write_tokenizer(draft, run.tokenizer, run.config.model.context):
+            print("the run's ids stand for no text: there is no tokenizer to export")
+        draft.rename(out)
+    except OSError as error:
+        raise Refused("out", f"{out} cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     print(f"step {run.step} of {config.run} is in {out}")
     if isinstance(run.model.shape, Grok):
         print(f"transformers has no Grok-1; it goes on with colossus train model=hf model.path={out}")

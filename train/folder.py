@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train import events, locks, manifest
-from train.checks import Refused, needed
+from train.checks import MALFORMED, Refused, needed, place, require
 from train.config import GROUPS, ResumeMode, Train
 from train.data.order import passing
 from train.shapes import MODELS
@@ -133,7 +133,9 @@ class RunFolder:
 
     def finished(self, config: Train) -> dict[str, Any] | None:
         """The summary of a run that has done all its steps already."""
-        summary = read_json(self.path / "summary.json")
+        summary = read_json(path := self.path / "summary.json")
+        whole = not summary or (type(summary.get("stopped")), type(summary.get("steps"))) == (bool, int)
+        require(whole, str(path), "is no summary of a run: remove it, and the run goes on")
         return summary if summary and not summary["stopped"] and summary["steps"] >= config.steps else None
 
     def admit(self, config: Train, origin: dict[str, Any] | None = None) -> bool:
@@ -161,7 +163,7 @@ class RunFolder:
     def write(self, config: Train, data: dict[str, Any]) -> None:
         """Write what the ranks read; raises Refused where a run that has begun had other data, or the disk is full."""
         stored = read_json(self.path / "data.json")
-        if stored is not None and self.checkpointed() and stored["digest"] != data["digest"]:
+        if stored is not None and self.checkpointed() and stored.get("digest") != data["digest"]:
             raise Refused("data", f"the corpus is not the one that {self.path} began with: choose another name=…")
         try:
             replace(self.path / "data.json", json.dumps({**data, "left_out": self.left_out()}, indent=1))
@@ -193,7 +195,10 @@ class RunFolder:
 
 def under_way(path: Path) -> bool:
     """Whether a supervisor holds this run's folder."""
-    lock = locks.take(path / ".lock")
+    try:
+        lock = locks.take(path / ".lock")
+    except OSError as error:
+        raise Refused(str(path / ".lock"), f"cannot be locked ({error.strerror})") from error
     if lock is not None:
         os.close(lock)
     return lock is None
@@ -201,9 +206,20 @@ def under_way(path: Path) -> bool:
 
 def replace(path: Path, text: str) -> None:
     """Write a small file whole or not at all, whoever else does: in containers, processes have the same numbers."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    draft.write_text(text)
-    draft.replace(path)
+    draft = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)  # of a full disk, or a folder in the file's place
+
+
+def deliver(out: Path, text: str) -> None:
+    """The same for what `out=` names."""
+    try:
+        replace(out, text)
+    except OSError as error:
+        raise Refused("out", f"'{out}' cannot be written ({error.strerror})") from error
 
 
 def wished(path: Path) -> int | None:
@@ -223,18 +239,18 @@ def wished(path: Path) -> int | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file."""
     try:
-        value = json.loads(path.read_text())
+        if isinstance(value := json.loads(path.read_text()), dict):
+            return value
+        raise ValueError("it holds no JSON object")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(str(path), f"cannot be read ({error})") from error
-    assert isinstance(value, dict)
-    return value
 
 
 def locate(run: str, runs: str = "runs") -> Path:
     """The folder that `run=` names: a path, or a name under runs/. Raises Refused with the nearest name there is."""
-    for path in (Path(run).expanduser(), Path(runs) / run):
+    for path in (place(run, "run"), Path(runs) / run):
         if (path / "config.yaml").exists():
             return path
     there = sorted(path.parent.name for path in Path(runs).glob("*/config.yaml"))
@@ -271,7 +287,7 @@ def read_train(path: Path, changes: Mapping[str, Any] | None = None) -> Train:
             schema[group] = OmegaConf.structured(node)
         schema.model = OmegaConf.structured(MODELS[stored["model"]["family"]])
         config = OmegaConf.to_object(OmegaConf.merge(schema, stored))
-    except (OSError, KeyError, TypeError, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise Refused(str(path), f"is not a run's configuration ({str(error).splitlines()[0]})") from error
+    except (*MALFORMED, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise Refused(str(path), f"is not a run's configuration ({next(iter(str(error).splitlines()), '')})") from error
     assert isinstance(config, Train)
     return config

@@ -56,7 +56,8 @@ def choose(
     logits_BV = logits_BV.float().cpu()
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
-    return torch.multinomial(probabilities(logits_BV / temperature, top_k, top_p), 1, generator=generator)
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # nothing overflows
+    return torch.multinomial(probabilities(logits_BV, top_k, top_p), 1, generator=generator)
 
 
 def probabilities(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -71,6 +72,6 @@ def probabilities(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
         p[:, top_k:] = 0
         p /= p.sum(-1, keepdim=True)
     if top_p < 1:
-        p[p.cumsum(-1) - p >= top_p] = 0
+        p[:, 1:][(p.cumsum(-1) - p)[:, 1:] >= top_p] = 0
         p /= p.sum(-1, keepdim=True)
     return torch.zeros_like(p).scatter(-1, order, p)

@@ -9,12 +9,11 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from train.checks import DONE, Refused
+from train.checks import DONE, place
 from train.commands import Scale
-from train.folder import locate, replace
+from train.folder import deliver, locate
 from train.outlook import anchor, asked
 from train.report.chart import Series, chart, parted
 from train.report.page import sheet
@@ -34,17 +33,10 @@ def scale(config: Scale) -> int:
     else:
         answer = command.answer(config)
     if config.out and not config.table:
-        _write(Path(config.out).expanduser(), answer)
+        out = place(config.out, "out")
+        deliver(out, {".html": page, ".csv": _csv}.get(out.suffix, json.dumps)(answer))
     config.format.tell(answer, command.show)
     return DONE
-
-
-def _write(out: Path, answer: dict[str, Any]) -> None:
-    written = {".html": page, ".csv": _csv}.get(out.suffix, json.dumps)(answer)
-    try:
-        replace(out, written)
-    except OSError as error:
-        raise Refused("out", f"'{out}' cannot be written ({error.strerror})") from error
 
 
 def _csv(answer: dict[str, Any]) -> str:

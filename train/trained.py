@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, Precision
 
 from train import checkpoint, hardware, manifest
-from train.checks import Refused, needed
+from train.checks import MALFORMED, Refused, needed
 from train.config import Train
 from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
@@ -46,7 +46,11 @@ def device(accelerator: str) -> torch.device:
 def load(run: Path, step: int, on: torch.device) -> Trained:
     """The model of a run's checkpoint (-1: the newest that is whole). Raises Refused where there is none."""
     config = read_train(run / "config.yaml")
-    prepared = Prepared.from_json((run / "data.json").read_text())
+    try:
+        prepared = Prepared.from_json((run / "data.json").read_text())
+        tokenizer = Tokenizer.load(str(prepared.tokenizer))
+    except MALFORMED as error:
+        raise Refused(str(run / "data.json"), f"does not say what the run was trained on ({error})") from error
     root = run / "checkpoints"
     try:
         found = manifest.verify(root / manifest.folder_name(step)) if step >= 0 else manifest.newest(root)[0]
@@ -56,7 +60,7 @@ def load(run: Path, step: int, on: torch.device) -> Trained:
     model = build(config.model, prepared.vocab, seed=config.seed, device=on, separator=prepared.separator)
     named = model.named_parameters()
     checkpoint.load(found, [Piece("model", name, p.shape, 0, p.detach().view(-1), True) for name, p in named])
-    return Trained(config, prepared, Tokenizer.load(prepared.tokenizer), model.eval(), found.step)
+    return Trained(config, prepared, tokenizer, model.eval(), found.step)
 
 
 def fabric(trained: Trained, on: torch.device) -> Fabric:

@@ -54,8 +54,8 @@ def verify(config: Verify) -> int:
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """Of a checkpoint's files; none where a run under way removes it just now."""
-    with contextlib.suppress(FileNotFoundError):
+    """Of a checkpoint's files; none where a run under way removes it just now, or it is no folder."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
     return {}
 

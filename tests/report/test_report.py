@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.report.folders import BEGUN, SPIKED, launched, leave, lines, started, struck
-from train import cli, compose, events
+from train import cli, compose, events, folder
+from train.checks import Refused
 from train.report.chart import Series, chart, envelope, ticks
 from train.report.page import page
 from train.report.record import Run
@@ -294,10 +296,60 @@ def test_the_command_writes_and_refuses(
     assert cli.main(["report", "run=b", f"out={tmp_path}/my report.html"]) == 0
     assert (tmp_path / "my report.html").exists()
     assert not (other / "report.html").exists()
-    for bad in (["run=nope"], ["run=[a,nope]"], ["run=[]"], [], ["run=a", "out=/nowhere/x.html"]):
+    for bad in (["run=nope"], ["run=[a,nope]"], ["run=[]"], [], ["run=a", "out=/nowhere/x.html"], ["run=a", "out=."]):
         capsys.readouterr()
         assert cli.main(["report", *bad]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.glob(".*")), "no draft is left where a file cannot be written"
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000, '{"stopped": 5}', '{"stopped": false, "steps": "x"}'])
+def test_a_broken_summary_costs_its_run_only(
+    text: str, tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        leave(tmp_path / "runs" / name, lines(5), tiny)
+    (tmp_path / "runs/a/summary.json").write_text(text)
+    assert _states(tmp_path, capsys) == {"a": "broken", "b": "unfinished"}
+    config = folder.read_train(tmp_path / "runs/a/config.yaml")
+    with folder.RunFolder(tmp_path / "runs/a") as run, pytest.raises(Refused, match=r"a/summary\.json"):
+        run.finished(config)
+
+
+@pytest.mark.parametrize("line", ["garbage", "[1]", "5", '{"kind": "step"}', "\udcff"])
+def test_broken_events_cost_their_run_only(
+    line: str, tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        leave(tmp_path / "runs" / name, lines(5), tiny)
+    with (tmp_path / "runs/a/events.jsonl").open("a", errors="surrogateescape") as file:
+        file.write(line + "\n")
+    assert _states(tmp_path, capsys) == {"a": "broken", "b": "unfinished"}
+
+
+def _states(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    assert cli.main(["runs", f"runs={path}/runs"]) == 0
+    assert cli.main(["runs", f"runs={path}/runs", "format=json"]) == 0
+    return {run["name"]: run["state"] for run in json.loads(capsys.readouterr().out.splitlines()[-1])}
+
+
+def test_files_of_a_run_that_are_none_are_named(
+    tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = leave(tmp_path / "runs" / "a", lines(5), tiny)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/step-00000003").touch()
+    (run / ".lock").mkdir()
+    assert cli.main(["verify", f"run={run}"]) == 1
+    assert "step-00000003" in capsys.readouterr().err
+    assert cli.main(["resize", f"run={run}", "devices=2"]) == 2
+    assert ".lock: cannot be locked" in capsys.readouterr().err
+    (run / "config.yaml").write_bytes(b"\xff\x00")
+    assert cli.main(["resize", f"run={run}", "devices=2"]) == 2
+    assert "config.yaml" in capsys.readouterr().err
+    for bad in ("~nope/x", "a" * 300):
+        assert cli.main(["verify", f"run={bad}"]) == 2
+        assert capsys.readouterr().err.startswith("colossus: run: ")
 
 
 def test_every_run_leaves_its_report_and_none_fails_of_it(

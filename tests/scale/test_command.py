@@ -14,6 +14,7 @@ from train import cli, compose
 from train.checks import Refused
 from train.economy import prices
 from train.scale.command import predict
+from train.scale.failures import goodput
 from train.scale.hardware import TAGS, cluster, named
 from train.scale.project import project
 from train.scale.tables import parse, published, rows
@@ -281,6 +282,9 @@ def test_a_scenario_says_what_is_not_known() -> None:
         (["recompute=some"], ["recompute"]),
         (["precision=fp4"], ["precision"]),
         (["out=x.txt"], ["out", ".html"]),
+        (["batch=99999999999999999"], ["batch", "too large"]),
+        (["context=99999999999999"], ["context", "too large"]),
+        (["cluster.gpus=abc"], ["cluster.gpus", "abc"]),
         (["sharding=some"], ["sharding", "gradients"]),
         (["run=x", "workload=llama3_8b"], ["workload", "run"]),
     ],
@@ -303,6 +307,11 @@ def test_here_is_what_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "whole" not in answer  # nobody knows what they cost
     smi.write_text("#!/bin/sh\necho 'GPU-a, NVIDIA L4, 23034'\n")
     assert "'NVIDIA L4' has no figures" in refused("cluster=here")
+
+
+def test_what_fails_more_often_than_it_saves_has_no_goodput() -> None:
+    assert goodput(1.0, 1.0, 1e9, 1.0) == pytest.approx(0)
+    assert goodput(1e9, 1.0, 1.0, 1.0) == pytest.approx(0)
 
 
 def test_here_without_a_gpu_or_a_probe_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

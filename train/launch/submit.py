@@ -29,6 +29,9 @@ def launch(found: list[tuple[Launch, list[str]]]) -> int:
     """Exit code 0 once all is submitted, 1 where the place's tool has failed; of `local`, that of the job."""
     config = found[0][0]
     place = config.target.kind
+    for key in ("target", "dry", *["nodes"] * (place is Place.slurm)):
+        same = all(getattr(other, key) == getattr(config, key) for other, _ in found)
+        require(same, key, "is one for all jobs of a sweep: call launch for each value")
     submissions = PLACES[place]([Job(*one) for one in found])
     if config.dry:
         for submission in submissions:

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from train.checks import Refused, require
+from train.checks import Refused, place, require
 from train.config import Model, TokenizerKind, Train
 from train.shapes import GPT2, HF, Grok, Llama
 
@@ -149,7 +149,7 @@ def _llama(config: Mapping[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
 
 def _folder(path: str) -> Path:
     """A folder here, or else the snapshot of OWNER/NAME[@REVISION] on the Hub, fetched where it is not in its cache."""
-    folder = Path(path).expanduser()
+    folder = place(path, "model.path")
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path):
         return folder.resolve()
     name, _, revision = path.partition("@")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.checks import DONE, Refused
+from train.checks import DONE, place
 from train.commands import Report
-from train.folder import locate, replace
+from train.folder import deliver, locate, replace
 from train.report.page import page
 from train.report.record import Run
 
@@ -16,11 +16,8 @@ NAMED = 4  # runs in a file's name
 def report(config: Report) -> int:
     """Exit code 0; raises Refused where there is no such run, or the file cannot be written."""
     paths = [locate(name) for name in config.names]
-    out = Path(config.out).expanduser() if config.out else _beside(paths)
-    try:
-        replace(out, page([Run(path) for path in paths]))
-    except OSError as error:
-        raise Refused("out", f"'{out}' cannot be written ({error.strerror})") from error
+    out = place(config.out, "out") if config.out else _beside(paths)
+    deliver(out, page([Run(path) for path in paths]))
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB): open it in any browser")
     return DONE
 

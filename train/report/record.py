@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from train import events, folder
+from train.checks import Refused
 from train.summary import summarize
 
 Record = dict[str, Any]
@@ -115,7 +116,7 @@ class Run:
             return "running"
         try:
             return "running" if folder.under_way(self.path) else "broken" if self.records else "not begun"
-        except OSError:  # somebody else's folder
+        except Refused:  # somebody else's folder
             return "broken"
 
     @cached_property

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train.checks import Refused
+from train.checks import Refused, place
 from train.commands import Scale
 from train.scale import claims, project, tables, validation
 from train.scale.calibrate import jobs_of
@@ -24,7 +24,7 @@ ADDED = ("predicted_step_time_s", "not_predicted", "assumed")
 def answer(config: Scale) -> dict[str, Any]:
     """Raises Refused for a plan that cannot be, or a table that cannot be read."""
     if config.table:
-        return predict(Path(config.table).expanduser(), Path(config.out).expanduser() if config.out else None)
+        return predict(place(config.table, "table"), place(config.out, "out") if config.out else None)
     if config.show == "validation":
         return validation.validate()
     return {"claims": claims.claims()} if config.show == "claims" else project.project(config)

@@ -57,7 +57,8 @@ def daly(save: float, between: float) -> float:
 
 def goodput(interval: float, save: float, recover: float, between: float) -> float:
     """Share of the time that ends up in the result, exactly, for restarts from checkpoints `interval` of work apart."""
-    return interval / (between * math.exp(recover / between) * math.expm1((interval + save) / between))
+    lost, work = math.exp(min(recover / between, 300.0)), math.expm1(min((interval + save) / between, 300.0))
+    return interval / (between * lost * work)
 
 
 def in_place(step: float, recover: float, between: float) -> float:

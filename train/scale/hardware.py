@@ -115,6 +115,7 @@ def cluster(entry: Mapping[str, Any]) -> Cluster:
     require(not unknown, f"cluster.{min(unknown, default='')}", f"no such key: there are name, gpus, {keys}")
     figures = {key: _figure(f"cluster.{key}", entry[key]) for key in FIGURES if key in entry}
     kinds = []
+    require(isinstance(entry["gpus"], Mapping), "cluster.gpus", f"'{entry['gpus']}' is no table of GPUs: use here")
     for key, count in entry["gpus"].items():
         choice(key, "cluster.gpus", tuple(gpus()))
         kinds.append((gpus()[key], int(_figure(f"cluster.gpus.{key}", count).value)))
