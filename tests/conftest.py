@@ -36,7 +36,15 @@ def tiny(corpus: Path, cache: Path, tmp_path: Path) -> list[str]:
         *("data=text", f"data.path={corpus}", f"data.cache={cache}", "data.tokenizer.vocab=300", "data.validation=0.1"),
         *("batch.sequences=16", "batch.virtual_ranks=8", "batch.micro_batch=2"),
         *("steps=6", "precision=fp32", "accelerator=cpu", "schedule.warmup_steps=2", "optimizer.lr=0.01"),
-        *("eval.every=3", "eval.tokens=500", "checkpoint.every=3", "log.every=2", "logger=[]", "report=false"),
+        *(
+            "eval.every=3",
+            "eval.tokens=500",
+            "eval.sample=0",
+            "checkpoint.every=3",
+            "log.every=2",
+            "logger=[]",
+            "report=false",
+        ),
         f"runs={tmp_path}/runs",
     ]
 

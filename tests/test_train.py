@@ -71,7 +71,7 @@ def test_the_result_does_not_depend_on_ranks_or_sharding(
     runs = {}
     for world, sharding in cells:
         settings = [f"name=w{world}", f"devices={world}", f"sharding={sharding}", "steps=12", "eval.every=4"]
-        code, folder = train(tiny, *more, *settings)
+        code, folder = train(tiny, *more, *settings, "eval.sample=20")
         assert code == 0
         numbers = [(step["loss_hex"], step["grad_norm"], step["lr"], step["tokens"]) for step in steps(folder)]
         scores = [(r["loss"], r["sample"]) for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"]
@@ -295,10 +295,13 @@ def scored_elsewhere(tiny: list[str], folder: Path, capsys: pytest.CaptureFixtur
     assert "data.tokenizer: is the run's own" in capsys.readouterr().err
 
 
-def test_without_samples_nothing_is_written_at_evaluations(tiny: list[str]) -> None:
-    code, folder = train(tiny, "name=a", "devices=1", "steps=3", "eval.every=1", "eval.sample=0")
-    assert code == 0
-    assert [r["sample"] for r in events.read(folder / "events.jsonl") if r["kind"] == "eval"] == [""] * 3
+def test_a_run_writes_samples_or_none(tiny: list[str]) -> None:
+    """At each evaluation but the last, and at the end."""
+    for tokens, texts in ((0, [False] * 4), (5, [True, True, False, True])):
+        code, folder = train(tiny, f"name=n{tokens}", "devices=1", "steps=3", "eval.every=1", f"eval.sample={tokens}")
+        assert code == 0
+        said = [r["sample"] for r in events.read(folder / "events.jsonl") if r["kind"] in ("eval", "end")]
+        assert [bool(text) for text in said] == texts
 
 
 def test_a_finished_run_says_so_and_more_steps_continue_it(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:

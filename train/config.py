@@ -251,7 +251,7 @@ class Eval:
     every: int = 100  # steps; 0: at the end only
     tokens: int = 65_536  # of the validation set, on the way; at the end it is used whole
     micro_batch: int = 8
-    sample: int = 60  # tokens that the model writes each time, for the report to show; 0: none
+    sample: int = 60  # tokens that the model writes each time, for the report to show; 0: none, at the end neither
 
     def __post_init__(self) -> None:
         at_least(self, "eval.", every=0, tokens=1, micro_batch=1, sample=0)

@@ -93,7 +93,7 @@ class Keeper:
                 logger.finalize("success")
         if not stopped:
             whole = self.validation(0)
-            end.sample = self._sample(whole, TOKENS)
+            end.sample = self._sample(whole, TOKENS if self.config.eval.sample else 0)
             if self.fabric.is_global_zero:
                 end.yardsticks = whole.yardsticks()
         self.channel.phase("checkpoint", self.state.step)
