@@ -277,6 +277,21 @@ def arrived(lobby: Fleet) -> list[remote.There]:
     return changed
 
 
+def calls(lobby: Fleet) -> remote.Link:
+    """Node 1's end of a link on which it has said hello."""
+    link = remote.call(lobby.here.node)
+    assert link is not None
+    link.send(node=1, devices=1, agrees={"seed": 0})
+    return link
+
+
+def node_1(lobby: Fleet) -> tuple[remote.Link, remote.There]:
+    """Both ends of the link to node 1, which has been let in."""
+    link = calls(lobby)
+    (there,) = arrived(lobby)
+    return link, there
+
+
 def test_who_does_not_know_the_token_is_not_let_in(lobby: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does he who says nothing, or nonsense, keep the others waiting."""
     node = lobby.here.node
@@ -312,9 +327,7 @@ def test_a_call_that_cannot_be_taken_is_not_the_last(
     monkeypatch.setattr(fleet, "GREETERS", 1)
     lobby = request.getfixturevalue("lobby")
     assert failed.wait(10)
-    link = remote.call(lobby.here.node)
-    assert link is not None
-    link.send(node=1, devices=1, agrees={"seed": 0})
+    link = calls(lobby)
     assert [there.index for there in arrived(lobby)] == [1]
     link.close()
 
@@ -345,12 +358,6 @@ def test_strangers_take_few_descriptors(monkeypatch: pytest.MonkeyPatch, request
 def test_who_comes_under_the_number_of_a_node_that_is_there_waits_until_it_is_lost(lobby: Fleet) -> None:
     """It may be the same one, back before its loss is noticed; it may be another, which is no reason for a loss."""
 
-    def comes() -> remote.Link:
-        link = remote.call(lobby.here.node)
-        assert link is not None
-        link.send(node=1, devices=1, agrees={"seed": 0})
-        return link
-
     def waiting(number: int) -> bool:
         until, changed = time.monotonic() + 10, lobby.meet()
         while lobby._arrived.qsize() != number and not changed and time.monotonic() < until:
@@ -358,9 +365,9 @@ def test_who_comes_under_the_number_of_a_node_that_is_there_waits_until_it_is_lo
             changed = lobby.meet()
         return lobby._arrived.qsize() == number and not changed
 
-    first = comes()
+    first = calls(lobby)
     (there,) = arrived(lobby)
-    second, third = comes(), comes()
+    second, third = calls(lobby), calls(lobby)
     assert waiting(2)
     second.close()
     assert waiting(1)
@@ -429,10 +436,7 @@ def test_what_a_node_says_of_itself_has_types_and_bounds(wrong: dict[str, Any], 
 def test_a_node_that_is_silent_is_lost_and_its_ranks_with_it(lobby: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though its connection stands: on both sides, since each goes by what it hears."""
     monkeypatch.setattr(remote, "BEAT", 3600.0)
-    link = remote.call(lobby.here.node)
-    assert link is not None
-    link.send(node=1, devices=1, agrees={"seed": 0})
-    (there,) = arrived(lobby)
+    link, there = node_1(lobby)
     rank = there.fork(0, {"member": 5, "joins": True})
     assert lobby.meet() == []
     assert link.lost == ""
@@ -446,10 +450,7 @@ def test_a_node_that_is_silent_is_lost_and_its_ranks_with_it(lobby: Fleet, monke
 
 def test_the_last_word_arrives_though_both_speak_at_once(lobby: Fleet) -> None:
     """A socket that is closed with something unread takes back what was sent last; node 1 would wait for node 0."""
-    link = remote.call(lobby.here.node)
-    assert link is not None
-    link.send(node=1, devices=1, agrees={"seed": 0})
-    (there,) = arrived(lobby)
+    link, there = node_1(lobby)
     link.send(**{"from": 99, "word": "not read yet"})
     parting = threading.Thread(target=there.link.part, kwargs={"over": 0, "why": ""})
     parting.start()
@@ -466,10 +467,7 @@ def test_the_last_word_arrives_though_both_speak_at_once(lobby: Fleet) -> None:
 def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
     """Its words, its port, its silence, its end, and the log that lies on another disk."""
     (tmp_path / "logs").mkdir()
-    link = remote.call(lobby.here.node)
-    assert link is not None
-    link.send(node=1, devices=1, agrees={"seed": 0})
-    (there,) = arrived(lobby)
+    link, there = node_1(lobby)
     rank = there.fork(0, {"member": 5, "joins": True})
     assert rank.flight() == "on node 1"
     silence = {"silent": 4.5, "phase": "reduce", "flights": {5: "reduce: waits", 98: "whoever that is"}}
@@ -492,10 +490,7 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written_here_ends_no_run(lobby: Fleet, tmp_path: Path) -> None:
     assert not (tmp_path / "logs").exists()
-    link = remote.call(lobby.here.node)
-    assert link is not None
-    link.send(node=1, devices=1, agrees={"seed": 0})
-    (there,) = arrived(lobby)
+    link, there = node_1(lobby)
     rank = there.fork(0, {"member": 5, "joins": True})
     link.send(**{"from": 5, "exit_code": -9, "log": "stuck in reduce"})
     while rank.alive:
@@ -529,10 +524,7 @@ NONSENSE = [
 def test_who_says_what_no_node_says_is_lost(said: bytes, lobby: Fleet, tmp_path: Path) -> None:
     """The node, and not the run: nothing of that comes to the supervisor, which would take it for a rank's word."""
     (tmp_path / "logs").mkdir()
-    link = remote.call(lobby.here.node)
-    assert link is not None
-    link.send(node=1, devices=1, agrees={"seed": 0})
-    (there,) = arrived(lobby)
+    link, there = node_1(lobby)
     rank = there.fork(0, {"member": 5, "joins": True})
     link.send(**json.loads(word(LEFT)))
     link._connection.send_bytes(said)
@@ -544,10 +536,7 @@ def test_who_says_what_no_node_says_is_lost(said: bytes, lobby: Fleet, tmp_path:
 
 
 def test_a_message_without_end_is_not_waited_for(lobby: Fleet) -> None:
-    link = remote.call(lobby.here.node)
-    assert link is not None
-    link.send(node=1, devices=1, agrees={"seed": 0})
-    (there,) = arrived(lobby)
+    link, there = node_1(lobby)
     os.write(link._connection.fileno(), struct.pack("!i", 2**31 - 1))
     assert arrived(lobby) == [there]
     assert there.link.lost == "its connection broke (bad message length)"

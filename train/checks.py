@@ -40,6 +40,13 @@ def at_least(config: Any, group: str, **least: int) -> None:
         require(value >= low, f"{group}{name}", f"{value} is too small: use {low} or more")
 
 
+def at_most(config: Any, **most: int) -> None:
+    """Refuse a number above its greatest value."""
+    for name, high in most.items():
+        value = getattr(config, name)
+        require(value <= high, name, f"{value} is too large: use {high} or less")
+
+
 def choice(value: Any, key: str, choices: tuple[Any, ...]) -> None:
     shown = ", ".join(str(c).lower() for c in choices)
     require(value in choices, key, f"'{value}' is unknown: choose from {shown}")

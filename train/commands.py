@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from train.checks import at_least, choice, require, seconds, utf8
+from train.checks import at_least, at_most, choice, require, seconds, utf8
 from train.config import ACCELERATORS, GROUPS, Data, Model, TokenizerKind, Train
 from train.shapes import MODELS
 
@@ -63,7 +63,7 @@ class Sample:
         at_least(self, "", tokens=1, count=1, temperature=0, top_k=0)
         utf8(self.prompt, "prompt")
         require(0 <= self.seed < 2**63, "seed", f"{self.seed} is not in 0 … 2^63-1")
-        require(self.count <= 10_000, "count", f"{self.count} at once do not fit: use 10000 or less")
+        at_most(self, count=10_000)
         require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is not in (0, 1]")
         choice(self.accelerator, "accelerator", ACCELERATORS)
 
@@ -82,7 +82,7 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         at_least(self, "", tokens=0, micro_batch=1)
-        require(self.micro_batch <= 10_000, "micro_batch", f"{self.micro_batch} is too large: use 10000 or less")
+        at_most(self, micro_batch=10_000)
         given = self.data is not None and self.data.tokenizer.kind in (TokenizerKind.bytes, TokenizerKind.file)
         require(not given, "data.tokenizer", "is the run's own, which its model knows: leave it out")
         choice(self.accelerator, "accelerator", ACCELERATORS)
@@ -160,6 +160,9 @@ class Resize:
         at_least(self, "", devices=1)
 
 
+MOST_SEQUENCES = 10**6  # a step: what is searched for grows with them
+
+
 @dataclass(slots=True, kw_only=True)
 class Scale:
     """`colossus scale`: what a job would be on a cluster that is not here, with the projector's error beside it.
@@ -195,8 +198,7 @@ class Scale:
 
     def __post_init__(self) -> None:
         at_least(self, "", vocab=2, context=0, batch=0, gpus=0, tp=0, pp=0, cp=0, ep=0, micro_batch=0)
-        for key, most in {"vocab": 10**8, "context": 10**8, "batch": 10**6}.items():  # what is searched for grows
-            require(getattr(self, key) <= most, key, f"{getattr(self, key)} is too large: use {most} or less")
+        at_most(self, vocab=10**8, context=10**8, batch=MOST_SEQUENCES)
         require(0 <= self.tokens < 1e18, "tokens", f"{self.tokens:g} is no number of tokens")
         require(0 < self.utilization < 1, "utilization", f"{self.utilization} is not in (0, 1)")
         choice(self.recompute, "recompute", ("auto", "none", "selective", "full"))

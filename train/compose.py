@@ -108,11 +108,12 @@ def jobs(command: str, arguments: list[str], *, several: bool) -> list[tuple[Any
     with hydra():
         parsed = _parse([_quoted(argument) for argument in arguments])
         swept = {o.key_or_group for o in parsed if o.is_sweep_override()} if several else set()
-        found = []
+        found: list[tuple[Any, list[str]]] = []
         for overrides in BasicSweeper.split_arguments(parsed, None)[0] if several else [arguments]:
             keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
             composed = _compose(command, list(overrides))
-            _name(composed, overrides, swept or {"name"}, 0)
+            if swept:
+                _name(composed, overrides, swept, len(found))
             places = [str(mount).rpartition(":")[2] for mount in composed.target.mounts]
             for key in [key for key in _keys(composed.data) if key.split(".")[-1] == "path"]:
                 OmegaConf.update(composed.data, key, _here(OmegaConf.select(composed.data, key), places))

@@ -7,6 +7,7 @@ checkpoints/   logs/   tensorboard/   csv/      report.html    all of it to look
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -224,14 +225,11 @@ def deliver(out: Path, text: str) -> None:
 
 def wished(path: Path) -> int | None:
     """How many ranks `colossus resize` asks for. A wish that cannot be read is none, and is taken away."""
-    try:
-        devices = json.loads((path / WISH).read_text())["devices"]
-        if isinstance(devices, int) and devices > 0:
+    with contextlib.suppress(Refused):
+        if (wish := read_json(path / WISH)) is None:
+            return None
+        if isinstance(devices := wish.get("devices"), int) and devices > 0:
             return devices
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     (path / WISH).unlink(missing_ok=True)
     return None
 

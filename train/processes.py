@@ -35,9 +35,7 @@ from train.config import Train
 from train.slots import Spot
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-KILLED = (
-    10.0  # seconds after which a process that was killed and has not ended is given up: its device or disk holds it
-)
+KILLED = 10.0  # seconds after which a process that was killed is given up: its device or disk holds it
 DUMP = 5.0  # seconds in which a stack is written: a millisecond, if the rank finds a free core
 
 
@@ -171,7 +169,7 @@ class Here:
             "backend": config.backend,
             "heals": config.heals,
         }
-        words = {key: order[key] for key in ("writer_epoch", "resume", "joins", "left_out") if key in order}
+        words = {key: order[key] for key in ("writer_epoch", "resume", "joins", "left_out")}
         paths = {"folder": str(self.folder), "record": str(self.record)}
         text = json.dumps({**paths, "threads": 1, "place": place, **words})
         with nodes.listen(self.node) as listener:

@@ -10,6 +10,7 @@ there is one supervisor, and nobody trains without it. A cut that is shorter tha
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +28,6 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 from train import events, nodes
 from train.channel import MARK
 from train.checks import Refused
-from train.folder import read_json
 from train.processes import died_of
 from train.slots import Spot
 
@@ -38,7 +38,12 @@ SETTLED = 5.0  # seconds in which a node must have ended the ranks that it was t
 LONGEST = 64 << 20  # bytes of a message: a log takes 400 kB at most, the checksums of a million parameters 20 MB
 NONSENSE = "it said what no node says"
 TOKEN = "COLOSSUS_TOKEN"
-KINDS = {one.kind: {**get_type_hints(one), "kind": str} for one in events.Event.__subclasses__()}  # keys and types
+
+
+@functools.cache
+def kinds() -> dict[str, dict[str, Any]]:
+    """Of all events, the keys and their types."""
+    return {one.kind: {**get_type_hints(one), "kind": str} for one in events.Event.__subclasses__()}
 
 
 def key() -> bytes:
@@ -220,8 +225,7 @@ class There:
     def fork(self, slot: int, order: dict[str, Any]) -> RemoteRank:
         rank = RemoteRank(order["member"], slot, not order["joins"], self)
         self.ranks[rank.member] = rank
-        data = read_json(self.logs.parent / "data.json") or {}  # the node's own folder need not know what was left out
-        self.link.send(fork=slot, order={**order, "left_out": data.get("left_out", [])})
+        self.link.send(fork=slot, order=order)
         return rank
 
     def hear(self) -> None:
@@ -252,7 +256,7 @@ class There:
         elif rank is None:
             return
         elif "word" in message:
-            if (word := message["word"].encode()) != MARK and not fits(said := json.loads(word), KINDS[said["kind"]]):
+            if (word := message["word"].encode()) != MARK and not fits(said := json.loads(word), kinds()[said["kind"]]):
                 raise ValueError
             rank.said.append(word)
         elif "port" in message:

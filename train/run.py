@@ -55,7 +55,7 @@ class Order:
     writer_epoch: int  # how many times this run has been started
     resume: bool  # go on from the newest checkpoint; rank 0's word counts
     joins: bool  # a run that is under way: get ready, then wait to be made a member
-    left_out: list[int] | None = None  # batches that no step sees, by node 0's folder; None: it is this one
+    left_out: list[int]  # batches that no step sees, by node 0's folder: another node's need not know
 
     @classmethod
     def from_json(cls, text: str) -> Order:
@@ -106,7 +106,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     folder = Path(order.folder)
     config = read_train(folder / "config.yaml")
     prepared = Prepared.from_json((folder / "data.json").read_text())
-    prepared.left_out = prepared.left_out if order.left_out is None else order.left_out
+    prepared.left_out = order.left_out
     channel.pulse.first = first(config, prepared.vocab)
     channel.pulse.heavier = {"evaluation": config.eval.micro_batch / int(config.batch.micro_batch)}
 

@@ -121,7 +121,7 @@ class Supervisor:
         (node, slot), member = spot, self._next_member
         self._next_member += 1
         order = {"member": member, "writer_epoch": self._writer_epoch, "resume": resume, "joins": joins}
-        self._ranks.append(self._fleet.at(node).fork(slot, order))
+        self._ranks.append(self._fleet.at(node).fork(slot, {**order, "left_out": self._run.left_out()}))
 
     def _admit(self, why: str = "joined") -> None:
         """Make members of those who stand by, as far as there is work for them; tell all, if there is any change."""

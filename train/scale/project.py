@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from train.checks import Refused, choice, require
-from train.commands import Scale
+from train.commands import MOST_SEQUENCES, Scale
 from train.scale import failures, here, law, memory, validation
 from train.scale.calibrate import SOURCES
 from train.scale.hardware import Cluster, Gpu, cluster
@@ -75,7 +75,7 @@ def project(config: Scale, anchor: Anchor | None = None) -> dict[str, Any]:
     mfu, tokens = found.mfu(there), config.tokens or 20.0 * shape.active
     steps = tokens / (config.batch * shape.context)
     sizes = sorted({n for n in SIZES if n < limit} | {limit})
-    batches = [n for n in (int(config.batch * times) for times in (0.25, 0.5, 1, 2, 4, 8)) if 0 < n <= 10**6]
+    batches = [n for n in (int(config.batch * times) for times in (0.25, 0.5, 1, 2, 4, 8)) if 0 < n <= MOST_SEQUENCES]
     parts = {k: v for k, v in found.parts().items() if v > 0}
     kinds = ", ".join(f"{n:,} {g.name}" for g, n in there.gpus)
     spent = {k: (v * ratio, f"s, {100 * v / found.step:.1f} %", "predicted") for k, v in parts.items()}
