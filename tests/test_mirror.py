@@ -220,6 +220,31 @@ def test_a_save_does_not_wait_for_the_mirror(tmp_path: Path, monkeypatch: pytest
     assert Remote(f"{tmp_path}/store", "").steps() == [2, 1]
 
 
+def test_what_was_spared_for_its_upload_goes_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, go, begun = tmp_path / "checkpoints", threading.Event(), threading.Event()
+    upload = Remote.upload
+
+    def slow(self: Remote, path: Path) -> None:
+        begun.set()
+        assert go.wait(30)
+        upload(self, path)
+
+    monkeypatch.setattr(Remote, "upload", slow)
+    policy = Checkpoint(store=f"{tmp_path}/store", keep=2)
+    simple(root, 1)
+    copier = Mirror(root, policy, lambda step: True, lambda text, step: None)
+    copier.update(1)
+    assert begun.wait(30)
+    simple(root, 2)
+    simple(root, 3)
+    manifest.prune(root, policy, lambda step: True, spared=copier.uploading)  # as the save of step 3 does
+    copier.update(3)
+    assert manifest.steps(os.listdir(root)) == [3, 2, 1]
+    go.set()
+    copier.close()
+    assert manifest.steps(os.listdir(root)) == Remote(policy.store, "").steps() == [3, 2]
+
+
 def test_who_waits_for_a_slow_store_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the rank that saves would be taken for hung at the end of the run, and be killed."""
     root, go, beats = tmp_path / "checkpoints", threading.Event(), 0

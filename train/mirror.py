@@ -174,6 +174,8 @@ class Mirror:
             self._due.clear()
             last, step = self._closing.is_set(), self._step
             try:
+                if last and step:  # nobody saves any more: what was spared while it was uploaded may go
+                    manifest.prune(self._root, self._policy, self._trusted)
                 if step:
                     self._copy(step)
             except Exception as error:
