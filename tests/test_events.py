@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from train import events
+from train.checks import Refused
 
 
 def test_a_torn_last_line_is_cut_before_appending(tmp_path: Path) -> None:
@@ -44,6 +45,14 @@ def test_what_is_not_finite_becomes_null() -> None:
 
 def test_a_missing_file_has_no_events(tmp_path: Path) -> None:
     assert list(events.read(tmp_path / "none.jsonl")) == []
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 40, b"[1]", b'{"kind": 3}', b'{"step": 1}', b"[" * 100_000])
+def test_a_line_that_is_no_event_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"kind": "launch"}\n' + damage + b'\n{"kind": "start"}\n')
+    with pytest.raises(Refused, match=r"events\.jsonl:2: is no event"):
+        list(events.read(path))
 
 
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

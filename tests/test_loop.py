@@ -30,7 +30,7 @@ def ours(overrides: list[str], *more: str) -> tuple[Train, Prepared, list[float]
     config = compose.config("train", [*overrides, *more])
     assert cli.main(["train", *overrides, *more]) == 0
     steps = [record for record in events.read(config.folder / "events.jsonl") if record["kind"] == "step"]
-    prepared = Prepared.from_json((config.folder / "data.json").read_text())
+    prepared = Prepared.read(config.folder / "data.json")
     losses, hexes = [step["loss"] for step in steps], [step["loss_hex"] for step in steps]
     return read_train(config.folder / "config.yaml"), prepared, losses, hexes
 

@@ -22,6 +22,7 @@ from train.checks import DONE, FAILED, Refused
 from train.commands import Diff as Config
 from train.commands import Format
 from train.config import ReduceMode, Train
+from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
 from train.engine import stream
 from train.evidence import word
@@ -158,7 +159,7 @@ class Parting:
         mine, other = (recorded["parameters"] for recorded in self.recorded)
         if min(len(mine), len(other)) < 2 or len(mine) != len(other):
             return []
-        vocab = (read_json(self.runs[0].folder / "data.json") or {})["vocab"]
+        vocab = Prepared.read(self.runs[0].folder / "data.json").vocab
         names = Flat(build(self.configs[0].model, vocab, seed=0, device=torch.device("meta"))).slots
         return [name for name, x, y in zip(names, mine, other, strict=True) if x != y]
 

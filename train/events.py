@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from train.checks import MALFORMED, require
+
 
 @dataclass(slots=True, kw_only=True)
 class Event:
@@ -330,10 +332,19 @@ class EventLog:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a file, oldest first; a torn last line is passed over. A missing file has no events."""
+    """The events of a file, oldest first; a torn last line is passed over. A missing file has no events.
+
+    Raises Refused at any other line that is no event: a disk has lost what was in it.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
-        for raw in file:
+        for number, raw in enumerate(file, start=1):
             if raw.endswith(b"\n"):
-                yield json.loads(raw)
+                try:
+                    event = json.loads(raw)
+                    sound = isinstance(event["kind"], str)
+                except MALFORMED:
+                    sound = False
+                require(sound, f"{path}:{number}", "is no event of a run: remove this line")
+                yield event

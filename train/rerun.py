@@ -22,7 +22,7 @@ from train.data.prepare import Prepared
 from train.engine import Engine
 from train.fingerprint import fingerprint
 from train.flat import Buffer
-from train.folder import read_json, read_train
+from train.folder import read_train
 from train.group import Group, Place
 from train.telemetry import NotFinite, Recorder
 
@@ -54,10 +54,7 @@ class Record:
 
     def prepared(self) -> Prepared:
         """The run's tokens; raises Refused where they are gone."""
-        path = self.folder / "data.json"
-        if read_json(path) is None:
-            raise Refused(str(path), "is missing, and with it what the run was trained on")
-        prepared = Prepared.from_json(path.read_text())
+        prepared = Prepared.read(self.folder / "data.json")
         for store in map(Path, prepared.stores):
             if not store.is_dir():
                 raise Refused(str(store), f"is gone, and with it the tokens that {self.name} was trained on")

@@ -105,7 +105,7 @@ def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> 
     """Everything a rank trains with, put together; it has no state yet."""
     folder = Path(order.folder)
     config = read_train(folder / "config.yaml")
-    prepared = Prepared.from_json((folder / "data.json").read_text())
+    prepared = Prepared.read(folder / "data.json")
     prepared.left_out = order.left_out
     channel.pulse.first = first(config, prepared.vocab)
     channel.pulse.heavier = {"evaluation": config.eval.micro_batch / int(config.batch.micro_batch)}

@@ -46,8 +46,8 @@ def device(accelerator: str) -> torch.device:
 def load(run: Path, step: int, on: torch.device) -> Trained:
     """The model of a run's checkpoint (-1: the newest that is whole). Raises Refused where there is none."""
     config = read_train(run / "config.yaml")
+    prepared = Prepared.read(run / "data.json")
     try:
-        prepared = Prepared.from_json((run / "data.json").read_text())
         tokenizer = Tokenizer.load(str(prepared.tokenizer))
     except MALFORMED as error:
         raise Refused(str(run / "data.json"), f"does not say what the run was trained on ({error})") from error

@@ -50,7 +50,11 @@ def test_documents_are_separated_and_split_by_their_content(tmp_path: Path) -> N
     assert set(validation) == {text for text in written if int(hashlib.sha256(text.encode()).hexdigest(), 16) % 5 == 0}
     assert 0 < corpus.validation.documents == len(validation) < len(train)
     assert corpus.train.bytes == sum(len(text.encode()) for text in train)
-    assert Prepared.from_json(json.dumps(asdict(corpus))) == corpus
+    (path := tmp_path / "data.json").write_text(json.dumps(asdict(corpus)))
+    assert Prepared.read(path) == corpus
+    path.write_text("{}")
+    with pytest.raises(Refused, match=r"data\.json: does not say what the run was trained on"):
+        Prepared.read(path)
 
 
 def test_the_split_and_the_store_do_not_depend_on_names(tmp_path: Path) -> None:
@@ -190,7 +194,8 @@ def test_two_processes_prepare_one_store(tmp_path: Path) -> None:
     assert first == second
     assert len([p for p in (tmp_path / "cache" / "stores").iterdir() if p.is_dir()]) == 1
     assert not list((tmp_path / "cache").rglob(".*"))
-    assert len(contents(Prepared.from_json(first), "train")) == Prepared.from_json(first).train.documents
+    (path := tmp_path / "data.json").write_text(first)
+    assert len(contents(Prepared.read(path), "train")) == Prepared.read(path).train.documents
 
 
 def test_work_that_was_interrupted_goes_on_and_ends_the_same(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from train import hardware
-from train.checks import Refused
+from train.checks import MALFORMED, Refused
 from train.config import Data, Source, SourceKind, TokenizerKind
 from train.config import Tokenizer as TokenizerConfig
 from train.data import store
@@ -59,9 +59,14 @@ class Prepared:
     left_out: list[int] = field(default_factory=list)  # batches of a run that no step sees: their loss was no good
 
     @classmethod
-    def from_json(cls, text: str) -> Prepared:
-        value = json.loads(text)
-        return cls(**{**value, "train": Counts(**value["train"]), "validation": Counts(**value["validation"])})
+    def read(cls, path: Path) -> Prepared:
+        """A run's data.json; raises Refused where it is gone, or says something else."""
+        try:
+            value = json.loads(path.read_text())
+            counts = {split: Counts(**value[split]) for split in ("train", "validation")}
+            return cls(**{**value, **counts})
+        except MALFORMED as error:
+            raise Refused(str(path), f"does not say what the run was trained on ({error})") from error
 
 
 def whole(data: Data, tokenizer: str) -> Prepared:
