@@ -11,6 +11,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -36,6 +37,11 @@ def cache_folder() -> Path:
 def kept() -> Path:
     """What `colossus probe` measured of this machine, in the format of configs/hardware; it may not be there."""
     return cache_folder() / "here.yaml"
+
+
+def compiler() -> str:
+    """By which torch.compile makes code for a CPU (torch/_inductor/config.py, `cpp.cxx`); it may not be there."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,13 @@ a forkserver imports it.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import Any
 
-from train import events, folder, manifest, mirror, nodes, plan
+from train import events, folder, hardware, manifest, mirror, nodes, plan
 from train.agent import Agent
 from train.channel import Requests
-from train.checks import DONE, STOPPED, Refused
+from train.checks import DONE, STOPPED, Refused, require
 from train.config import ResumeMode, Train
 from train.console import Console
 from train.data.prepare import prepare
@@ -40,6 +41,8 @@ def _train(config: Train, node: nodes.Node, run: folder.RunFolder, console: Cons
     origin = mirror.Origin(config.resume_from, "resume_from") if config.resume_from else None
     elsewhere = next(origin.manifests(), None) if origin else None
     config = plan.resolve(run.pinned(config, elsewhere))
+    there = config.accelerator != "cpu" or not config.compile or shutil.which(hardware.compiler())
+    require(bool(there), "compile", f"true needs {hardware.compiler()}, which is not here: install it, or use false")
     faults = planned(config)
     resume = run.admit(config, elsewhere)
     store, held = config.checkpoint.store, None
