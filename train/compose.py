@@ -185,12 +185,17 @@ def _compose(command: str, arguments: list[str]) -> DictConfig:
     groups = [o for o in parsed if options(o.key_or_group)]
     for override in groups:
         _check_option(override)
+    plain = [o for o in parsed if o not in groups]
     try:
-        chosen, plain = [*(str(o.input_line) for o in groups), *_search_path()], len(groups) == len(parsed)
-        composed = compose(command, chosen, return_hydra_config=plain)
-        for override in (one for one in parsed if one not in groups):
-            _check_key(override, composed)
-        if not plain:  # composing takes 50 ms: not twice where nothing is left to check
+        try:
+            composed = compose(command, [*overrides, *_search_path()], return_hydra_config=True)
+            unsure = any(o.is_add() or o.is_force_add() or o.is_delete() for o in plain)
+        except Exception:  # OmegaConf has assertions, too
+            unsure = True
+        if unsure:  # composing takes 100 ms: without these keys only where one of them may be none that there is
+            known = compose(command, [*(str(o.input_line) for o in groups), *_search_path()])
+            for override in plain:
+                _check_key(override, known)
             composed = compose(command, [*overrides, *_search_path()], return_hydra_config=True)
     except HydraException as error:
         cause = error.__cause__ or error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,11 +79,13 @@ def economy(records: list[dict[str, Any]]) -> dict[str, Figure | None]:
     return found
 
 
+@cache
 def prices() -> dict[str, list[Figure]]:
     """What clouds ask for an hour of a GPU of configs/hardware, or of a "core"; the first is what is counted with."""
     return dict(yaml.safe_load((CONFIGS / "economy.yaml").read_text())["usd_per_hour"])
 
 
+@cache
 def _figures(device: str) -> tuple[Figure | None, Figure | None]:
     """Watts and USD an hour of a device, as the driver calls it, or of a "core"; None: the tables have it not."""
     watts = yaml.safe_load((CONFIGS / "economy.yaml").read_text())["watts"]
