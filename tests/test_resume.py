@@ -243,6 +243,7 @@ def test_what_has_no_say_in_the_bits_may_change(begun: RunFolder, tiny: list[str
     """Also where the corpus lies: its contents are compared by their digest."""
     free = ["devices=3", "eval.every=1", "checkpoint.every=7", "checkpoint.keep=9", "log.every=1", "logger=[csv]"]
     free += ["reduce.bucket_mib=1", "stop_after=1h", "sample=def", f"data.cache={tmp_path}", f"data.path={tmp_path}"]
+    free += ["data.revision=0a1b2c3"]
     assert admitted(begun, tiny, *free)
     for bits in (
         "reduce=fast",
@@ -272,7 +273,7 @@ def test_free_keys_cover_what_moves_work_but_not_how_sums_round() -> None:
 def test_nodes_must_agree_on_all_that_the_ranks_do_together(tiny: list[str]) -> None:
     config = compose.config("train", [*tiny, "name=a"])
     assert {"eval.every", "checkpoint.every", "reduce.bucket_mib", "reduce.hosts_first"} <= set(identity(config, LOCAL))
-    assert not {"runs", "data.cache", "data.path", "name"} & set(identity(config, LOCAL))
+    assert not {"runs", "data.cache", "data.path", "data.revision", "name"} & set(identity(config, LOCAL))
 
 
 def test_a_key_to_allow_that_does_not_exist_is_refused_with_the_nearest(

@@ -36,6 +36,7 @@ LOCAL = (
     *("name", "runs", "devices", "backend", "stop_after", "logger", "log", "profile", "sample"),
     *("report", "resume", "resume_from"),
     *("data.cache", "data.path", "data.parts.*.path", "data.tokenizer.path"),  # the corpus's digest is compared
+    *("data.revision", "data.parts.*.revision"),
 )
 # What may change when a run is continued: nothing here has a say in the bits.
 FREE = (
@@ -165,7 +166,8 @@ class RunFolder:
         """Write what the ranks read; raises Refused where a run that has begun had other data, or the disk is full."""
         stored = read_json(self.path / "data.json")
         if stored is not None and self.checkpointed() and stored.get("digest") != data["digest"]:
-            raise Refused("data", f"the corpus is not the one that {self.path} began with: choose another name=…")
+            more = "choose another name=…, or the data.revision=COMMIT of then, if it is the Hub's"
+            raise Refused("data", f"the corpus is not the one that {self.path} began with: {more}")
         try:
             replace(self.path / "data.json", json.dumps({**data, "left_out": self.left_out()}, indent=1))
             replace(self.path / "config.yaml", to_yaml(config))
