@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.running import Running, at_step, gone
+from tests.test_recovery import SLOW as SLOW
 from tests.test_recovery import equals_one_rank, of_kind, once, records, watching
 from tests.test_resume import ENDLESS, numbers
 from tests.test_train import train
@@ -39,7 +40,6 @@ from train.processes import Here, died_of
 
 GROUPS = ("start", "regroup")  # events that say who there is
 DEEP: list[Any] = functools.reduce(lambda inside, _: [inside], range(50), [])
-SLOW = "forward:0:40:1000000"  # most of the time is waited for processes to start: let it be few steps, for the twin
 
 
 @pytest.fixture
