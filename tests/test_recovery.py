@@ -39,7 +39,7 @@ from train.telemetry import Recorder
 
 Record = dict[str, Any]
 LONG = ("steps=30", "eval.every=10", "checkpoint.every=10")
-SLOW = "forward:0:20:1000000"  # most of the time is waited for processes to start: let it be few steps, for the twin
+SLOW = "forward:0:40:1000000"  # most of the time is waited for processes to start: let it be few steps, for the twin
 MEMBER = {"named": True, "stands_by": False}
 
 
@@ -572,7 +572,7 @@ def test_restarts_that_lead_to_no_new_step_end_the_run(tiny: list[str], tmp_path
 def test_resize_under_way(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """2 -> 4 -> 1 -> 9 -> 3 ranks while it trains, of nine one stands by; asking again is harmless."""
     longer = (*ENDLESS, "batch.sequences=8", "batch.micro_batch=1")
-    running = Running([*tiny, *longer], "name=a", "devices=2", f"faults.at=[slow:0@{SLOW}]")
+    running = Running([*tiny, *longer], "name=a", "devices=2", "faults.at=[slow:0@forward:0:10:1000000]")
     running.wait_for(at_step(1))
     codes = [cli.main(["resize", f"run={running.folder}", f"devices={n}"]) for n in (4, 4, 1, 9, 3)]
     assert codes == [0, 0, 0, 0, 0]
