@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.bench import detection
-from tests.test_recovery import watching
+from tests.test_recovery import answers, watching
 from tests.test_resume import numbers
 from tests.test_train import summary, train
 from train import compose, events, plan, supervisor
@@ -37,8 +37,11 @@ def test_each_gradient_is_drawn_with_the_same_probability(tiny: list[str]) -> No
 
 
 @pytest.mark.parametrize("more", [(), ("precision=bf16", "reduce.dtype=bf16", "sharding=optimizer")])
-def test_a_wrong_gradient_is_found_and_undone(more: tuple[str, ...], tiny: list[str]) -> None:
+def test_a_wrong_gradient_is_found_and_undone(
+    more: tuple[str, ...], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every gradient is audited: before the step is saved the run goes back, and no bit is changed in the end."""
+    answers(monkeypatch)
     at = "faults.at=[sdc:1@backward:6]"
     _, twin = train(tiny, *STEPS, *more, "name=twin", "devices=1", "recovery.audit=1")
     assert of_kind(twin, "audit") == [], "nothing is found where nothing is wrong"

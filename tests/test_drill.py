@@ -108,7 +108,7 @@ def test_a_drill_without_faults(tiny: list[str], capsys: pytest.CaptureFixture[s
 
 
 def test_a_drill_changes_no_bit(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["name=d", "devices=4", "steps=160", "eval.every=20", "checkpoint.every=20", "faults.count=4"]
+    settings = ["name=d", "devices=3", "steps=60", "eval.every=20", "checkpoint.every=20", "faults.count=4"]
     settings.append("faults.kinds=[kill,exception,stop,slow]")
     assert cli.main(["drill", *tiny, *settings, "format=json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.running import Running, at_step, gone
+from tests.running import TIMEOUT, Running, at_step, gone
+from tests.test_recovery import SLOW as SLOW
 from tests.test_recovery import equals_one_rank, of_kind, once, records, watching
 from tests.test_resume import ENDLESS, numbers
 from tests.test_train import train
@@ -39,13 +40,15 @@ from train.processes import Here, died_of
 
 GROUPS = ("start", "regroup")  # events that say who there is
 DEEP: list[Any] = functools.reduce(lambda inside, _: [inside], range(50), [])
-SLOW = "forward:0:40:1000000"  # most of the time is waited for processes to start: let it be few steps, for the twin
 
 
 @pytest.fixture
-def port() -> int:
-    with nodes.listen(nodes.here(1)) as listener:
-        return int(listener.getsockname()[1])
+def port() -> Iterator[int]:
+    """It is held, not listened at: who asks for any port is not given it, and node 0, which asks for it, is."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
 class Nodes:
@@ -85,7 +88,7 @@ def test_ranks_and_nodes_are_lost_and_come_back(tiny: list[str], tmp_path: Path,
     os.kill(ranks[0], signal.SIGKILL)
     head.wait_for(grown(4, above=3))
     other.process.kill()
-    assert gone(set(ranks), within=5), "a node's ranks die with its agent"
+    assert gone(set(ranks), within=TIMEOUT), "a node's ranks die with its agent"
     head.wait_for(lambda found: len(members(found)) == 2)
     other.end()
     other = both.start(1, folder="a fresh disk")
@@ -184,7 +187,7 @@ def test_node_0_is_lost_and_started_again(tiny: list[str], tmp_path: Path, port:
     ranks = set(sorted(other.children())[-1:])
     head.process.kill()
     head.end()
-    assert gone(ranks, within=5)
+    assert gone(ranks, within=TIMEOUT)
     again = both.start(0)
     again.wait_for(lambda found: len(of_kind(found, "start")) == 2)
     equals_one_rank(again, both.overrides, f"runs={tmp_path}/alone", *ENDLESS)
@@ -260,18 +263,23 @@ def test_a_node_with_other_settings_is_refused(tiny: list[str], tmp_path: Path, 
         assert "eval.every is 3 on node 0, 7 there" in err
 
 
+@functools.cache
+def two_nodes() -> Any:
+    return compose.config("train", ["nodes=2", "devices=1", "accelerator=cpu"])
+
+
 @pytest.fixture
-def lobby(port: int, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+def lobby(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     """Node 0 of a run of two nodes, without any ranks."""
     monkeypatch.setenv("COLOSSUS_TOKEN", "secret")
-    config = compose.config("train", [*tiny, "name=a", "nodes=2", "devices=1"])
+    config = two_nodes()
     here = Here(nodes.Node(0, "127.0.0.1", port), config, tmp_path, tmp_path / "events.jsonl", None, 1)  # type: ignore[arg-type]
     with Fleet(here, 2, {"agrees": {"seed": 0}}) as found:
         yield found
 
 
 def arrived(lobby: Fleet) -> list[remote.There]:
-    until = time.monotonic() + 10
+    until = time.monotonic() + TIMEOUT
     while not (changed := lobby.meet()) and time.monotonic() < until:
         time.sleep(0.01)
     return changed
@@ -326,7 +334,7 @@ def test_a_call_that_cannot_be_taken_is_not_the_last(
     monkeypatch.setattr(nodes, "listen", lambda *where: Failing(fileno=listen(*where).detach()))
     monkeypatch.setattr(fleet, "GREETERS", 1)
     lobby = request.getfixturevalue("lobby")
-    assert failed.wait(10)
+    assert failed.wait(TIMEOUT)
     link = calls(lobby)
     assert [there.index for there in arrived(lobby)] == [1]
     link.close()
@@ -351,7 +359,7 @@ def test_strangers_take_few_descriptors(monkeypatch: pytest.MonkeyPatch, request
     with contextlib.ExitStack() as strangers:
         for _ in range(5):
             strangers.enter_context(socket.create_connection((node.host, node.port)))
-        assert all(met.acquire(timeout=10) for _ in range(5))
+        assert all(met.acquire(timeout=TIMEOUT) for _ in range(5))
     assert (copies, crowds) == ([1] * 5, [])
 
 
@@ -359,7 +367,7 @@ def test_who_comes_under_the_number_of_a_node_that_is_there_waits_until_it_is_lo
     """It may be the same one, back before its loss is noticed; it may be another, which is no reason for a loss."""
 
     def waiting(number: int) -> bool:
-        until, changed = time.monotonic() + 10, lobby.meet()
+        until, changed = time.monotonic() + TIMEOUT, lobby.meet()
         while lobby._arrived.qsize() != number and not changed and time.monotonic() < until:
             time.sleep(0.01)
             changed = lobby.meet()
@@ -392,12 +400,21 @@ def test_who_would_do_something_else_is_turned_away(hello: dict[str, Any], why: 
     link = remote.call(lobby.here.node)
     assert link is not None
     link.send(**hello)
+    answers: list[dict[str, Any]] = []
+
+    def hear() -> None:  # and hang up, as an agent does: that is waited for
+        until = time.monotonic() + TIMEOUT
+        while not answers and time.monotonic() < until:
+            answers.extend(link.receive())
+            time.sleep(0.01)
+        link.close()
+
+    hears = threading.Thread(target=hear)
+    hears.start()
     with pytest.raises(Refused, match=why):
         lobby.gather(2, lambda text: None)
+    hears.join()
     assert lobby.others == {}
-    until = time.monotonic() + 10
-    while not (answers := list(link.receive())) and time.monotonic() < until:
-        time.sleep(0.01)
     assert answers[0]["over"] == REFUSED
     assert why in answers[0]["why"]
 
@@ -448,19 +465,29 @@ def test_a_node_that_is_silent_is_lost_and_its_ranks_with_it(lobby: Fleet, monke
     assert "closed" in link.lost
 
 
-def test_the_last_word_arrives_though_both_speak_at_once(lobby: Fleet) -> None:
+def test_the_last_word_arrives_though_both_speak_at_once(lobby: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket that is closed with something unread takes back what was sent last; node 1 would wait for node 0."""
+    monkeypatch.setattr(remote, "SETTLED", 2 * TIMEOUT)
     link, there = node_1(lobby)
     link.send(**{"from": 99, "word": "not read yet"})
+    said, send = threading.Event(), there.link.send
+
+    def says(**message: Any) -> None:
+        send(**message)
+        if message:  # no sign of life
+            said.set()
+
+    monkeypatch.setattr(there.link, "send", says)
     parting = threading.Thread(target=there.link.part, kwargs={"over": 0, "why": ""})
     parting.start()
+    assert said.wait(TIMEOUT)
     time.sleep(0.2)
     for _ in range(3):
         link.send(**{"from": 99, "word": "still here"})
         time.sleep(0.05)
     assert {"over": 0, "why": ""} in list(link.receive())
     link.close()
-    parting.join(remote.SETTLED - 1)
+    parting.join(TIMEOUT)
     assert not parting.is_alive()
 
 
@@ -476,7 +503,7 @@ def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:
         link.send(**{"from": 5, **said})
     link.send(**{"from": 99, "word": "whoever that is"})
     link.send(**{"from": 5, "exit_code": -9, "log": "stuck in reduce"})
-    until = time.monotonic() + 10
+    until = time.monotonic() + TIMEOUT
     while rank.alive and time.monotonic() < until:
         there.hear()
         assert rank.silent() in (None, (4.5, "reduce"))
@@ -527,7 +554,8 @@ def test_who_says_what_no_node_says_is_lost(said: bytes, lobby: Fleet, tmp_path:
     link, there = node_1(lobby)
     rank = there.fork(0, {"member": 5, "joins": True})
     link.send(**json.loads(word(LEFT)))
-    link._connection.send_bytes(said)
+    with link._sending:  # a sign of life in the middle of it would be another kind of nonsense
+        link._connection.send_bytes(said)
     assert arrived(lobby) == [there]
     assert (lobby.others, rank.alive) == ({}, False)
     assert [json.loads(one)["kind"] for one in rank.words()] == ["left"]

@@ -77,6 +77,7 @@ class Saver:
         self._about, self._policy, self._send, self._beat = about, policy, send, beat
         self._thread: threading.Thread | None = None
         self._restored: int | None = None
+        self._begun: int | None = None  # the step of the last save
         self._committed: set[int] = set()
         self._failed: str | None = None  # what is to be said of the last save, if it failed
         self._given_up = threading.Event()
@@ -104,6 +105,8 @@ class Saver:
                 with contextlib.suppress(manifest.Damaged):
                     found = manifest.read(path)
                     self._committed |= {found["step"]} if found.get("writer_epoch") == epoch else set()
+            if self._begun is not None and self._begun < step and self._begun not in self._committed:
+                self._warn(f"the checkpoint of step {self._begun} was not saved: rank 0 was lost before", self._begun)
         if self._policy.store and self._mirror is None:
             self._mirror = Mirror(self._root, self._policy, self._trusted, self._warn)
 
@@ -121,7 +124,7 @@ class Saver:
 
     def save(self, step: int, pieces: Sequence[Piece], more: Mapping[str, Any]) -> None:
         """Copy this rank's share and let the thread write it. Waits for the save before, if that is not done yet."""
-        started = time.perf_counter()
+        started, self._begun = time.perf_counter(), step
         self._join()
         mine = checkpoint.deal(pieces, self._group.rank, self._writers)
         if self._snapshot is None or not self._snapshot.holds(mine):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_recovery import watching
+from tests.test_recovery import answers, watching
 from tests.test_resume import numbers
 from tests.test_train import summary, train
 from train import cli, compose, events, manifest, plan, supervisor
@@ -87,7 +87,8 @@ def test_an_interruption_has_no_say_in_what_is_a_spike(tiny: list[str], tmp_path
         assert again._rolled[30] == 1
 
 
-def test_a_transient_nan_changes_no_bit(tiny: list[str]) -> None:
+def test_a_transient_nan_changes_no_bit(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch)
     more = ("steps=12", "checkpoint.every=4", "eval.every=0")
     code, folder = train(tiny, *more, "name=a", "devices=3", "faults.at=[nan:1@backward:6]")
     assert code == 0

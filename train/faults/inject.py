@@ -28,6 +28,7 @@ from train.ranks import Ranks
 
 Phase = Callable[[str, int], None]  # takes a phase's name and the steps committed
 EXIT = 3  # the exit code of a rank that leaves without a word
+BEAT = 1.0  # seconds between a slow rank's signs of life
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +97,11 @@ class Injector:
     def _drag(self, phase: str, step: int) -> None:
         """A slow rank: what it computed since the last phase takes so much longer; waiting for others does not."""
         if self.computing and step < self.slow_until and phase != "regroup":
-            time.sleep((time.perf_counter() - self.since) * (self.factor - 1))
+            now = time.perf_counter()
+            until = now + (now - self.since) * (self.factor - 1)
+            while (left := until - time.perf_counter()) > 0:
+                time.sleep(min(left, BEAT))
+                self.channel.pulse.beat()  # who is slow is not silent, however slow
         self.computing, self.since = phase in ("forward", "backward"), time.perf_counter()
 
 
