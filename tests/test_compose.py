@@ -83,7 +83,7 @@ def test_a_mistake_is_named(override: str, words: list[str]) -> None:
     assert "\n" not in message
 
 
-def test_nothing_is_composed_twice_where_no_key_is_to_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_composed_twice_where_no_key_is_added_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def counted(*arguments: Any, **more: Any) -> Any:
@@ -92,9 +92,10 @@ def test_nothing_is_composed_twice_where_no_key_is_to_be_checked(monkeypatch: py
 
     monkeypatch.setattr(compose, "compose", counted)
     chosen = compose.config("train", ["model=llama_micro"])
-    assert len(calls) == 1
     assert chosen == compose.config("train", ["model=llama_micro", f"seed={chosen.seed}"])
-    assert len(calls) == 3
+    assert len(calls) == 2
+    assert chosen == compose.config("train", ["model=llama_micro", f"++seed={chosen.seed}"])
+    assert len(calls) == 4
 
 
 def test_a_missing_data_path_is_named() -> None:

@@ -7,12 +7,12 @@ turned into `Refused`.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -38,7 +38,7 @@ TEXT, PATHS = {"prompt", "sample", "store", "resume_from"}, {"path", "run", "run
 FILES = {"table", "out", "nanogpt"}  # the same, as whole keys only: faults.table is no path
 
 
-@contextmanager
+@contextlib.contextmanager
 def hydra() -> Iterator[None]:
     register()
     GlobalHydra.instance().clear()
@@ -185,13 +185,16 @@ def _compose(command: str, arguments: list[str]) -> DictConfig:
     groups = [o for o in parsed if options(o.key_or_group)]
     for override in groups:
         _check_option(override)
+    plain, whole, composed = [o for o in parsed if o not in groups], [*overrides, *_search_path()], None
+    if all(override.type is OverrideType.CHANGE for override in parsed):  # of keys that there are, or Hydra stumbles
+        with contextlib.suppress(Exception):  # in any of many ways: what is wrong is said below
+            found = compose(command, whole, return_hydra_config=True)
+            _check_keys(plain, found)
+            composed = found
     try:
-        chosen, plain = [*(str(o.input_line) for o in groups), *_search_path()], len(groups) == len(parsed)
-        composed = compose(command, chosen, return_hydra_config=plain)
-        for override in (one for one in parsed if one not in groups):
-            _check_key(override, composed)
-        if not plain:  # composing takes 50 ms: not twice where nothing is left to check
-            composed = compose(command, [*overrides, *_search_path()], return_hydra_config=True)
+        if composed is None:  # composing takes 100 ms: not twice where nothing is left to check
+            _check_keys(plain, compose(command, [*(str(o.input_line) for o in groups), *_search_path()]))
+            composed = compose(command, whole, return_hydra_config=True)
     except HydraException as error:
         cause = error.__cause__ or error
         key = next((o.key_or_group for o in parsed if o.input_line and o.input_line in str(error)), "")
@@ -243,17 +246,17 @@ def _check_option(override: Override) -> None:
         raise Refused(group, f"'{shown}' is unknown{near} (choose from {', '.join(available)})")
 
 
-def _check_key(override: Override, known: DictConfig) -> None:
+def _check_keys(overrides: Iterable[Override], known: DictConfig) -> None:
     """Refuse a key that the composed configuration does not have, and name the nearest that it has."""
-    key = override.key_or_group
-    node: Any = known
-    if key.split(".")[0] in ("hydra", "hydra/launcher", "hydra/sweeper"):
-        return
-    for part in key.split("."):
-        inner = isinstance(node, DictConfig) and not node._is_none()
-        node = node._get_node(part, validate_access=False) if inner else None
-        if node is None:
-            raise Refused(key, f"no such key{did_you_mean(key, list(_keys(known)))}")
+    for key in (override.key_or_group for override in overrides):
+        node: Any = known
+        if key.split(".")[0] in ("hydra", "hydra/launcher", "hydra/sweeper"):
+            continue
+        for part in key.split("."):
+            inner = isinstance(node, DictConfig) and not node._is_none()
+            node = node._get_node(part, validate_access=False) if inner else None
+            if node is None:
+                raise Refused(key, f"no such key{did_you_mean(key, list(_keys(known)))}")
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
