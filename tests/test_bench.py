@@ -23,14 +23,22 @@ from train import bench, cli
 from train.checks import Refused
 from train.commands import Bench
 
-NEEDS_LITGPT = pytest.mark.skipif(importlib.util.find_spec("litgpt") is None, reason=contestants.WHEEL)
+LITGPT = importlib.util.find_spec("litgpt") is not None
+NEEDS_LITGPT = pytest.mark.skipif(not LITGPT, reason=contestants.WHEEL)
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def colossus(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """From a folder that is not the checkout, as a user calls it."""
-    command = [str(Path(sys.executable).with_name("colossus")), "bench", "rounds=1", "small=true", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Of a benchmark from a folder that is not the checkout, as a user calls it: that folder, and what was said."""
+    folder = tmp_path_factory.mktemp("bench")
+    arguments = ["rounds=1", "turn=3", "small=true", "steps=7", "settings=llama-fp32-1x1", "out=figures.json"]
+    arguments += [f"contestants=[ours,ceiling{',litgpt-eager' * LITGPT}]"]
+    command = [str(Path(sys.executable).with_name("colossus")), "bench", *arguments]
+    return folder, subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+
+
+Small = tuple[Path, subprocess.CompletedProcess[str]]
 
 
 def test_help_says_what_each_key_means(capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,19 +207,19 @@ def test_what_was_not_measured_anew_stays(tmp_path: Path, monkeypatch: pytest.Mo
         peers.main(Bench(out=str(tmp_path / "mine.json")), ["ours"], SETTINGS)
 
 
-def test_a_small_run_leaves_figures_and_a_picture(tmp_path: Path) -> None:
-    arguments = ("contestants=[ours,ceiling]", "settings=gpt2-bf16-1x1", "steps=3", "out=figures.json")
-    done = colossus(tmp_path, *arguments)
+def test_a_small_run_leaves_figures_and_a_picture(small_run: Small) -> None:
+    folder, done = small_run
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "figures.json").read_text())["results"][0]
-    assert [row["contestant"] for row in result["rows"]] == ["ours", "ceiling"]
-    assert (result["steps"], result["micro_batch"]) == (3, 4)
+    result = json.loads((folder / "figures.json").read_text())["results"][0]
+    assert [row["contestant"] for row in result["rows"]] == ["ours", *["litgpt-eager"] * LITGPT, "ceiling"]
+    assert (result["steps"], result["micro_batch"]) == (7, 4)
     assert all(row["tokens_per_s"] > 0 and row["same_work"] for row in result["rows"])
-    assert len(list(ElementTree.fromstring((tmp_path / "figures.svg").read_text()).iter(f"{SVG}rect"))) == 2
-    setting = "gpt2, bf16, 1 rank x 1 thread"
-    under_way = [f"{setting}: {what} …" for what in ("models are built", "rounds", "to step 3")]
+    boxes = ElementTree.fromstring((folder / "figures.svg").read_text()).iter(f"{SVG}rect")
+    assert len(list(boxes)) == len(result["rows"])
+    setting = "llama, fp32, 1 rank x 1 thread"
+    under_way = [f"{setting}: {what} …" for what in ("models are built", "rounds", "to step 7")]
     assert done.stdout.splitlines()[:3] == under_way
-    assert f"{setting}: 1 rounds, 3 steps" in done.stdout
+    assert f"{setting}: 1 rounds, 7 steps" in done.stdout
 
 
 def test_a_contestant_that_ends_in_mid_loop_leaves_no_semaphore(tmp_path: Path) -> None:
@@ -255,9 +263,9 @@ def test_litgpt_has_our_llama_under_other_names(tmp_path: Path) -> None:
 
 
 @NEEDS_LITGPT
-def test_litgpt_does_the_same_work(tmp_path: Path) -> None:
-    done = colossus(tmp_path, "contestants=[litgpt-eager]", "settings=llama-fp32-1x1", "turn=3", "out=figures.json")
+def test_litgpt_does_the_same_work(small_run: Small) -> None:
+    folder, done = small_run
     assert done.returncode == 0, done.stdout + done.stderr
-    ours, litgpt = json.loads((tmp_path / "figures.json").read_text())["results"][0]["rows"]
+    ours, litgpt, _ = json.loads((folder / "figures.json").read_text())["results"][0]["rows"]
     assert litgpt["parameters"] == ours["parameters"]
     assert litgpt["loss_apart_early"] < 1e-5

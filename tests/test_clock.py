@@ -18,22 +18,34 @@ from train.flat import Flat
 from train.group import Group
 from train.reduce import ExactReducer
 
-LATE = 0.5  # seconds that rank 0 takes longer
+LATE = 3.0  # seconds that rank 0 takes longer, on the clock that both ranks read
 
 
 def uneven(group: Group, mode: str) -> list[list[float]]:
-    """A step in which rank 0 begins its wait only once rank 1 has begun the step: (2, W) seconds, of whole ranks."""
+    """A step in which time passes in rank 0's first leaf alone, when rank 1 already waits: (2, W) seconds."""
     flat = Flat(model := odd_model(), group.world)
     reducer = {"exact": ExactReducer, "fast": FastReducer}[mode](group, flat, 8)
+    reads = 0
+
+    def now() -> float:
+        """Read where a step begins, where its leaves are computed, and where the sum is there: all is one bucket."""
+        nonlocal reads
+        reads += 1
+        seconds = float(group.store.get("now"))
+        if group.rank == 1 and reads == 2:
+            group.store.set("waits", "1")
+        return seconds
+
+    clock.time = SimpleNamespace(perf_counter=now)  # type: ignore
+    if group.rank == 0:
+        group.store.set("now", "0")
     for v, _ in reducer.leaves():
-        if group.rank == 1 and v == reducer.hosted[1][0]:
-            group.store.set("begun", "1")
-        elif group.rank == 0 and v == 0:
-            group.store.wait(["begun"])
-            time.sleep(LATE)
+        if v == 0:
+            group.store.wait(["waits"])
+            group.store.set("now", str(LATE))
         torch.stack([p.sum() for p in used(model)]).sum().backward()  # type: ignore[no-untyped-call]
-    computed, waited = reducer.finish().seconds.tolist()
-    return [[4 * seconds for seconds in computed], waited]  # four leaves each
+    seconds: list[list[float]] = reducer.finish().seconds.tolist()
+    return seconds
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
@@ -41,10 +53,7 @@ def test_who_is_early_waits_for_who_is_late(mode: str) -> None:
     """No sum is there before rank 0's leaves are: what rank 1 does not compute until then it waits."""
     first, second = dist.run("tests.test_clock:uneven", 2, mode=mode)
     assert first == second  # all ranks know all ranks' numbers
-    (late, early), (least, most) = first
-    assert late > LATE
-    assert early + most > 0.9 * LATE  # its clock begins a moment before it says so
-    assert most > least
+    assert first == [[LATE / 4, 0], [0, LATE]]  # of a leaf, of which each has four; of the wait
 
 
 def test_a_clock_tells_computing_from_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

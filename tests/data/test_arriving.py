@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.data.corpora import jsonl, texts
 from tests.running import TIMEOUT, at_step
 from tests.test_train import sha256, summary, train
 from train import compose, events, pulse
+from train.data import writing
 from train.data.prepare import prepare
 from train.data.store import lock
 
@@ -29,10 +31,21 @@ def arriving(tiny: list[str], tmp_path: Path) -> list[str]:
     return [*keys, "data=hf", f"data.name={tmp_path / 'set'}", *BYTES]
 
 
-def test_training_goes_on_with_what_is_there(arriving: list[str], tmp_path: Path) -> None:
+def test_training_goes_on_with_what_is_there(
+    arriving: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than the first shard; who prepares the others has failed before the run begins, or it might end first."""
     with (tmp_path / "set" / "train.jsonl").open("a") as out:
         out.write("{broken\n")
-    code, folder = train(arriving, *LONG, f"data.cache={tmp_path}/cache", "name=a", "steps=150")
+    begin = writing._background
+
+    def ended(job: writing.Job, held: int) -> subprocess.Popen[bytes]:
+        process = begin(job, held)
+        process.wait()
+        return process
+
+    monkeypatch.setattr(writing, "_background", ended)
+    code, folder = train(arriving, *LONG, f"data.cache={tmp_path}/cache", "name=a", "steps=20")
     assert code == 0
     said = [record["text"] for record in events.read(folder / "events.jsonl") if record["kind"] == "warning"]
     assert any("train.jsonl:601" in text and "begun again in 5 s" in text for text in said)

@@ -7,7 +7,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.data.corpora import config, folder, jsonl, prepared, stream, texts
+from tests.running import runs
 from train.checks import Refused
 from train.config import Data, Source, SourceKind, Tokenizer, TokenizerKind
 from train.data.corpus import File, pin
@@ -386,12 +386,17 @@ def test_what_another_run_leaves_is_taken_up(tmp_path: Path, dataset: Path, monk
 def test_the_preparer_does_not_outlive_its_parent(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = "word " * 2000
-    with (dataset / "data" / "train-00001.jsonl").open("a") as out:
-        out.writelines(f'{{"text": "{i} {words}"}}\n' for i in range(4000))  # 40 MB: seconds of work
-    reader, writer = os.pipe()
+    """Its work is here such as never ends: else it might be done before the parent is killed."""
+    begun, reader, writer = tmp_path / "begun", *os.pipe()
+    endless = f"writing.write_shards = lambda *_: (open({str(begun)!r}, 'w').close(), time.sleep(600))"
+
+    def popen(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
+        code = f"import time; from train.data import writing; {endless}; writing.background()"
+        return subprocess.Popen([command[0], "-c", code], **how)
+
     child = os.fork()
     if child == 0:  # a parent that is killed once its preparer works
+        monkeypatch.setattr("train.data.writing.subprocess", SimpleNamespace(PIPE=-1, DEVNULL=-3, Popen=popen))
         _, preparer = prepare(local(tmp_path, dataset, "cache"), seed=5, context=16)
         assert preparer is not None
         assert preparer.works[0].process is not None
@@ -399,17 +404,12 @@ def test_the_preparer_does_not_outlive_its_parent(
         time.sleep(60)
         os._exit(0)
     background = int(os.read(reader, 20))
-    assert lock(next(path for path in (tmp_path / "cache" / "stores").iterdir() if path.is_dir())) is None
+    until(begun.exists)
+    (store,) = (path for path in (tmp_path / "cache" / "stores").iterdir() if path.is_dir())
+    assert lock(store) is None
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        state = Path(f"/proc/{background}/stat")
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("the background process is still there")
-    store = next(path for path in (tmp_path / "cache" / "stores").iterdir() if path.is_dir())
-    assert not (store / "complete.json").exists()
-    assert all(a < b for a, b in pairwise(sorted(store.glob("shard-*"))))
+    until(lambda: not runs(background))
+    held = lock(store)
+    assert held is not None
+    os.close(held)

@@ -265,6 +265,7 @@ def test_masked_targets_weigh_the_auxiliary_losses_too() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_bf16_products_have_few_sizes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each number of rows that is new to oneDNN is compiled, which took as long as the product."""
+    torch.manual_seed(0)
     sizes, linear = [], F.linear
     monkeypatch.setattr("train.models.experts.F.linear", lambda x, w: sizes.append(x.size(0)) or linear(x, w))  # type: ignore[func-returns-value]
     weights = [torch.randn(shape, dtype=dtype) for shape in ((3, 24, 16), (3, 24, 16), (3, 16, 24))]

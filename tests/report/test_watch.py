@@ -8,8 +8,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,8 +35,7 @@ def unfinished(path: Path) -> None:
     (path / "events.jsonl").write_text("".join(rows[:-1]))
 
 
-def finish(path: Path, after: float = 0.0) -> None:
-    time.sleep(after)
+def finish(path: Path) -> None:
     with (path / "events.jsonl").open("a") as file:
         file.write(json.dumps(lines(10)[-1]) + "\n")
 
@@ -102,15 +102,29 @@ def test_looking_again_reads_what_is_new(tmp_path: Path, tiny: list[str], monkey
     assert len(parsed) == 2
 
 
-def test_it_ends_with_the_run(tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def between_looks(monkeypatch: pytest.MonkeyPatch, act: Callable[[float], object]) -> None:
+    """Have something done where `watch` would sleep; what else sleeps in this process goes on sleeping."""
+    clock = {name: getattr(time, name) for name in ("time", "monotonic")}
+    monkeypatch.setattr("train.watch.time", SimpleNamespace(**clock, sleep=act))
+
+
+def test_it_ends_with_the_run(
+    tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = leave(tmp_path / "a", lines(20), tiny)
     unfinished(path)
     lock = locks.take(path / ".lock")
     assert lock is not None
-    threading.Thread(target=finish, args=(path, 1.0)).start()
-    begun = time.monotonic()
+    slept: list[float] = []
+
+    def ends_in_the_third(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            finish(path)
+
+    between_looks(monkeypatch, ends_in_the_third)
     assert cli.main(["watch", f"run={path}", "every=0.1"]) == 0
-    assert time.monotonic() - begun >= 0.9
+    assert slept == [0.1] * 3
     os.close(lock)
     assert "a  done" in capsys.readouterr().out
     unfinished(path)  # and nobody holds it: it has broken off
@@ -128,7 +142,7 @@ def test_ctrl_c_is_quiet(
     unfinished(path)
     lock = locks.take(path / ".lock")
     assert lock is not None
-    monkeypatch.setattr("train.watch.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    between_looks(monkeypatch, lambda _: os.kill(os.getpid(), signal.SIGINT))
     assert cli.main(["watch", f"run={path}", f"web={web}"]) == 0
     os.close(lock)
     assert capsys.readouterr().err == ""
