@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from train import compose, plan, pulse
+from train import compose, plan, processes, pulse
 from train.processes import Rank, forkserver, log_to
 from train.pulse import AT_FIRST, LEAST, OFTEN, OFTENER, Pulse
 
@@ -93,6 +93,26 @@ def test_a_wait_is_no_silence(heart: tuple[Pulse, Silence], clock: SimpleNamespa
     assert silent(LEAST + 0.1) is not None
 
 
+def test_who_has_stood_still_himself_takes_nobody_for_silent(
+    tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual machine that was held up, or a laptop that slept: the supervisor may be the first to go on."""
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    process: Any = SimpleNamespace(is_alive=lambda: True)
+    connection: Any = None
+    rank = Rank(0, 0, 0, process, connection, pulse.create(tmp_path / "pulse"), tmp_path / "pulse", named=True)
+    live(Pulse(tmp_path / "pulse"), clock, ("forward", 0.1), ("forward", 0.0))
+    assert rank.silent() is None
+    clock.now += 100
+    assert rank.silent() is None
+    waited = 0.0
+    while (found := rank.silent()) is None:
+        clock.now += 0.2
+        waited += 0.2
+    assert found == (pytest.approx(waited), "forward")  # type: ignore[comparison-overlap]
+    assert LEAST < waited < LEAST + 0.3, "one that hangs is found all the same"
+
+
 def test_the_flight_record_says_which_collective_and_since_when(tmp_path: Path, clock: SimpleNamespace) -> None:
     memory = pulse.create(tmp_path / "pulse")
     rank = Pulse(tmp_path / "pulse")
@@ -131,14 +151,16 @@ def test_the_first_micro_batch_may_last_by_its_size(tiny: list[str]) -> None:
     assert pulse.first(compiled, 300) > AT_FIRST
 
 
-def test_a_sign_that_is_being_written_is_not_taken_for_silence(tmp_path: Path) -> None:
-    """A rank in another process writes as fast as it can, while we read."""
+def test_a_sign_that_is_being_written_is_not_taken_for_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank in another process writes as fast as it can, while we read; by clocks that stand still for neither."""
     memory = pulse.create(tmp_path / "pulse")
     code = (
-        "import sys, pathlib; from train.pulse import Pulse\n"
-        "rank = Pulse(pathlib.Path(sys.argv[1])); rank.beat('forward'); print('beats', flush=True)\n"
+        "import itertools, sys, pathlib, types; from train import pulse\n"
+        "pulse.time = types.SimpleNamespace(monotonic=itertools.cycle((1000.0, 1001.0)).__next__)\n"
+        "rank = pulse.Pulse(pathlib.Path(sys.argv[1])); rank.beat('forward'); print('beats', flush=True)\n"
         "while True: rank.beat('forward')"
     )
+    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: 1002.0))
     rank = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pulse")], stdout=subprocess.PIPE)
     try:
         assert rank.stdout is not None

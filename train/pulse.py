@@ -51,10 +51,13 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), LAYOUT.size + FLIGHT.size)
 
 
-def silent(memory: mmap.mmap) -> tuple[float, str] | None:
-    """For how many seconds a rank has given no sign of life, and in which phase, if that is too long; else None."""
+def silent(memory: mmap.mmap, since: float = 0.0) -> tuple[float, str] | None:
+    """For how many seconds a rank has given no sign of life, and in which phase, if that is too long; else None.
+
+    What was before `since`, on the monotonic clock, does not count.
+    """
     last, limit, phase = _read(memory, LAYOUT, 0)
-    seconds = time.monotonic() - last
+    seconds = time.monotonic() - max(last, since)
     return (seconds, phase.rstrip(b"\0").decode()) if seconds > limit else None
 
 
