@@ -176,7 +176,7 @@ class Console:
         end = next(record for record in reversed(records) if record["kind"] == "end")
         if summary["val_bpb"] is not None:
             self.say(f"validation: {summary['val_bpb']:.4f} bits per byte{_beside(summary)}")
-        else:
+        elif summary["val_loss"] is not None:  # nor that where a checkpoint was fetched that had nothing left to do
             self.say(f"validation: {summary['val_loss']:.4f} nats per token")
         if end["sample"]:
             self.say("a sample:")

@@ -41,7 +41,7 @@ def summarize(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     score = scores[max(scores)] if scores else None
     ways = {"least": list(map(min, waits)), "mean": list(map(statistics.mean, waits)), "most": list(map(max, waits))}
     return {
-        "steps": newest["step"] if newest else 0,
+        "steps": (newest or finished or {"step": 0})["step"],  # none of its own, where all was fetched
         "stopped": finished["stopped"] if finished else True,
         "final_loss": newest["loss"] if newest else None,
         "val_loss": score["loss"] if score else None,
