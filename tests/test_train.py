@@ -402,8 +402,8 @@ def test_a_dataset_of_several_files_is_trained_on(tiny: list[str], corpus: Path,
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(tiny: list[str]) -> None:
     """SIGINT to the whole foreground group, as a terminal sends it: exit 75, nothing left, equal state in the end."""
-    more = ("name=a", "devices=2", "steps=80", "eval.every=0", "checkpoint.every=0")
-    running = Fresh(tiny, *more)
+    more = ("name=a", "devices=2", "schedule=constant", "eval.every=0", "checkpoint.every=0")
+    running = Fresh(tiny, *more, "steps=100000")
     running.wait_for(at_step(5))
     pids = running.children()
     assert len(pids) >= 3  # the forkserver and two ranks
@@ -411,15 +411,16 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(tiny: list[s
     code, out, err = running.end()
     assert code == 75, err
     assert "asked to stop" in out
-    assert gone(pids, within=20)
+    assert gone(pids, within=60)
     stopped = summary(running.folder)
     assert stopped["stopped"]
-    assert 5 <= stopped["steps"] < 80
+    assert stopped["steps"] >= 5
     (saved,) = manifest.candidates(running.folder / "checkpoints")
     assert saved.name == manifest.folder_name(stopped["steps"])
 
-    assert train([*tiny, *more], "devices=3")[0] == 0
-    assert summary(running.folder)["state_sha256"] == sha256(tiny, *more, "name=b", "devices=1")
+    total = f"steps={stopped['steps'] + 4}"
+    assert train([*tiny, *more], total, "devices=3", "resume.allow=steps")[0] == 0
+    assert summary(running.folder)["state_sha256"] == sha256(tiny, *more, total, "name=b", "devices=1")
 
 
 def test_stop_after_saves_and_exits_75(tiny: list[str]) -> None:
@@ -437,7 +438,7 @@ def test_a_killed_parent_takes_its_ranks_along(tiny: list[str]) -> None:
     time.sleep(0.5)  # the other one gets stuck
     running.process.kill()
     running.end()
-    assert gone(pids, within=10)
+    assert gone(pids, within=60)
 
 
 def test_a_killed_rank_ends_the_run_and_is_named(tiny: list[str]) -> None:
@@ -454,7 +455,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(tiny: list[str]) -> None:
     assert "SIGKILL" in err
     assert "out of memory" in err
     assert len(err.splitlines()) == 1
-    assert gone(pids, within=20)
+    assert gone(pids, within=60)
     assert any(r["kind"] == "fault" and r["rank"] == 2 for r in events.read(running.folder / "events.jsonl"))
 
 
