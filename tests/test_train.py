@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import secrets
 import signal
 import threading
 import time
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from tests.running import Fresh, Running, at_step, gone
 from train import cli, engine, events, manifest, nodes, trained
+from train.checks import Refused
 from train.models.language import LanguageModel
 from train.supervisor import Supervisor
 
@@ -47,6 +50,19 @@ def sha256(overrides: list[str], *more: str) -> str:
     return str(summary(folder)["state_sha256"])
 
 
+def process_of(rank: int, pids: set[int]) -> int:
+    """By the name of its log: not always is a later process's number the larger one."""
+    return next(pid for pid in pids if os.readlink(f"/proc/{pid}/fd/1").endswith(f"/rank-{rank}.log"))
+
+
+def free_port() -> str:
+    """Below those that the system hands out by itself: one of them may be somebody's before the run has come to it."""
+    while True:
+        with contextlib.suppress(Refused):
+            with nodes.listen(nodes.here(1), port := 20_000 + secrets.randbelow(12_000)):
+                return str(port)
+
+
 @pytest.mark.parametrize(
     ("more", "cells"),
     [
@@ -67,10 +83,10 @@ def sha256(overrides: list[str], *more: str) -> str:
 def test_the_result_does_not_depend_on_ranks_or_sharding(
     more: list[str], cells: list[tuple[int, str]], tiny: list[str]
 ) -> None:
-    """Losses, gradient norms, evaluation and state over 12 steps, to the bit. `make bench-exact`: the whole table."""
+    """Losses, gradient norms, evaluation and state over 8 steps, to the bit. `make bench-exact`: the whole table."""
     runs = {}
     for world, sharding in cells:
-        settings = [f"name=w{world}", f"devices={world}", f"sharding={sharding}", "steps=12", "eval.every=4"]
+        settings = [f"name=w{world}", f"devices={world}", f"sharding={sharding}", "steps=8", "eval.every=4"]
         code, folder = train(tiny, *more, *settings, "eval.sample=20")
         assert code == 0
         numbers = [(step["loss_hex"], step["grad_norm"], step["lr"], step["tokens"]) for step in steps(folder)]
@@ -82,7 +98,7 @@ def test_the_result_does_not_depend_on_ranks_or_sharding(
             if r["kind"] == "digests"
         ]
         runs[world] = (summary(folder)["state_sha256"], numbers, scores, evidence)
-        assert (len(numbers), len(scores), len(evidence)) == (12, 3, 12)
+        assert (len(numbers), len(scores), len(evidence)) == (8, 2, 8)
     assert all(run == runs[1] for run in runs.values())
 
 
@@ -135,8 +151,7 @@ def test_shares_may_be_uneven_and_are_recorded(tiny: list[str]) -> None:
 
 def test_ranks_that_compute_other_bits_are_told_apart(tiny: list[str], tmp_path: Path) -> None:
     """Two nodes, one of which uses other vector instructions: the handshake says so, and ownership stays as it is."""
-    with nodes.listen(nodes.here(1)) as listener:
-        port = str(listener.getsockname()[1])
+    port = free_port()
     overrides = [argument for argument in tiny if not argument.startswith("runs=")]
     started = [
         Running(
@@ -434,7 +449,7 @@ def test_a_killed_parent_takes_its_ranks_along(tiny: list[str]) -> None:
     running = Running(tiny, "name=a", "devices=2", "steps=100000")
     running.wait_for(at_step(2))
     pids = running.children()
-    os.kill(max(pids), signal.SIGSTOP)
+    os.kill(process_of(1, pids), signal.SIGSTOP)
     time.sleep(0.5)  # the other one gets stuck
     running.process.kill()
     running.end()
@@ -447,8 +462,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(tiny: list[str]) -> None:
     running = Running(tiny, "name=a", "devices=3", "steps=100000", *settings)
     running.wait_for(at_step(2))
     pids = running.children()
-    victim = max(pids)  # forked last: rank 2
-    os.kill(victim, signal.SIGKILL)
+    os.kill(process_of(2, pids), signal.SIGKILL)
     code, _, err = running.end()
     assert code == 1
     assert "rank 2" in err
@@ -496,8 +510,7 @@ def test_two_nodes_train_together(tiny: list[str], tmp_path: Path) -> None:
     """The same command once per node, each with its own runs folder, begun and resumed: the bits of one node."""
     overrides = [argument for argument in tiny if not argument.startswith("runs=")]
     for steps in (3, 6):
-        with nodes.listen(nodes.here(1)) as listener:
-            port = str(listener.getsockname()[1])
+        port = free_port()
         started = [
             Running(
                 [*overrides, f"runs={tmp_path}/node{index}", "name=a", "nodes=2", "devices=2"],
