@@ -257,7 +257,7 @@ def test_who_waits_for_a_slow_store_gives_signs_of_life(tmp_path: Path, monkeypa
     def beat() -> None:
         nonlocal beats
         beats += 1
-        if beats == 3:
+        if beats == 2:
             go.set()
 
     monkeypatch.setattr(Remote, "upload", slow)
@@ -280,6 +280,7 @@ def test_what_cannot_be_read_or_is_no_url_is_refused_in_one_line(
     with pytest.raises(Refused, match=r"pip install -e '\.\[gs\]'"):
         Remote("gs://bucket/run", "resume_from")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3fs.S3FileSystem.clear_instance_cache()
     with monkeypatch.context() as patch:
         patch.setattr(s3fs.S3FileSystem, "retries", 1)
