@@ -44,8 +44,7 @@ def exported(family: str, tiny: list[str], tmp_path: Path, *more: str) -> tuple[
     return run, out
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize(("family", "kind"), [("gpt2", "bytes"), ("llama", "bpe")])
 def test_transformers_loads_what_is_exported(family: str, kind: str, tiny: list[str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
