@@ -181,7 +181,10 @@ def late(log: Path, ready: Connection) -> None:
     time.sleep(60)
 
 
-def test_a_rank_that_hangs_says_where_before_it_ends_however_long_that_takes(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_says_where_before_it_ends_however_long_that_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "DUMP", 60.0)
     ready, there = multiprocessing.Pipe()
     process = forkserver().Process(target=late, args=(tmp_path / "log", there), daemon=True)  # type: ignore[attr-defined]
     process.start()
