@@ -36,7 +36,7 @@ from train.slots import Spot
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 KILLED = 10.0  # seconds after which a process that was killed is given up: its device or disk holds it
-LOOKS = 1.0  # seconds between two looks at a rank, at most; who takes longer has stood still itself
+LOOKS = 1.0  # seconds between two looks at a rank; who takes longer has stood still itself meanwhile
 DUMP = 5.0  # seconds in which a stack is written: a millisecond, if the rank finds a free core
 
 
@@ -80,7 +80,7 @@ class Rank:
     fault: dict[str, Any] | None = None  # what it says has ended it
     given_up: float = float("inf")  # from when on, on the monotonic clock
     looked: float = 0.0  # when it was looked at last, on the same clock
-    watched: float = 0.0  # since when it has been, without a break
+    heard: float = 0.0  # its last sign of life, later by what this process has stood still since
 
     @property
     def spot(self) -> Spot:
@@ -114,13 +114,12 @@ class Rank:
     def silent(self) -> tuple[float, str] | None:
         """For how many seconds it has given no sign of life, and in which phase, if that is too long.
 
-        Where this process has stood still the whole machine may have, the rank included: that counts for nothing.
+        While this process has stood still the whole machine may have, the rank included: that counts for nothing.
         """
         now = time.monotonic()
-        if now - self.looked > LOOKS:
-            self.watched = now
-        self.looked = now
-        return pulse.silent(self.pulse, self.watched) if self.alive else None
+        stood, self.looked = max(0.0, now - self.looked - LOOKS), now
+        self.heard = min(now, max(self.heard, pulse.last(self.pulse)) + stood)
+        return pulse.silent(self.pulse, self.heard) if self.alive else None
 
     def flight(self) -> str:
         """Where it is, for the record of a hang."""

@@ -51,6 +51,11 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), LAYOUT.size + FLIGHT.size)
 
 
+def last(memory: mmap.mmap) -> float:
+    """When a rank has given its last sign of life, on the monotonic clock."""
+    return float(_read(memory, LAYOUT, 0)[0])
+
+
 def silent(memory: mmap.mmap, since: float = 0.0) -> tuple[float, str] | None:
     """For how many seconds a rank has given no sign of life, and in which phase, if that is too long; else None.
 
