@@ -265,7 +265,7 @@ def recovered(
         state=said.state,
         parts=SimpleNamespace(recorder=recorder, phase=lambda name, step: None),  # type: ignore[arg-type]
         reducer=half.reducer,
-        keeper=SimpleNamespace(saver=SimpleNamespace(give_up=lambda: False, regrouped=regrouped)),  # type: ignore[arg-type]
+        keeper=SimpleNamespace(saver=SimpleNamespace(part=lambda lost: False, regrouped=regrouped)),  # type: ignore[arg-type]
         balance=SimpleNamespace(regrouped=lambda state, parts, joined: said.shaken.append(joined)),  # type: ignore[arg-type]
         channel=SimpleNamespace(send=said.sent.append),  # type: ignore[arg-type]
         begin=lambda: (said.sent.append("begun"), begins())[0],

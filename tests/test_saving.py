@@ -175,6 +175,25 @@ def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path, mon
         assert [path.name for path in root.iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_save_outlasts_a_change_of_ranks_that_loses_none(tmp_path: Path, lost: bool) -> None:
+    """Rank 1 answers in rank 0's second look around; of a rank that is lost no answer is waited for."""
+    heard: list[events.Event] = []
+    ranks = savers(tmp_path / "c", 2, heard)
+    ranks[0].save(1, cut(state(1.0), 0, 2), {})
+    looks: list[bool] = []
+
+    def look() -> bool:
+        looks.append(lost)
+        if len(looks) == 2:
+            ranks[1].save(1, cut(state(1.0), 1, 2), {})
+        return lost
+
+    assert ranks[0].part(look) is lost
+    assert [event.kind for event in heard] == ["warning" if lost else "checkpoint"]
+    assert not ranks[1].part(look)
+
+
 def test_what_is_being_uploaded_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a store that is slower than `keep` saves would never have a whole one."""
     go, begun, upload, whole = threading.Event(), threading.Event(), Remote.upload, list[int]()

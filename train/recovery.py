@@ -52,7 +52,7 @@ class Recovery:
     def regroup(self) -> None:
         """Go on in the newest group; raises Dismissed where this rank is not in it."""
         led, began = self.group.rank == 0, time.perf_counter()
-        lost_save = self.whole and self.keeper.saver.give_up()
+        lost_save = self.whole and self.keeper.saver.part(self._lost)
         while True:
             try:
                 self._regroup(led, lost_save, began)
@@ -113,6 +113,11 @@ class Recovery:
                     seconds=time.perf_counter() - began,
                 )
             )
+
+    def _lost(self) -> bool:
+        """Whether a rank of this group is gone, as far as is known: it has failed, or the next is without that rank."""
+        newer = self.group.newer()
+        return newer is None or not set(self.group.membership.members) <= set(newer.members)
 
     def _hand_over(self, source: int, step: int, size: int, world: int) -> None:
         """Bring the state after `step`, and the numbers of that step, from rank `source` to the ranks without it."""

@@ -110,11 +110,10 @@ class Saver:
         if self._policy.store and self._mirror is None:
             self._mirror = Mirror(self._root, self._policy, self._trusted, self._warn)
 
-    def give_up(self) -> bool:
-        """The ranks have changed: do not wait for those that are gone. Returns whether a save was lost by that."""
+    def part(self, lost: Callable[[], bool]) -> bool:
+        """The ranks change: wait for the save under way, unless one is `lost`. Returns whether that cost the save."""
         under_way = self._thread is not None and self._thread.is_alive()
-        self._given_up.set()
-        self._join()
+        self._join(lost)
         self._given_up.clear()
         return under_way and self._failed is not None
 
@@ -145,8 +144,10 @@ class Saver:
             found = [path.name for path in manifest.candidates(self._root)]
             raise NotSaved(f"{self._failed}; the last checkpoint is {found[0] if found else 'none'}")
 
-    def _join(self) -> None:
+    def _join(self, lost: Callable[[], bool] = lambda: False) -> None:
         while self._thread is not None and self._thread.is_alive():
+            if lost():
+                self._given_up.set()
             self._beat()
             self._thread.join(1.0)
 
