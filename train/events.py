@@ -332,10 +332,7 @@ class EventLog:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a file, oldest first; a torn last line is passed over. A missing file has no events.
-
-    Raises Refused at any other line that is no event: a disk has lost what was in it.
-    """
+    """The events of a file, oldest first, but for a torn last line. Raises Refused at any other line that is none."""
     if not path.exists():
         return
     with path.open("rb") as file:
