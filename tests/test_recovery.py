@@ -34,7 +34,7 @@ from train.fleet import Fleet
 from train.folder import RunFolder
 from train.group import Group, Place
 from train.processes import Here, Rank
-from train.saver import Saver
+from train.saver import NotSaved, Saver
 from train.telemetry import Recorder
 
 Record = dict[str, Any]
@@ -367,6 +367,18 @@ def test_a_place_where_ranks_keep_dying_stays_empty_for_a_while(
         watch._last["step"] += slots.QUICK
         watch._replace()
         assert forked == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [(NotSaved.fault, 1), ("exception", supervisor.GOES_ON)])
+def test_a_last_save_that_failed_ends_the_run(kind: str, verdict: int, tiny: list[str], tmp_path: Path) -> None:
+    """Also where rank 0 is seen to end before rank 1, which has nothing left to do and says that all is done."""
+    config = plan.resolve(compose.config("train", [*tiny, "name=a", "devices=2"]))
+    with RunFolder(tmp_path / "run") as run:
+        watch = watching(config, run)
+        watch._ranks = [SimpleNamespace(member=1, spot=(0, 1), tell=lambda message: None, **MEMBER, host="", port=0)]  # type: ignore
+        watch._members = watch._present = [0, 1]
+        fault = events.Fault(fault=kind, phase="checkpoint", rank=0, step=6, cause="disk full").record()
+        assert watch._bury([SimpleNamespace(member=0, spot=(0, 0), fault=fault)]) == verdict  # type: ignore[list-item]
 
 
 def test_where_no_process_can_be_forked_the_others_go_on(

@@ -7,6 +7,7 @@ import torch
 
 from train.checks import Refused
 from train.run import _cause
+from train.saver import NotSaved
 
 
 @pytest.mark.parametrize(
@@ -16,6 +17,7 @@ from train.run import _cause
         (MemoryError(), "out of memory", "batch.micro_batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory", "micro_batch"),
         (Refused("data", "is gone"), "refused", "data: is gone"),
+        (NotSaved("of step 6"), "not saved", "of step 6"),
         (ValueError("first\nsecond"), "exception", "ValueError: first"),
         (AssertionError(), "exception", "AssertionError"),
     ],

@@ -36,7 +36,9 @@ LIMIT = 600.0  # seconds after which a writer that has not answered is not waite
 
 
 class NotSaved(Exception):
-    """The state at the end of a run could not be saved."""
+    """The state at the end of a run could not be saved. The other ranks may have left by then, or not."""
+
+    fault = "not saved"
 
 
 def find_writers(root: Path, pieces: Sequence[Piece], group: Group) -> list[int]:

@@ -298,7 +298,7 @@ class Supervisor:
                 return self._roll_back(fault["step"] + 1)
             times = 2 * TRIES if fault["fault"] == "miscomputed" else 1  # with three ranks it is left out before
             again = fault["step"] is not None and self._causes[cause] >= times
-            if fault["fault"] == "refused" or again:  # not bad luck
+            if fault["fault"] in ("refused", "not saved") or again:  # not bad luck
                 return self._fail(fault)
         self._fresh |= set(causes)
         for rank, fault in zip(lost, faults, strict=True):
