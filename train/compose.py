@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,18 +185,16 @@ def _compose(command: str, arguments: list[str]) -> DictConfig:
     groups = [o for o in parsed if options(o.key_or_group)]
     for override in groups:
         _check_option(override)
-    plain = [o for o in parsed if o not in groups]
+    plain, whole, composed = [o for o in parsed if o not in groups], [*overrides, *_search_path()], None
+    if not any(o.is_add() or o.is_force_add() or o.is_delete() for o in plain):
+        with suppress(Exception):  # OmegaConf has assertions, too; what is wrong is said below
+            composed = compose(command, whole, return_hydra_config=True)
     try:
-        try:
-            composed = compose(command, [*overrides, *_search_path()], return_hydra_config=True)
-            unsure = any(o.is_add() or o.is_force_add() or o.is_delete() for o in plain)
-        except Exception:  # OmegaConf has assertions, too
-            unsure = True
-        if unsure:  # composing takes 100 ms: without these keys only where one of them may be none that there is
+        if composed is None:  # composing takes 100 ms: twice only where a key may be none that there is
             known = compose(command, [*(str(o.input_line) for o in groups), *_search_path()])
             for override in plain:
                 _check_key(override, known)
-            composed = compose(command, [*overrides, *_search_path()], return_hydra_config=True)
+            composed = compose(command, whole, return_hydra_config=True)
     except HydraException as error:
         cause = error.__cause__ or error
         key = next((o.key_or_group for o in parsed if o.input_line and o.input_line in str(error)), "")

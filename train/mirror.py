@@ -174,9 +174,9 @@ class Mirror:
             self._due.clear()
             last, step = self._closing.is_set(), self._step
             try:
-                if last and step:  # nobody saves any more: what was spared while it was uploaded may go
-                    manifest.prune(self._root, self._policy, self._trusted)
                 if step:
+                    if last:  # nobody saves any more: what was spared while it was uploaded may go
+                        manifest.prune(self._root, self._policy, self._trusted)
                     self._copy(step)
             except Exception as error:
                 self._warn(f"checkpoint.store: {self._remote.url} is behind: {reason(error)}", step)
