@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,15 @@ def tiny(corpus: Path, cache: Path, tmp_path: Path) -> list[str]:
         ),
         f"runs={tmp_path}/runs",
     ]
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """It is held, not listened at: who asks for any port is not given it, and node 0, which asks for it, is."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
 def pytest_configure() -> None:

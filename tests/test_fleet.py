@@ -42,15 +42,6 @@ GROUPS = ("start", "regroup")  # events that say who there is
 DEEP: list[Any] = functools.reduce(lambda inside, _: [inside], range(50), [])
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
-    """It is held, not listened at: who asks for any port is not given it, and node 0, which asks for it, is."""
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
-        yield int(held.getsockname()[1])
-
-
 class Nodes:
     """The nodes of a run, started one by one."""
 

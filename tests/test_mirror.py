@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -197,70 +198,69 @@ def test_an_error_is_a_warning_and_what_is_missing_follows(tmp_path: Path, monke
     assert Remote(url, "").steps() == [2, 1]
 
 
-def test_a_save_does_not_wait_for_the_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, go, begun = tmp_path / "checkpoints", threading.Event(), threading.Event()
-    upload = Remote.upload
+@dataclass
+class Held:
+    """Uploads, which wait until they may `go`."""
+
+    begun: threading.Event = field(default_factory=threading.Event)
+    go: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    uploads, upload = Held(), Remote.upload
 
     def slow(self: Remote, path: Path) -> None:
-        begun.set()
-        assert go.wait(60)
+        uploads.begun.set()
+        assert uploads.go.wait(60)
         upload(self, path)
 
     monkeypatch.setattr(Remote, "upload", slow)
+    return uploads
+
+
+def test_a_save_does_not_wait_for_the_mirror(tmp_path: Path, held: Held) -> None:
+    root = tmp_path / "checkpoints"
     simple(root, 1)
     copier = Mirror(root, Checkpoint(store=f"{tmp_path}/store"), lambda step: True, lambda text, step: None)
     copier.update(1)
-    assert begun.wait(60)
+    assert held.begun.wait(60)
     assert copier.uploading == 1
     simple(root, 2)
     copier.update(2)  # returns at once
-    go.set()
+    held.go.set()
     copier.close()
     assert copier.uploading is None
     assert Remote(f"{tmp_path}/store", "").steps() == [2, 1]
 
 
-def test_what_was_spared_for_its_upload_goes_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, go, begun = tmp_path / "checkpoints", threading.Event(), threading.Event()
-    upload = Remote.upload
-
-    def slow(self: Remote, path: Path) -> None:
-        begun.set()
-        assert go.wait(60)
-        upload(self, path)
-
-    monkeypatch.setattr(Remote, "upload", slow)
+def test_what_was_spared_for_its_upload_goes_at_the_end(tmp_path: Path, held: Held) -> None:
+    root = tmp_path / "checkpoints"
     policy = Checkpoint(store=f"{tmp_path}/store", keep=2)
     simple(root, 1)
     copier = Mirror(root, policy, lambda step: True, lambda text, step: None)
     copier.update(1)
-    assert begun.wait(60)
+    assert held.begun.wait(60)
     simple(root, 2)
     simple(root, 3)
     manifest.prune(root, policy, lambda step: True, spared=copier.uploading)  # as the save of step 3 does
     copier.update(3)
     assert manifest.steps(os.listdir(root)) == [3, 2, 1]
-    go.set()
+    held.go.set()
     copier.close()
     assert manifest.steps(os.listdir(root)) == Remote(policy.store, "").steps() == [3, 2]
 
 
-def test_who_waits_for_a_slow_store_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_for_a_slow_store_gives_signs_of_life(tmp_path: Path, held: Held) -> None:
     """Else the rank that saves would be taken for hung at the end of the run, and be killed."""
-    root, go, beats = tmp_path / "checkpoints", threading.Event(), 0
-    upload = Remote.upload
-
-    def slow(self: Remote, path: Path) -> None:
-        assert go.wait(60)
-        upload(self, path)
+    root, beats = tmp_path / "checkpoints", 0
 
     def beat() -> None:
         nonlocal beats
         beats += 1
         if beats == 2:
-            go.set()
+            held.go.set()
 
-    monkeypatch.setattr(Remote, "upload", slow)
     simple(root, 1)
     copier = Mirror(root, Checkpoint(store=f"{tmp_path}/store"), lambda step: True, lambda text, step: None)
     copier.update(1)

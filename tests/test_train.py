@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import secrets
 import signal
 import threading
 import time
@@ -21,8 +19,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
 from tests.running import Fresh, Running, at_step, gone
-from train import cli, engine, events, manifest, nodes, trained
-from train.checks import Refused
+from train import cli, engine, events, manifest, trained
 from train.models.language import LanguageModel
 from train.supervisor import Supervisor
 
@@ -53,14 +50,6 @@ def sha256(overrides: list[str], *more: str) -> str:
 def process_of(rank: int, pids: set[int]) -> int:
     """By the name of its log: not always is a later process's number the larger one."""
     return next(pid for pid in pids if os.readlink(f"/proc/{pid}/fd/1").endswith(f"/rank-{rank}.log"))
-
-
-def free_port() -> str:
-    """Below those that the system hands out by itself: one of them may be somebody's before the run has come to it."""
-    while True:
-        with contextlib.suppress(Refused):
-            with nodes.listen(nodes.here(1), port := 20_000 + secrets.randbelow(12_000)):
-                return str(port)
 
 
 @pytest.mark.parametrize(
@@ -149,16 +138,15 @@ def test_shares_may_be_uneven_and_are_recorded(tiny: list[str]) -> None:
     assert [(r["shares"], r["why"]) for r in recorded] == [([6, 2], "batch.weights")]
 
 
-def test_ranks_that_compute_other_bits_are_told_apart(tiny: list[str], tmp_path: Path) -> None:
+def test_ranks_that_compute_other_bits_are_told_apart(tiny: list[str], tmp_path: Path, port: int) -> None:
     """Two nodes, one of which uses other vector instructions: the handshake says so, and ownership stays as it is."""
-    port = free_port()
     overrides = [argument for argument in tiny if not argument.startswith("runs=")]
     started = [
         Running(
             [*overrides, f"runs={tmp_path}/node{index}", "name=a", "nodes=2", "devices=1", "batch.weights=auto"],
             PET_NODE_RANK=str(index),
             PET_MASTER_ADDR="127.0.0.1",
-            PET_MASTER_PORT=port,
+            PET_MASTER_PORT=str(port),
             ATEN_CPU_CAPABILITY=capability,  # which torch heeds when it first computes
         )
         for index, capability in enumerate(("default", "avx2"))
@@ -499,18 +487,17 @@ def test_a_second_writer_is_refused(tiny: list[str]) -> None:
     assert running.end()[0] == 75
 
 
-def test_two_nodes_train_together(tiny: list[str], tmp_path: Path) -> None:
+def test_two_nodes_train_together(tiny: list[str], tmp_path: Path, port: int) -> None:
     """The same command once per node, each with its own runs folder, begun and resumed: the bits of one node."""
     overrides = [argument for argument in tiny if not argument.startswith("runs=")]
     for steps in (3, 6):
-        port = free_port()
         started = [
             Running(
                 [*overrides, f"runs={tmp_path}/node{index}", "name=a", "nodes=2", "devices=2"],
                 *("schedule=constant", f"steps={steps}", "resume.allow=steps"),
                 PET_NODE_RANK=str(index),
                 PET_MASTER_ADDR="127.0.0.1",
-                PET_MASTER_PORT=port,
+                PET_MASTER_PORT=str(port),
             )
             for index in range(2)
         ]
