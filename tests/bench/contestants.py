@@ -6,7 +6,7 @@ the trainer offers. To add one: write the function, and give it a row in CONTEST
 development environment is imported inside of the function: where that fails, the benchmark says so.
 
 Each is given what makes it faster without changing the work: a fused optimizer, no logging, no saving, forward passes
-of as many sequences as suits a CPU's cache (2, 4 and 8 were tried: README). Its own file says what differs on purpose.
+of as many sequences as suits a CPU's cache (README.md here has 2, 4 and 8). Its own file says what differs on purpose.
 
 Not among them: torchtitan, which has no path for a CPU: its device is the accelerator that torch finds, or else "cuda"
 (pytorch/torchtitan, torchtitan/tools/utils.py @0258167, `get_device_info`). litgpt has no learned positions, hence no

@@ -1,4 +1,4 @@
-"""How many wrong numbers are found, and how soon: `make bench-detection`, beside what README computes.
+"""How many wrong numbers are found, and how soon: `make bench-detection`, beside what train/faults/README.md computes.
 
 Wrong arithmetic, share by share of `recovery.audit`, on four ranks with eight virtual ranks. Which gradients are
 audited, by whom, and the comparison are `train/audit.py`'s own; the gradients are small and come from a formula instead

@@ -1,6 +1,6 @@
 """Our Llama and GPT-2 against transformers' on random weights: logits, loss and gradients, fp32, to 1e-5 relative.
 
-`-s` prints the largest differences: the table in README.
+`-s` prints the largest differences: the table in train/models/README.md.
 """
 
 from __future__ import annotations
