@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column, Table
 from rich.text import Text
 
+from train import hardware
 from train.config import Train
 
 QUIET = 15.0  # seconds between plain lines where there is no terminal
@@ -203,15 +204,18 @@ def _banner(start: dict[str, Any]) -> Table:
     steps, peak = start["steps"] - start["step"], start["peak_flops"]
     tokens = steps * start["tokens_per_step"]
     compiled = ", compiled first: minutes where that is new" if start["compiled"] else ""
+    made = start["precision"] == "bf16" and start["device"].startswith("cpu") and not hardware.processor()[1]
+    slow = ", for which this CPU names no instructions: fp32 may be ten times as fast" if made else ""
     cut = f"{start['virtual_ranks']} virtual ranks x {start['micro_batches']} x {start['micro_batch']} sequences"
     flops, expected = "peak n/a", ""
     if peak is not None:
-        flops = f"{peak / 1e12:.2f} TFLOP/s peak ({start['peak_source']})"
+        unit, size = ("T", 1e12) if peak > 1e10 else ("G", 1e9)
+        flops = f"{peak / size:.2f} {unit}FLOP/s peak ({start['peak_source']})"
         seconds = tokens * start["flops_per_token"] / (EXPECTED_MFU * peak)
         expected = f", about {duration(seconds)} at {100 * EXPECTED_MFU:.0f} % MFU"
     memory = f"{start['memory_bytes'] / 2**30:.1f} GiB a rank"
     table = Table(Column(style="bold", min_width=9), Column(), show_header=False, box=None, pad_edge=False)
-    table.add_row("model", f"{start['parameters'] / 1e6:.2f} M parameters, {start['precision']}{compiled}")
+    table.add_row("model", f"{start['parameters'] / 1e6:.2f} M parameters, {start['precision']}{slow}{compiled}")
     table.add_row("batch", f"{start['tokens_per_step']:,} tokens a step: {cut}")
     table.add_row("on", f"{start['world']} rank{'s' * (start['world'] > 1)}, {start['device']}, {flops}")
     table.add_row("expected", f"{steps:,} steps, {tokens / 1e6:,.1f} M tokens{expected}, {memory}")
