@@ -81,20 +81,27 @@ def step_seconds(config: Train, vocab: int, gpu: Gpu, ranks: int) -> float:
 
 def asked(path: Path, scale: Scale) -> tuple[Train, Scale]:
     """A run's settings, and as a question to the projector: what `scale` leaves open is the run's. Raises Refused."""
-    why = f"{path} has no data.json: a run must have begun before it can be projected"
-    data = needed(read_json(path / "data.json"), "run", why)
     config = read_train(path / "config.yaml")
     tokens, batch = scale.tokens or float(config.steps * config.tokens_per_step), scale.batch or config.batch.sequences
-    return config, replace(scale, model=config.model, vocab=data["vocab"], batch=batch, tokens=tokens)
+    return config, replace(scale, model=config.model, vocab=_vocab(path), batch=batch, tokens=tokens)
+
+
+def _vocab(path: Path) -> int:
+    """The number of token ids that a run was trained on."""
+    why = f"{path} has no data.json: a run must have begun before it can be projected"
+    vocab = needed(read_json(path / "data.json"), "run", why).get("vocab")
+    if not isinstance(vocab, int):
+        raise Refused(str(path / "data.json"), "does not say how many token ids the run has")
+    return vocab
 
 
 def anchor(path: Path, start: dict[str, Any] | None, tokens_per_s: float | None) -> Anchor:
     """A run's own step time, and what is predicted of it where it ran. `start`: its last event of that kind."""
     if not start or not tokens_per_s:
         raise Refused("run", f"{path} has measured no throughput yet: it needs log.every steps")
-    config, data = read_train(path / "config.yaml"), read_json(path / "data.json") or {}
+    config = read_train(path / "config.yaml")
     ran = replace(config, precision=start["precision"], compile=start["compiled"])
-    seconds = step_seconds(ran, data["vocab"], here.of(start["device"]), start["world"])
+    seconds = step_seconds(ran, _vocab(path), here.of(start["device"]), start["world"])
     return Anchor(path.resolve().name, start["world"], start["device"], config.tokens_per_step / tokens_per_s, seconds)
 
 

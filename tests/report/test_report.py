@@ -196,6 +196,9 @@ def test_a_broken_run_shows_what_there_is(tmp_path: Path, tiny: list[str]) -> No
     assert "Training loss" in text
     assert "state_sha256" not in text
 
+    (path / "data.json").write_text("{}")
+    assert "does not say how many token ids" in shown(path)
+
     (path / "config.yaml").write_text("a: [")
     (path / "data.json").unlink()
     text = shown(path)

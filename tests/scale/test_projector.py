@@ -75,6 +75,9 @@ def test_a_run_scales_what_is_predicted_by_what_it_measured(probed: Path, capsys
     hardware.kept().unlink()
     assert cli.main(keys) == 2
     assert "colossus probe" in capsys.readouterr().err
+    (run / "data.json").write_text("{}")
+    assert cli.main(keys) == 2
+    assert "data.json: does not say how many token ids" in capsys.readouterr().err
 
 
 def test_this_machine_is_a_cluster_of_its_cores(probed: Path) -> None:
