@@ -204,8 +204,8 @@ def _banner(start: dict[str, Any]) -> Table:
     steps, peak = start["steps"] - start["step"], start["peak_flops"]
     tokens = steps * start["tokens_per_step"]
     compiled = ", compiled first: minutes where that is new" if start["compiled"] else ""
-    made = start["precision"] == "bf16" and start["device"].startswith("cpu") and not hardware.processor()[1]
-    slow = ", for which this CPU names no instructions: fp32 may be ten times as fast" if made else ""
+    without = start["precision"] == "bf16" and start["device"].startswith("cpu") and not hardware.processor()[1]
+    slow = ", for which this CPU names no instructions: fp32 may be ten times as fast" if without else ""
     cut = f"{start['virtual_ranks']} virtual ranks x {start['micro_batches']} x {start['micro_batch']} sequences"
     flops, expected = "peak n/a", ""
     if peak is not None:
