@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import resource
-import statistics
 import sys
 import time
 from collections import deque
@@ -252,13 +251,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
     They run at the speed of products of 1024 x 1024, and where a machine is busy fewer of them are interrupted.
     """
-    a = torch.randn(512, 512, device=device).to(dtype)
-    rates = []
-    for _ in range(8):  # 20 ms, of every rank and every replacement
-        start = time.perf_counter()
+    a, rates, end = torch.randn(512, 512, device=device).to(dtype), list[float](), time.perf_counter() + 0.1
+    while len(rates) < 8 and (start := time.perf_counter()) < end:  # 20 ms, of every rank and every replacement
         torch.mm(a, a)
         rates.append(2 * 512**3 / (time.perf_counter() - start))
-    return statistics.quantiles(rates, n=4)[2]
+    return sorted(rates)[3 * len(rates) // 4]  # of one alone where a product takes long: bf16 on a CPU without it
 
 
 def loggers(config: Train, folder: Path, epoch: int, member: int) -> list[Logger]:
