@@ -1,7 +1,7 @@
 """lightning.fabric without lightning.pytorch, torchmetrics and, through that, transformers: 1.6 of 4.5 s of imports.
 
 What is imported stays for good, so Python's collector need not look at it: not while it is imported, which would take
-a seventh of the time, nor in the ranks that are forked from here, nor when all is over.
+a tenth of the time, nor in the ranks that are forked from here, nor when all is over.
 """
 
 import gc
