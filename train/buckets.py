@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from train.batch import Node, micro_batch_seed, root, shares
 from train.clock import Clock
 from train.evidence import GRADIENT, PARAMETERS, Evidence, NoEvidence
-from train.flat import BLOCK, SLICE, Buffer, Flat, Range, chunk, squares
+from train.flat import BLOCK, SLICE, Buffer, Flat, Range, chunk, squares, to_device
 from train.ranks import Changed, Ranks, Wait, gather
 
 Started = Callable[[], Wait]  # an exchange under way: the call goes on with it, what that returns waits for its end
@@ -330,14 +330,11 @@ class Reducer(ABC):
         seconds = self._clock.seconds / max(1, len(hosted))
         said = torch.tensor([stop, change, seconds, self._clock.waited], dtype=torch.float64).view(torch.int64)
         tokens = torch.tensor([self._tokens[v] for v in hosted] + [0] * missing, dtype=torch.int64)
-        from_host = torch.cat([said, tokens])
-        if device.type == "cuda":  # a copy from memory that is not pinned would wait for the device
-            from_host = from_host.pin_memory().to(device, non_blocking=True)
         blocks = torch.zeros(self._most_blocks, dtype=torch.float64, device=device)
         mine = torch.cat(self._squares)
         blocks[: mine.numel()] = mine
         parts = [
-            from_host,
+            to_device(torch.cat([said, tokens]), device),
             torch.stack([*losses, *[torch.zeros_like(self._last.numbers)] * (self._most_losses - len(losses))]),
             torch.stack([self._evidence.leaf(v) for v in [*hosted, *[-1] * missing]]),
             self._evidence.state.view(-1),

@@ -20,6 +20,7 @@ from train import trained
 from train.commands import Evaluate
 from train.data.prepare import whole
 from train.data.stream import IGNORED, Validation
+from train.flat import to_device
 from train.folder import locate
 from train.models.experts import Router, watched
 
@@ -64,7 +65,8 @@ def evaluate(
         # As many on every rank, since they may need each other to gather parameters: what is too much is not counted.
         beat()
         i = first + fabric.global_rank
-        inputs, targets = (torch.from_numpy(array).to(fabric.device) for array in validation.micro_batch(min(i, last)))
+        read = map(torch.from_numpy, validation.micro_batch(min(i, last)))
+        inputs, targets = (to_device(side, fabric.device) for side in read)
         with fabric.autocast(), watched(model) as routings:
             nats = model(inputs, targets)
         if i <= last:

@@ -40,6 +40,11 @@ def chunk(bucket: Range, rank: int, world: int) -> Range:
     return min(a + rank * size, b), min(a + (rank + 1) * size, b)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The host's `tensor` on a device; to a GPU from pinned memory: a copy from any other waits for all before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(slots=True)
 class Buffer:
     """A gradient on its way: the flat `tensor`, its `views` in the parameters' shapes, and what rides along."""

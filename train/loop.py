@@ -20,7 +20,7 @@ from train.batch import checksum, micro_batch_seed
 from train.buckets import Reducer, Total
 from train.config import Train
 from train.data.stream import Stream
-from train.flat import Buffer, Flat, Piece
+from train.flat import Buffer, Flat, Piece, to_device
 from train.models.fused import casts_kept
 from train.ranks import Changed
 from train.telemetry import Recorder
@@ -124,11 +124,11 @@ def virtual_rank(v: int, buffer: Buffer, state: TrainState, parts: Parts) -> Non
 
 
 def micro_batch(v: int, i: int, buffer: Buffer, state: TrainState, parts: Parts) -> None:
-    config, device = parts.config, parts.fabric.device
+    config = parts.config
     parts.phase("forward", state.step)
     parts.generator.manual_seed(micro_batch_seed(config.seed, state.step, v, i))
     read = parts.stream.micro_batch(state.step, v, i)
-    tokens = torch.from_numpy(read).to(device, non_blocking=True)
+    tokens = to_device(torch.from_numpy(read), parts.fabric.device)
     with parts.fabric.autocast():
         nats = parts.model(*parts.stream.sides(tokens))
     loss = nats / parts.stream.counted(state.step)
