@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.bench import gpu_check
+from tests.bench import gpu_check, gpu_kernels
 from train import compose, hardware
 
 
@@ -26,11 +27,37 @@ def test_the_checks_run_and_find_what_holds(tmp_path: Path, capsys: pytest.Captu
     assert "FAILS  two seeds" in capsys.readouterr().out
 
 
+def test_deterministic_kernels_are_priced_one_by_one(tmp_path: Path) -> None:
+    check = gpu_check.Check(tmp_path, "cpu")
+    check.kernels()
+    assert [finding["check"].split(", ")[1] for finding in check.found] == list(
+        gpu_kernels.operations(gpu_kernels.TINY, torch.device("cpu"))
+    )
+    assert all(finding["holds"] and finding["ms"] > 0 and finding["deterministic_ms"] > 0 for finding in check.found)
+
+
+def test_a_kernel_that_repeats_no_bits_or_does_not_exist_is_a_finding() -> None:
+    drawn = gpu_kernels.priced("drawn", lambda: [torch.rand(3)], 0.001)
+    assert (drawn["holds"], drawn["repeats_anyway"]) == (False, False)
+
+    def step() -> list[torch.Tensor]:
+        assert not torch.are_deterministic_algorithms_enabled() or gone()
+        return [torch.ones(1)]
+
+    def gone() -> bool:
+        raise RuntimeError("no deterministic implementation\nand more")
+
+    missing = gpu_kernels.priced("gone", step, 0.001)
+    expected = {"check": "deterministic kernels, gone", "holds": False, "error": "no deterministic implementation"}
+    assert missing == expected
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_what_has_no_time_left_is_named_and_not_run(tmp_path: Path) -> None:
     check = gpu_check.Check(tmp_path, "cpu", limit=0)
     gpu_check.run_all(check, gpu_check.TINY, gpu_check.speeds(), None)
     assert check.found == []
-    assert "llama_1b, compile=true, exact" in check.left_out
+    assert {"llama_1b, compile=true, exact", "deterministic kernels, one by one"} <= set(check.left_out)
     assert any("nanoGPT" in left for left in check.left_out)
 
 

@@ -5,6 +5,7 @@ It says, line by line, whether
 - 1, 2 and 4 ranks give equal bits (several ranks share the one GPU over gloo; with more GPUs, one rank each over nccl);
 - a run is exact at what price: tokens/s, MFU and memory of llama_124m with `reduce=fast` and `reduce=exact`, eager and
   compiled, and of what lies between: deterministic kernels, eight virtual ranks, checksums;
+- deterministic kernels cost much: each operation by itself, with and without (`gpu_kernels.py`);
 - it is fast: llama_350m, llama_1b, both ways, and grok_small; gpt2_124m beside nanoGPT's own train.py, compiled, with
   as many tokens a step (`--nanogpt PATH`, a checkout).
 
@@ -38,13 +39,14 @@ import torch
 from train import cli, hardware
 from train.checks import REFUSED
 
+ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
 SMALL = ["model=llama_nano", "data.tokenizer.vocab=4096", "batch.sequences=32", "batch.micro_batch=2", "steps=20"]
 TINY = ["model=llama_micro", "model.layers=1", "model.width=32", "model.heads=2", "model.kv_heads=1", "model.ffn=64"]
 TINY += ["model.context=16", "data.tokenizer.vocab=256", "batch.sequences=16", "batch.micro_batch=1", "steps=4"]
 LIMIT = 440.0  # seconds after which nothing more begins: eight minutes, less a run
-PATIENCE = 240  # seconds for train.py, which compiles first
+PATIENCE = 240  # seconds for train.py, which compiles first, and for all kernels
 WARM = 10  # iterations of train.py that are not timed
 
 BEST, EXACT = "the best inexact run", "exact"
@@ -167,6 +169,18 @@ class Check:
         tokens = settings["batch_size"] * settings["gradient_accumulation_steps"] * settings.get("block_size", 1024)
         self._say({"check": what, "holds": True, "tokens_per_s": 1000 * tokens / statistics.median(times)})
 
+    def kernels(self) -> None:
+        """What deterministic kernels cost one by one, in a process of its own, whose memory is free afterwards."""
+        if self.late("deterministic kernels, one by one"):
+            return
+        command = [sys.executable, "-m", "tests.bench.gpu_kernels", *["--cpu"] * (self.accelerator == "cpu")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        for line in done.stdout.splitlines():
+            self._say(json.loads(line))
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["nothing"]
+            self._say({"check": "deterministic kernels, one by one", "holds": False, "error": said[-1]})
+
     def _say(self, finding: dict[str, Any]) -> None:
         self.found.append(finding)
         rest = {key: value for key, value in finding.items() if key not in ("check", "holds")}
@@ -189,6 +203,7 @@ def bits(check: Check, small: list[str]) -> None:
 
 def run_all(check: Check, small: list[str], rows: list[Speed], checkout: Path | None) -> None:
     bits(check, small)
+    check.kernels()
     if checkout and check.accelerator == "cuda":
         check.nanogpt("gpt2_124m, nanoGPT's train.py, compiled", checkout, 50304, **TRAIN_PY)
     else:
