@@ -228,6 +228,8 @@ def reader(name: str) -> Any:
         (1, ["optimizer=muon", "precision=bf16"]),
         (3, ["reduce.dtype=bf16"]),
         (3, ["sharding=optimizer", "evidence.parameters=true"]),
+        (2, ["sharding=full", "optimizer=muon"]),
+        (2, ["reduce=fast"]),
         (1, ["model=grok_micro", "model.context=32"]),
     ],
     ids=lambda value: value if isinstance(value, int) else value[0],
