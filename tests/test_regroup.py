@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -120,7 +121,10 @@ def test_a_collective_that_will_never_end_is_left() -> None:
 
 
 def test_a_group_that_never_comes_to_its_end_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As gloo's does when a collective misses that its connection is gone: once in some hundred losses under load."""
+    """As gloo's does when a collective misses that its connection is gone: once in some hundred losses under load.
+
+    A pair of sockets that another thread has made while the group was, an event loop's say, is left alone.
+    """
     left, late = threading.Event(), []
 
     class Endless:
@@ -131,8 +135,12 @@ def test_a_group_that_never_comes_to_its_end_keeps_nobody(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.distributed, "ProcessGroupGloo", lambda *_: Endless())
     alone = Membership(epoch=1, members=[0], host="", port=0)
     group = Group(Place.alone(), Precision(), news=lambda: alone)
-    group._joined = backends.Gloo(HashStore(), 0, 1, set())
-    group.join()
+    before, (one, other) = nodes.sockets(), socket.socketpair()
+    with one, other:
+        group._joined = backends.Gloo(HashStore(), 0, 1, before)
+        group.join()
+        one.send(b"still there")
+        assert other.recv(100) == b"still there"
     assert group.processes is None
     assert not late, "it was waited for"
     left.set()

@@ -90,7 +90,8 @@ class Gloo(Joined):
             with contextlib.suppress(OSError):  # closed already; its number may be another's by now
                 if os.fstat(number).st_ino == inode:
                     with socket.socket(fileno=os.dup(number)) as connection:
-                        if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        local = connection.family == socket.AF_UNIX  # not gloo's: another thread has made it meanwhile
+                        if not (local or connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
                             connection.shutdown(socket.SHUT_RDWR)
         held, self.processes = [self.processes], None
         _within(DROPPED, held.clear, alive)
