@@ -6,6 +6,7 @@ import os
 import random
 import socket
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,13 @@ def port() -> Iterator[int]:
 
 
 def pytest_configure() -> None:
-    """One thread a test process, before torch is imported: two would spin for each other on cores that others use."""
+    """One thread a test process, before torch is imported: two would spin for each other on cores that others use.
+
+    Ranks are forked with pytest imported, which the test that they work for imports: it would cost more than it does.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
+    preload = BaseContext.set_forkserver_preload
+    BaseContext.set_forkserver_preload = lambda self, names: preload(self, [*names, "pytest"])  # type: ignore
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train import events, locks, manifest
@@ -274,6 +274,17 @@ def _plain(value: Any, text: Callable[[str], str] = str) -> Any:
     return value.name if isinstance(value, Enum) else text(value) if isinstance(value, str) else value
 
 
+@functools.cache
+def _schema(family: str) -> DictConfig:
+    """What a run's configuration looks like, as OmegaConf has it: made once, since that is most of reading one."""
+    schema = OmegaConf.structured(Train)
+    for group, node in GROUPS.items():
+        schema[group] = OmegaConf.structured(node)
+    schema.model = OmegaConf.structured(MODELS[family])
+    assert isinstance(schema, DictConfig)
+    return schema
+
+
 def read_train(path: Path, changes: Mapping[str, Any] | None = None) -> Train:
     """A run's `config.yaml` as it was written, with other values for some keys; `Refused` where it is none."""
     try:
@@ -282,11 +293,7 @@ def read_train(path: Path, changes: Mapping[str, Any] | None = None) -> Train:
             *groups, last = key.split(".")
             functools.reduce(dict.__getitem__, groups, stored)[last] = value
         stored = _plain(stored, lambda text: text.replace("${", "\\${"))  # not to be resolved
-        schema = OmegaConf.structured(Train)
-        for group, node in GROUPS.items():
-            schema[group] = OmegaConf.structured(node)
-        schema.model = OmegaConf.structured(MODELS[stored["model"]["family"]])
-        config = OmegaConf.to_object(OmegaConf.merge(schema, stored))
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(stored["model"]["family"]), stored))
     except (*MALFORMED, OmegaConfBaseException, yaml.YAMLError) as error:
         raise Refused(str(path), f"is not a run's configuration ({next(iter(str(error).splitlines()), '')})") from error
     assert isinstance(config, Train)

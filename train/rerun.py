@@ -125,6 +125,7 @@ class Rerun:
         self.run, self.prepared = run, run.prepared()
         self.foreign: dict[str, tuple[Any, Any]] = {}  # what this machine has otherwise: recorded, here
         self.computed: dict[int, Checks] = {}
+        self._recorded: tuple[dict[str, Any], Evidence] | None = None
         self._settings: tuple[Train, int] | None = None
         self.engine: Engine
         self.parts: loop.Parts
@@ -158,11 +159,14 @@ class Rerun:
 
     def _settle(self, step: int) -> None:
         """Take on the settings that `step` was computed under, keeping the state."""
-        config, start = self.run.config(step), self.run.start(step)
+        start = self.run.start(step)
         checksums = Evidence(parameters=len(self.run.steps[step].get("gradient", [])) > 1)
-        config = replace(config, sharding=Sharding.none, evidence=checksums)  # neither has a say in the bits
+        if (recorded := (start, checksums)) == self._recorded:  # to read them takes as long as a small model's step
+            return
+        config = replace(self.run.config(step), sharding=Sharding.none, evidence=checksums)  # with no say in the bits
         threads = int(start.get("fingerprint", {}).get("threads_per_rank") or 1)
         if (config, threads) == self._settings:
+            self._recorded = recorded
             return
         if config.reduce.mode is ReduceMode.fast and start["world"] > 1:
             why = f"was computed with reduce=fast on {start['world']} ranks: the order of its sum is not known"
@@ -181,7 +185,7 @@ class Rerun:
         told = self.engine.model.aside.shape
         recorder = Recorder(config, fabric, lambda e: take(self.computed, e.record()), self.prepared.vocab, told)
         self.parts = self.engine.parts(recorder)
-        self._settings = config, threads
+        self._settings, self._recorded = (config, threads), recorded
         here, there = fingerprint(config, fabric.device), start.get("fingerprint", {})
         self.foreign |= {key: (there[key], here[key]) for key in here if there.get(key, here[key]) != here[key]}
 
