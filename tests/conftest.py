@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -74,3 +75,9 @@ def pytest_configure() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`python -m tests.golden` uses it."""
     parser.addoption("--write-golden", action="store_true", help="write the golden numbers instead of comparing")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: Python's collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()

@@ -146,6 +146,12 @@ def test_ranks_start_without_what_lightning_brings_along() -> None:
     assert result.stdout.splitlines() == ["True True", "[]"]
 
 
+def test_a_command_ends_without_looking_through_what_is_left() -> None:
+    code = "import atexit, gc, train.cli; atexit._run_exitfuncs(); print(gc.get_freeze_count() > 10_000)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "True"
+
+
 def test_the_parent_needs_no_torch() -> None:
     """What runs before a bad key is refused, and what supervises, imports neither torch nor lightning."""
     modules = ", ".join(f"train.{name}" for name in WITHOUT_TORCH)
