@@ -65,7 +65,7 @@ def port() -> Iterator[int]:
 def pytest_configure() -> None:
     """One thread a test process, before torch is imported: two would spin for each other on cores that others use.
 
-    Ranks are forked with pytest imported, which the test that they work for imports: it would cost more than it does.
+    Ranks are forked with pytest imported: their test's module imports it, which takes longer than many of them live.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     preload = BaseContext.set_forkserver_preload

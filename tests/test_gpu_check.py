@@ -36,6 +36,13 @@ def test_deterministic_kernels_are_priced_one_by_one(tmp_path: Path) -> None:
     assert all(finding["holds"] and finding["ms"] > 0 and finding["deterministic_ms"] > 0 for finding in check.found)
 
 
+def test_kernels_that_take_too_long_are_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "PATIENCE", 0.01)
+    check = gpu_check.Check(tmp_path, "cpu")
+    check.kernels()
+    assert [(finding["holds"], finding["error"]) for finding in check.found] == [(False, "not done after 0.01 s")]
+
+
 def test_a_kernel_that_repeats_no_bits_or_does_not_exist_is_a_finding() -> None:
     drawn = gpu_kernels.priced("drawn", lambda: [torch.rand(3)], 0.001)
     assert (drawn["holds"], drawn["repeats_anyway"]) == (False, False)

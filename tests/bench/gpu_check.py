@@ -103,7 +103,8 @@ class Check:
         self._count += 1
         name = name or f"run{self._count}"
         arguments = [f"name={name}", f"runs={self.workspace}/runs", f"data.cache={self.workspace}/cache", "logger=[]"]
-        arguments += ["data=synthetic", f"accelerator={self.accelerator}", "eval.every=0", "checkpoint.every=0"]
+        arguments += ["data=synthetic", f"accelerator={self.accelerator}", "checkpoint.every=0", "report=false"]
+        arguments += ["eval.every=0", "eval.tokens=4096", "eval.sample=0"]  # a run evaluates at its end in any case
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = cli.main(["train", *arguments, *overrides])
@@ -171,15 +172,20 @@ class Check:
 
     def kernels(self) -> None:
         """What deterministic kernels cost one by one, in a process of its own, whose memory is free afterwards."""
-        if self.late("deterministic kernels, one by one"):
+        what, command = "deterministic kernels, one by one", [sys.executable, "-m", "tests.bench.gpu_kernels"]
+        command += ["--cpu"] * (self.accelerator == "cpu")
+        if self.late(what):
             return
-        command = [sys.executable, "-m", "tests.bench.gpu_kernels", *["--cpu"] * (self.accelerator == "cpu")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        except subprocess.TimeoutExpired:
+            self._say({"check": what, "holds": False, "error": f"not done after {PATIENCE} s"})
+            return
         for line in done.stdout.splitlines():
             self._say(json.loads(line))
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["nothing"]
-            self._say({"check": "deterministic kernels, one by one", "holds": False, "error": said[-1]})
+            self._say({"check": what, "holds": False, "error": f"exit code {done.returncode}: {said[-1]}"})
 
     def _say(self, finding: dict[str, Any]) -> None:
         self.found.append(finding)
