@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from train import cli, events
+from train import cli, events, rerun
 from train.data.corpus import held_out
 from train.manifest import MANIFEST, SEAL
 
@@ -209,6 +209,15 @@ def test_a_run_continued_with_other_settings_is_proved_in_all_its_steps(
     for step in (3, 5):
         code, said = ask("replay", f"run={folder}", f"step={step}")
         assert (code, said["from"], said["on_the_way"]) == (0, 0, [])
+
+
+def test_settings_are_read_once_for_each_start(copied: Callable[..., Folder]) -> None:
+    """Not at each step that is computed again: that takes as long as the step of a small model does."""
+    record = rerun.read("a", copied("a", *SMALL))
+    assert record.config(1) is record.config(6)
+    record.starts[6] = dict(record.starts[6])
+    assert record.config(6) == record.config(1)
+    assert record.config(6) is not record.config(1)
 
 
 def test_without_checksums_loss_and_norm_are_compared(tiny: list[str], ask: Callable[..., Said]) -> None:

@@ -8,7 +8,7 @@ the settings that each step was recorded with.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Record:
     steps: dict[int, Checks]
     starts: dict[int, dict[str, Any]]  # step -> the `start` event that it was computed after
     unequal: list[dict[str, Any]]  # handshakes at which the ranks did not compute the same bits
+    configs: dict[int, Train] = field(default_factory=dict)  # by the id of their start: reading takes a step's time
 
     def start(self, step: int) -> dict[str, Any]:
         """What step `step` was computed under; raises Refused where it is not recorded."""
@@ -50,7 +51,10 @@ class Record:
 
     def config(self, step: int) -> Train:
         """The settings that a step was computed under: a run may be continued with others."""
-        return read_train(self.folder / "config.yaml", self.start(step).get("identity"))
+        start = self.start(step)
+        if id(start) not in self.configs:
+            self.configs[id(start)] = read_train(self.folder / "config.yaml", start.get("identity"))
+        return self.configs[id(start)]
 
     def prepared(self) -> Prepared:
         """The run's tokens; raises Refused where they are gone."""
@@ -125,7 +129,6 @@ class Rerun:
         self.run, self.prepared = run, run.prepared()
         self.foreign: dict[str, tuple[Any, Any]] = {}  # what this machine has otherwise: recorded, here
         self.computed: dict[int, Checks] = {}
-        self._recorded: tuple[dict[str, Any], Evidence] | None = None
         self._settings: tuple[Train, int] | None = None
         self.engine: Engine
         self.parts: loop.Parts
@@ -159,14 +162,11 @@ class Rerun:
 
     def _settle(self, step: int) -> None:
         """Take on the settings that `step` was computed under, keeping the state."""
-        start = self.run.start(step)
+        config, start = self.run.config(step), self.run.start(step)
         checksums = Evidence(parameters=len(self.run.steps[step].get("gradient", [])) > 1)
-        if (recorded := (start, checksums)) == self._recorded:  # to read them takes as long as a small model's step
-            return
-        config = replace(self.run.config(step), sharding=Sharding.none, evidence=checksums)  # with no say in the bits
+        config = replace(config, sharding=Sharding.none, evidence=checksums)  # neither has a say in the bits
         threads = int(start.get("fingerprint", {}).get("threads_per_rank") or 1)
         if (config, threads) == self._settings:
-            self._recorded = recorded
             return
         if config.reduce.mode is ReduceMode.fast and start["world"] > 1:
             why = f"was computed with reduce=fast on {start['world']} ranks: the order of its sum is not known"
@@ -185,7 +185,7 @@ class Rerun:
         told = self.engine.model.aside.shape
         recorder = Recorder(config, fabric, lambda e: take(self.computed, e.record()), self.prepared.vocab, told)
         self.parts = self.engine.parts(recorder)
-        self._settings, self._recorded = (config, threads), recorded
+        self._settings = config, threads
         here, there = fingerprint(config, fabric.device), start.get("fingerprint", {})
         self.foreign |= {key: (there[key], here[key]) for key in here if there.get(key, here[key]) != here[key]}
 

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +38,9 @@ import numpy as np
 import torch
 
 from train import cli, hardware
+from train.bench import ROOT
 from train.checks import REFUSED
 
-ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
 SMALL = ["model=llama_nano", "data.tokenizer.vocab=4096", "batch.sequences=32", "batch.micro_batch=2", "steps=20"]
@@ -126,16 +127,14 @@ class Check:
         """Whether runs end with one state_sha256; a run that fails is a finding too."""
         if self.late(what):
             return
-        try:
+        with self._failing(what):
             digests = [self.train(*overrides)["state_sha256"] for overrides in runs]
             self._say({"check": what, "holds": len(set(digests)) == 1, "state_sha256": [d[:16] for d in digests]})
-        except RuntimeError as error:
-            self._say({"check": what, "holds": False, "error": str(error)})
 
     def speed(self, what: str, *overrides: str) -> None:
         if self.late(what):
             return
-        try:
+        with self._failing(what):
             started, name = time.monotonic(), f"speed{self._count}"
             summary = self.train(*overrides, "log.every=5", name=name)
             events = (self.workspace / "runs" / name / "events.jsonl").read_text().splitlines()
@@ -143,8 +142,6 @@ class Check:
             found = {key: summary[key] for key in ("tokens_per_s", "mfu", "final_loss")}
             seconds = time.monotonic() - started
             self._say({"check": what, "holds": True, **found, "memory_bytes": memory, "seconds": seconds})
-        except RuntimeError as error:
-            self._say({"check": what, "holds": False, "error": str(error)})
 
     def nanogpt(self, what: str, checkout: Path, vocab: int, **settings: Any) -> None:
         """tokens/s of nanoGPT's train.py, as it is, with these of its settings and a model of its defaults'."""
@@ -157,18 +154,13 @@ class Check:
         settings = {"max_iters": 3 * WARM, "eval_interval": 10**6, "eval_iters": 1, "log_interval": 1, **settings}
         given = [f"--{key}={value}" for key, value in {"dataset": data, "out_dir": data, **settings}.items()]
         command = [sys.executable, "train.py", "--bias=True", *given]  # GPT-2 has biases
-        try:
-            done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        except subprocess.TimeoutExpired:
-            self._say({"check": what, "holds": False, "error": f"not done after {PATIENCE} s"})
-            return
-        times = [float(found) for found in re.findall(r"^iter \d+: .*time ([\d.]+)ms", done.stdout, re.M)][WARM:]
-        if done.returncode or not times:
-            said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
-            self._say({"check": what, "holds": False, "error": f"exit code {done.returncode}: {said[-1]}"})
-            return
-        tokens = settings["batch_size"] * settings["gradient_accumulation_steps"] * settings.get("block_size", 1024)
-        self._say({"check": what, "holds": True, "tokens_per_s": 1000 * tokens / statistics.median(times)})
+        with self._failing(what):
+            done = ran(command, checkout)
+            times = [float(found) for found in re.findall(r"^iter \d+: .*time ([\d.]+)ms", done.stdout, re.M)][WARM:]
+            if done.returncode or not times:
+                raise failure(done)
+            tokens = settings["batch_size"] * settings["gradient_accumulation_steps"] * settings.get("block_size", 1024)
+            self._say({"check": what, "holds": True, "tokens_per_s": 1000 * tokens / statistics.median(times)})
 
     def kernels(self) -> None:
         """What deterministic kernels cost one by one, in a process of its own, whose memory is free afterwards."""
@@ -176,21 +168,38 @@ class Check:
         command += ["--cpu"] * (self.accelerator == "cpu")
         if self.late(what):
             return
+        with self._failing(what):
+            done = ran(command, ROOT)
+            for line in done.stdout.splitlines():
+                self._say(json.loads(line))
+            if done.returncode:
+                raise failure(done)
+
+    @contextlib.contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        """What goes wrong is a finding, too."""
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        except subprocess.TimeoutExpired:
-            self._say({"check": what, "holds": False, "error": f"not done after {PATIENCE} s"})
-            return
-        for line in done.stdout.splitlines():
-            self._say(json.loads(line))
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or ["nothing"]
-            self._say({"check": what, "holds": False, "error": f"exit code {done.returncode}: {said[-1]}"})
+            yield
+        except RuntimeError as error:
+            self._say({"check": what, "holds": False, "error": str(error)})
 
     def _say(self, finding: dict[str, Any]) -> None:
         self.found.append(finding)
         rest = {key: value for key, value in finding.items() if key not in ("check", "holds")}
         print(f"{'holds' if finding['holds'] else 'FAILS':6} {finding['check']}: {json.dumps(rest)}", flush=True)
+
+
+def ran(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """A process, when it has ended; raises RuntimeError where it takes too long."""
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not done after {PATIENCE} s") from None
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> RuntimeError:
+    said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+    return RuntimeError(f"exit code {done.returncode}: {said[-1]}")
 
 
 def bits(check: Check, small: list[str]) -> None:
