@@ -11,23 +11,21 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import socket
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from train import nodes
+from train import nodes, processes
 
 TIMEOUT = 120.0  # seconds; far more than any of these functions takes
 
 
 def run(function: str, world: int, **arguments: Any) -> list[Any]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.run", "train.supervisor"])
+    context = processes.forkserver()
     listener = nodes.listen(nodes.here(1))
     port = listener.getsockname()[1]
-    pipes, processes = [], []
+    pipes, ranks = [], []
     for rank in range(world):
         ours, theirs = context.Pipe()
         sent = listener if rank == 0 and world > 1 else None
@@ -35,7 +33,7 @@ def run(function: str, world: int, **arguments: Any) -> list[Any]:
         process.start()
         theirs.close()
         pipes.append(ours)
-        processes.append(process)
+        ranks.append(process)
     listener.close()
     results = []
     try:
@@ -47,7 +45,7 @@ def run(function: str, world: int, **arguments: Any) -> list[Any]:
                 raise AssertionError(f"rank {rank}: {answer['error']}")
             results.append(answer["result"])
     finally:
-        for process in processes:
+        for process in ranks:
             process.join(5)
             process.kill()
             process.join()

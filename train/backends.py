@@ -5,8 +5,9 @@ hangs. Where ranks are replaced `look` raises when one was, and the group is the
 
 **gloo** has no way to end a collective but its time-out, and would write into our tensors when what it waits for
 arrives after all. Shutting its connections down ends every collective at once, here and for whoever waits for this
-rank; who waits for another one goes by the supervisor's word. Very nearly every: now and then one that was cut off in
-the middle waits on, and the group's end with it. That is left to a thread; nothing can reach it.
+rank; who waits for another one goes by the supervisor's word. Not quite every: gloo tells nobody of what was being
+sent when its connection went (`Pair::signalException` passes unbound buffers in `tx_` by). Who waits for that goes by
+the word, too, and the group's end, which nothing can reach, is left to a thread (tests/bench/cut_off.py).
 
 **NCCL**'s collectives are waited for by a stream: the host goes on, and what it launches after one that never ends
 never runs. So a rank that shall be able to leave must not run far ahead of its device, lest the queue of launches fill
@@ -36,7 +37,7 @@ from train import nodes
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; whom it waits for is the supervisor's business, which acts sooner
 SLICE = timedelta(milliseconds=50)  # of waiting for gloo, between two looks
-DROPPED = 1.0  # seconds in which a gloo group that is left comes to its end; one in some hundreds never does
+DROPPED = 1.0  # seconds in which a gloo group that is left comes to its end; one that was sending may never
 ABORTED = 60.0  # seconds in which a communicator must be gone from the device
 AHEAD = 8  # collectives that may be under way on the device when the host launches the next
 

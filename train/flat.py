@@ -9,6 +9,8 @@ Parameters stand in reverse order of registration, which is about the order in w
 Each starts at a multiple of 64 elements and each section ends at a multiple of 1,024, so that vector instructions
 round the same way wherever the tensor is cut (a fused AdamW rounds the last, partial vector of a tensor
 differently), and so that norms can be summed in blocks of 1,024 whoever holds the block.
+
+Beside it stands how the host's small tensors get to where the flat one is, without the host waiting (`to_device`).
 """
 
 from __future__ import annotations
