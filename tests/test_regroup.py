@@ -121,7 +121,7 @@ def test_a_collective_that_will_never_end_is_left() -> None:
 
 
 def test_a_group_that_never_comes_to_its_end_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As gloo's does when a collective misses that its connection is gone: once in some hundred losses under load.
+    """As gloo's may where something was on its way when the connection went.
 
     A pair of sockets that another thread has made while the group was, an event loop's say, is left alone.
     """
