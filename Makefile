@@ -2,7 +2,7 @@
 # ~/.cache/pocket-colossus ($XDG_CACHE_HOME); benchmarks write tests/bench/results. Nothing needs root but test-system
 # and bench-fabrics.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-torchrun bench-torchft bench-efficiency bench-detection bench-healthy bench-report bench-forecast bench-peers bench-loss bench-startup bench-scaling bench-large bench-experts bench-fabrics gpu-check clean
+.PHONY: help setup train test check test-system drill soak bench bench-save bench-price bench-sum bench-exact bench-evidence bench-stall bench-cut-off bench-torchrun bench-torchft bench-efficiency bench-detection bench-healthy bench-report bench-forecast bench-peers bench-loss bench-startup bench-scaling bench-large bench-experts bench-fabrics gpu-check clean
 
 # Inherited, it would have every start compile torch and lightning anew: 12 s instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
@@ -71,6 +71,9 @@ bench-evidence: setup ## Measure: what the checksums of each step cost (a minute
 
 bench-stall: setup ## Measure: how long survivors stand still after a kill, and when a replacement is back (minutes)
 	@$(BIN)/python -m tests.bench.stall $(ARGS)
+
+bench-cut-off: setup ## Measure: how often gloo does not tell a rank that its exchange was cut off (a few minutes)
+	@$(BIN)/python -m tests.bench.cut_off
 
 bench-torchrun: setup ## Measure: the same under torchrun, which restarts all ranks (minutes)
 	@$(BIN)/python -m tests.bench.torchrun $(ARGS)
