@@ -22,9 +22,13 @@ from tests.bench.work import Job, Turns, by_decay
 from train import bench, cli
 from train.checks import Refused
 from train.commands import Bench
+from train.console import Console
 
 LITGPT = importlib.util.find_spec("litgpt") is not None
-NEEDS_LITGPT = pytest.mark.skipif(not LITGPT, reason=contestants.WHEEL)
+NEEDS_LITGPT = pytest.mark.skipif(not LITGPT, reason=contestants.LITGPT_WHEELS)
+TITAN = importlib.util.find_spec("torchtitan") is not None
+NEEDS_TITAN = pytest.mark.skipif(not TITAN, reason=contestants.TITAN_WHEELS)
+PEERS = [*["litgpt-eager"] * LITGPT, *["torchtitan-eager"] * TITAN]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -33,7 +37,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
     """Of a benchmark from a folder that is not the checkout, as a user calls it: that folder, and what was said."""
     folder = tmp_path_factory.mktemp("bench")
     arguments = ["rounds=1", "turn=3", "small=true", "steps=7", "settings=llama-fp32-1x1", "out=figures.json"]
-    arguments += [f"contestants=[ours,ceiling{',litgpt-eager' * LITGPT}]"]
+    arguments += [f"contestants=[{','.join(['ours', *PEERS, 'ceiling'])}]"]
     command = [str(Path(sys.executable).with_name("colossus")), "bench", *arguments]
     return folder, subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
 
@@ -211,7 +215,7 @@ def test_a_small_run_leaves_figures_and_a_picture(small_run: Small) -> None:
     folder, done = small_run
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "figures.json").read_text())["results"][0]
-    assert [row["contestant"] for row in result["rows"]] == ["ours", *["litgpt-eager"] * LITGPT, "ceiling"]
+    assert [row["contestant"] for row in result["rows"]] == ["ours", *PEERS, "ceiling"]
     assert (result["steps"], result["micro_batch"]) == (7, 4)
     assert all(row["tokens_per_s"] > 0 and row["same_work"] for row in result["rows"])
     boxes = ElementTree.fromstring((folder / "figures.svg").read_text()).iter(f"{SVG}rect")
@@ -220,6 +224,35 @@ def test_a_small_run_leaves_figures_and_a_picture(small_run: Small) -> None:
     under_way = [f"{setting}: {what} …" for what in ("models are built", "rounds", "to step 7")]
     assert done.stdout.splitlines()[:3] == under_way
     assert f"{setting}: 1 rounds, 7 steps" in done.stdout
+
+
+def test_who_fails_under_way_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Player:
+        def __init__(self, name: str, *_: object) -> None:
+            self.name, self.losses = name, list[float]()
+
+        def answer(self) -> list[dict[str, Any]]:
+            return [{"parameters": 7}]
+
+        def turn(self, steps: int) -> float:
+            if self.name in broken and len(self.losses) >= broken[self.name]:
+                raise RuntimeError(f"{self.name}: Traceback\nValueError: no more")
+            self.losses += [8.0] * steps
+            return 1.0
+
+    broken = {"hf": 2, "lightning": 6}  # in a round, and on the way to the last step
+    monkeypatch.setattr(peers, "Player", Player)
+    setting, config = SETTINGS[1], Bench(rounds=2, turn=2, steps=7, small=True)
+    names = ["ours", "hf", "lightning", "ceiling"]
+    result = peers.race(setting, names, config, tmp_path, Console())
+    assert [(row["contestant"], row["tokens_per_s"]) for row in result["rows"]] == [("ours", 512), ("ceiling", 512)]
+    assert result["failed"] == dict.fromkeys(["hf", "lightning"], "failed: ValueError: no more")
+    assert "hf: Traceback" in capsys.readouterr().err
+    broken["ours"] = 0
+    with pytest.raises(RuntimeError, match="ours"):
+        peers.race(setting, names, config, tmp_path, Console())
 
 
 def test_a_contestant_that_ends_in_mid_loop_leaves_no_semaphore(tmp_path: Path) -> None:
@@ -262,10 +295,37 @@ def test_litgpt_has_our_llama_under_other_names(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(tokens), ours(tokens), rtol=1e-4, atol=1e-4)
 
 
-@NEEDS_LITGPT
-def test_litgpt_does_the_same_work(small_run: Small) -> None:
+@pytest.mark.parametrize(
+    "peer", [pytest.param("litgpt-eager", marks=NEEDS_LITGPT), pytest.param("torchtitan-eager", marks=NEEDS_TITAN)]
+)
+def test_a_peer_does_the_same_work(peer: str, small_run: Small) -> None:
     folder, done = small_run
     assert done.returncode == 0, done.stdout + done.stderr
-    ours, litgpt, _ = json.loads((folder / "figures.json").read_text())["results"][0]["rows"]
-    assert litgpt["parameters"] == ours["parameters"]
-    assert litgpt["loss_apart_early"] < 1e-5
+    rows = {row["contestant"]: row for row in json.loads((folder / "figures.json").read_text())["results"][0]["rows"]}
+    assert rows[peer]["parameters"] == rows["ours"]["parameters"]
+    assert rows[peer]["loss_apart_early"] < 1e-5
+
+
+@NEEDS_TITAN
+def test_torchtitan_has_our_tied_llama_with_fewer_keys_than_queries(tmp_path: Path) -> None:
+    """In a process of its own: it is told that its device is the CPU."""
+    code = f"""
+import torch
+from pathlib import Path
+from tests.bench import peers, peer_torchtitan
+from tests.bench.contestants import SETTINGS
+from train.commands import Bench
+from train.models.build import build
+peers.SHAPES["llama"] += " model.kv_heads=2 model.tied=true"
+setting = next(s for s in SETTINGS if s.name == "llama-fp32-1x1")
+job, _ = peers.job_of("torchtitan", setting, Bench(rounds=1, small=True), Path({str(tmp_path)!r}))
+theirs = peer_torchtitan.model_of(job).build()
+theirs.init_states(buffer_device=torch.device("cpu"))
+theirs.load_state_dict(peer_torchtitan.named(job))
+ours = build(job.config.model, job.vocab, seed=job.config.seed, device=torch.device("cpu"))
+tokens = torch.randint(0, job.vocab, (2, job.config.model.context))
+torch.testing.assert_close(theirs(tokens), ours(tokens), rtol=1e-4, atol=1e-4)
+print(peer_torchtitan.count(theirs) == peer_torchtitan.count(ours))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True\n", done.stderr

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.bench import gpu_check, gpu_kernels
+from tests.bench.contestants import TITAN_WHEELS
 from train import compose, hardware
+from train.models.build import build
 
 
 def test_the_checks_run_and_find_what_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +32,7 @@ def test_the_checks_run_and_find_what_holds(tmp_path: Path, capsys: pytest.Captu
 
 def test_deterministic_kernels_are_priced_one_by_one(tmp_path: Path) -> None:
     check = gpu_check.Check(tmp_path, "cpu")
-    check.kernels()
+    check.says(gpu_check.KERNELS, "gpu_kernels", "--cpu")
     assert [finding["check"].split(", ")[1] for finding in check.found] == list(
         gpu_kernels.operations(gpu_kernels.TINY, torch.device("cpu"))
     )
@@ -39,7 +42,7 @@ def test_deterministic_kernels_are_priced_one_by_one(tmp_path: Path) -> None:
 def test_kernels_that_take_too_long_are_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "PATIENCE", 0.01)
     check = gpu_check.Check(tmp_path, "cpu")
-    check.kernels()
+    check.says(gpu_check.KERNELS, "gpu_kernels", "--cpu")
     assert [(finding["holds"], finding["error"]) for finding in check.found] == [(False, "not done after 0.01 s")]
 
 
@@ -66,6 +69,20 @@ def test_what_has_no_time_left_is_named_and_not_run(tmp_path: Path) -> None:
     assert check.found == []
     assert {"llama_1b, compile=true, exact", "deterministic kernels, one by one"} <= set(check.left_out)
     assert any("nanoGPT" in left for left in check.left_out)
+    assert any("torchtitan" in left for left in check.left_out)
+
+
+@pytest.mark.skipif(not find_spec("torchtitan"), reason=TITAN_WHEELS)
+def test_torchtitan_is_timed_at_the_shape_that_it_is_told(tmp_path: Path) -> None:
+    check = gpu_check.Check(tmp_path, "cpu")
+    check.torchtitan("well", *gpu_check.TINY, "precision=fp32")
+    check.torchtitan("ill", *gpu_check.TINY, "precision=fp32", "model.heads=3")
+    well, ill = check.found
+    config = compose.config("train", ["data=synthetic", *gpu_check.TINY])
+    ours = build(config.model, config.data.tokenizer.vocab, seed=0, device=torch.device("meta"))
+    assert well["parameters"] == sum(parameter.numel() for parameter in ours.parameters())
+    assert well["tokens_per_s"] > 0
+    assert not ill["holds"]
 
 
 def test_all_that_a_gpu_is_asked_composes() -> None:

@@ -3,14 +3,13 @@
 A contestant is a function `contestant(job, turns)` in a process of its own, one process a rank: `work.py` says what it
 is told and what it has to do. Where the loop is not ours to write, turns are taken from a callback, or a logger, that
 the trainer offers. To add one: write the function, and give it a row in CONTESTANTS. What it needs beyond the
-development environment is imported inside of the function: where that fails, the benchmark says so.
+development environment is imported in that process alone: where that fails, the benchmark says so.
 
 Each is given what makes it faster without changing the work: a fused optimizer, no logging, no saving, forward passes
 of as many sequences as suits a CPU's cache (README.md here has 2, 4 and 8). Its own file says what differs on purpose.
 
-Not among them: torchtitan, which has no path for a CPU: its device is the accelerator that torch finds, or else "cuda"
-(pytorch/torchtitan, torchtitan/tools/utils.py @0258167, `get_device_info`). litgpt has no learned positions, hence no
-GPT-2: it is in the llama settings, where nanoGPT has no model.
+litgpt and torchtitan have no learned positions, hence no GPT-2: they are in the llama settings, where nanoGPT has no
+model. torchtitan has no path for a CPU; what it needs there is little, and its file says it.
 """
 
 from __future__ import annotations
@@ -69,11 +68,16 @@ class Contestant:
         return setting.ranks in self.ranks and setting.family in self.families
 
 
-OURS, NANOGPT, TRAINERS, LITGPT = (f"tests.bench.peer_{name}" for name in ("ours", "nanogpt", "trainers", "litgpt"))
+PEERS = ("ours", "nanogpt", "trainers", "litgpt", "torchtitan")
+OURS, NANOGPT, TRAINERS, LITGPT, TORCHTITAN = (f"tests.bench.peer_{name}" for name in PEERS)
 CHECKOUT = "a checkout of nanoGPT: git clone https://github.com/karpathy/nanoGPT, then nanogpt=PATH or NANOGPT=PATH"
-WHEEL = "pip install --no-deps litgpt psutil (with its own dependencies it would replace torch and others here)"
+ALONE = "(with its own dependencies it would replace others here)"
+LITGPT_WHEELS = f"pip install --no-deps litgpt psutil {ALONE}"
+TITAN_WHEELS = "pip install --no-deps torchtitan torch_checkpointing spmd_types==0.2.3 torchdata tyro docstring_parser"
+TITAN_WHEELS += f" typeguard einops datasets dill xxhash multiprocess pandas {ALONE}"
 GPT2: dict[str, Any] = {"families": ("gpt2",), "needs": CHECKOUT, "nanogpt": True}
-LLAMA: dict[str, Any] = {"families": ("llama",), "needs": WHEEL}
+LLAMA: dict[str, Any] = {"families": ("llama",), "needs": LITGPT_WHEELS}
+TITAN: dict[str, Any] = {"families": ("llama",), "needs": TITAN_WHEELS, "ranks": (1, 2)}
 ANY: dict[str, Any] = {"ranks": (1, 2)}
 TWO_THREADS: dict[str, Any] = {"ranks": (2,), "alone": True, **GPT2}  # one process, beside two ranks
 CONTESTANTS = {
@@ -96,6 +100,8 @@ CONTESTANTS = {
     ),
     "litgpt": Contestant("litgpt pretrain, compiled", f"{LITGPT}:litgpt", compiled=True, **LLAMA),
     "litgpt-eager": Contestant("litgpt pretrain, not compiled", f"{LITGPT}:litgpt", **LLAMA),
+    "torchtitan": Contestant("torchtitan, compiled", f"{TORCHTITAN}:torchtitan", compiled=True, **TITAN),
+    "torchtitan-eager": Contestant("torchtitan, not compiled", f"{TORCHTITAN}:torchtitan", **TITAN),
     "hf": Contestant("transformers.Trainer", f"{TRAINERS}:hf_trainer", needs="pip install accelerate", **ANY),
     "lightning": Contestant("lightning.Trainer, our model", f"{TRAINERS}:lightning_trainer", **ANY),
     "ceiling": Contestant("its FLOPs as large products alone", f"{OURS}:ceiling", trains=False, **ANY),

@@ -7,11 +7,11 @@ It says, line by line, whether
   compiled, and of what lies between: deterministic kernels, eight virtual ranks, checksums;
 - deterministic kernels cost much: each operation by itself, with and without (`gpu_kernels.py`);
 - it is fast: llama_350m, llama_1b, both ways, and grok_small; gpt2_124m beside nanoGPT's own train.py, compiled, with
-  as many tokens a step (`--nanogpt PATH`, a checkout).
+  as many tokens a step (`--nanogpt PATH`, a checkout); llama_124m beside torchtitan's trainer, where it is installed.
 
 Everything goes through the front door, `colossus train`, on synthetic tokens. What does not begin within the time is
-left out, and named. torchtitan is not beside us here. Without a GPU it says so and exits with 2; `--cpu` runs the same
-script on a CPU with models of a few thousand parameters, which is how its own test runs it.
+left out, and named. Without a GPU it says so and exits with 2; `--cpu` runs the same script on a CPU with models of a
+few thousand parameters, which is how its own test runs it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from tests.bench.contestants import TITAN_WHEELS
 from train import cli, hardware
 from train.bench import ROOT
 from train.checks import REFUSED
@@ -51,6 +53,7 @@ PATIENCE = 240  # seconds for train.py, which compiles first, and for all kernel
 WARM = 10  # iterations of train.py that are not timed
 
 BEST, EXACT = "the best inexact run", "exact"
+KERNELS = "deterministic kernels, one by one"
 PARTS = {  # each with what the one before it has, and one thing more
     BEST: ["reduce=fast", "batch.virtual_ranks=1", "evidence.digests=false"],
     "deterministic kernels": ["batch.virtual_ranks=1", "evidence.digests=false"],
@@ -162,18 +165,20 @@ class Check:
             tokens = settings["batch_size"] * settings["gradient_accumulation_steps"] * settings.get("block_size", 1024)
             self._say({"check": what, "holds": True, "tokens_per_s": 1000 * tokens / statistics.median(times)})
 
-    def kernels(self) -> None:
-        """What deterministic kernels cost one by one, in a process of its own, whose memory is free afterwards."""
-        what, command = "deterministic kernels, one by one", [sys.executable, "-m", "tests.bench.gpu_kernels"]
-        command += ["--cpu"] * (self.accelerator == "cpu")
+    def says(self, what: str, module: str, *arguments: str) -> None:
+        """The findings that a module prints, a line each, in a process of its own, whose memory is free afterwards."""
         if self.late(what):
             return
         with self._failing(what):
-            done = ran(command, ROOT)
+            done = ran([sys.executable, "-m", f"tests.bench.{module}", *arguments], ROOT)
             for line in done.stdout.splitlines():
-                self._say(json.loads(line))
+                self._say({"check": what, "holds": True, **json.loads(line)})
             if done.returncode:
                 raise failure(done)
+
+    def torchtitan(self, what: str, *overrides: str) -> None:
+        """tokens/s of torchtitan's trainer, with the shape, batch and numbers that `colossus train` has with these."""
+        self.says(what, "gpu_torchtitan", "data=synthetic", f"accelerator={self.accelerator}", *overrides)
 
     @contextlib.contextmanager
     def _failing(self, what: str) -> Iterator[None]:
@@ -218,11 +223,17 @@ def bits(check: Check, small: list[str]) -> None:
 
 def run_all(check: Check, small: list[str], rows: list[Speed], checkout: Path | None) -> None:
     bits(check, small)
-    check.kernels()
-    if checkout and check.accelerator == "cuda":
+    cuda = check.accelerator == "cuda"
+    check.says(KERNELS, "gpu_kernels", *["--cpu"] * (not cuda))
+    if checkout and cuda:
         check.nanogpt("gpt2_124m, nanoGPT's train.py, compiled", checkout, 50304, **TRAIN_PY)
     else:
         check.left_out.append("nanoGPT: --nanogpt PATH, a checkout, on a GPU")
+    if find_spec("torchtitan"):
+        how = [*SHAPES["llama_124m"], "compile=true"] if cuda else [*small, "precision=fp32"]
+        check.torchtitan("llama_124m, torchtitan, compiled" if cuda else "tiny, torchtitan", *how)
+    else:
+        check.left_out.append(f"torchtitan: {TITAN_WHEELS}")
     for row in rows:
         check.speed(row.what, *row.overrides)
 

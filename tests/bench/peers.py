@@ -31,7 +31,8 @@ import tempfile
 import threading
 import traceback
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socket
@@ -83,6 +84,7 @@ def rank_main(name: str, job: Job, pipe: Connection, listener: socket | None) ->
     logging.disable(logging.WARNING)  # the same, and what else they would have one install
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that ends in mid-loop leaves behind
     torch.set_num_threads(job.threads)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for those who would take what they see
     if job.world > 1:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job.port, "WORLD_SIZE": job.world, "NODE_RANK": 0}
         for key, value in {**where, "RANK": job.rank, "LOCAL_RANK": job.rank, "LOCAL_WORLD_SIZE": job.world}.items():
@@ -153,10 +155,22 @@ def write_rows(config: Train, prepared: Prepared, path: Path, steps: int) -> Non
 
 
 def race(setting: Setting, names: list[str], config: Bench, workspace: Path, console: Console) -> dict[str, Any]:
-    """All contestants of a setting, a row each."""
+    """All contestants of a setting, a row each. One that fails is named, and the others go on; without ours it ends."""
     absent, failed = dict[str, str](), dict[str, str]()
-    players: list[Player] = []
+    players: dict[str, Player] = {}
     parameters: dict[str, int] = {}
+
+    @contextmanager
+    def failing(name: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if name == "ours":
+                raise
+            print(error, file=sys.stderr)
+            failed[name] = f"failed: {str(error).splitlines()[-1]}"
+            players.pop(name, None)
+
     with ExitStack() as stack:
         stack.callback(console.close)
         taking = [name for name in names if CONTESTANTS[name].takes_part(setting)]
@@ -168,31 +182,26 @@ def race(setting: Setting, names: list[str], config: Bench, workspace: Path, con
                 continue
             job, tokens = job_of(name, setting, config, workspace)
             player = Player(name, job, stack)
-            try:
+            with failing(name):
                 ready = player.answer()[0]
-            except RuntimeError as error:
-                if name == "ours":
-                    raise
-                print(error, file=sys.stderr)
-                failed[name] = f"failed: {str(error).splitlines()[-1]}"
-                continue
-            if "missing" in ready:
-                absent[name] = f"needs {ready['missing']}"
-                continue
-            parameters[name] = ready["parameters"]
-            players.append(player)
+                if "missing" in ready:
+                    absent[name] = f"needs {ready['missing']}"
+                else:
+                    parameters[name], players[name] = ready["parameters"], player
         rounds: list[dict[str, float]] = []
         for number in range(config.rounds + 1):  # the first one warms up
             rounds.append({})
-            for at, player in enumerate(players[:: -1 if number % 2 else 1]):
-                console.progress(f"{setting}: rounds", number + at / len(players), config.rounds + 1)
-                rounds[-1][player.name] = player.turn(config.turn)
-        for at, player in enumerate(players):
-            while (done := len(player.losses)) < config.steps:
-                console.progress(f"{setting}: to step {config.steps}", at + done / config.steps, len(players))
-                player.turn(1)
-    found = table(setting, tokens, rounds[1:], {p.name: p.losses for p in players}, parameters, absent, failed)
-    return found | {"micro_batch": config.micro_batch}
+            for at, name in enumerate(list(players)[:: -1 if number % 2 else 1]):
+                console.progress(f"{setting}: rounds", number + at / len(taking), config.rounds + 1)
+                with failing(name):
+                    rounds[-1][name] = players[name].turn(config.turn)
+        for at, name in enumerate(list(players)):
+            with failing(name):
+                while (done := len(players[name].losses)) < config.steps:
+                    console.progress(f"{setting}: to step {config.steps}", at + done / config.steps, len(taking))
+                    players[name].turn(1)
+    losses = {name: player.losses for name, player in players.items()}
+    return table(setting, tokens, rounds[1:], losses, parameters, absent, failed) | {"micro_batch": config.micro_batch}
 
 
 def job_of(name: str, setting: Setting, config: Bench, workspace: Path) -> tuple[Job, int]:
@@ -291,7 +300,7 @@ def show(setting: Setting, result: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     found = {}
-    for name in ("torch", "lightning", "transformers", "accelerate", "litgpt"):
+    for name in ("torch", "lightning", "transformers", "accelerate", "litgpt", "torchtitan"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
