@@ -96,7 +96,7 @@ bench-forecast: setup ## Measure: predicted steps of 4 and 8 ranks, and a drill'
 bench-report: setup ## Measure: what the report of 100,000 steps costs (half a minute)
 	@$(BIN)/python -m tests.bench.long_report $(ARGS)
 
-bench-peers: setup ## Measure: nanoGPT, litgpt, transformers' Trainer, lightning's beside us at the same work (NANOGPT=PATH; an hour and a half)
+bench-peers: setup ## Measure: nanoGPT, litgpt, torchtitan, transformers' Trainer, lightning's beside us (NANOGPT=PATH; under two hours)
 	@$(BIN)/colossus bench out=tests/bench/results/peers.json $(ARGS)
 
 bench-loss: setup ## Measure: time and tokens to a loss, beside nanoGPT's train.py on the same corpus (NANOGPT=PATH; half an hour)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def test_what_has_no_time_left_is_named_and_not_run(tmp_path: Path) -> None:
     check = gpu_check.Check(tmp_path, "cpu", limit=0)
     gpu_check.run_all(check, gpu_check.TINY, gpu_check.speeds(), None)
     assert check.found == []
-    assert {"llama_1b, compile=true, exact", "deterministic kernels, one by one"} <= set(check.left_out)
+    late = {"llama_1b, compile=true, exact", "deterministic kernels, one by one", "tiny, torchtitan"}
+    assert {f"{what}: no time left" for what in late} <= set(check.left_out)
     assert any("nanoGPT" in left for left in check.left_out)
-    assert any("torchtitan" in left for left in check.left_out)
 
 
 @pytest.mark.skipif(not find_spec("torchtitan"), reason=TITAN_WHEELS)
@@ -83,6 +84,17 @@ def test_torchtitan_is_timed_at_the_shape_that_it_is_told(tmp_path: Path) -> Non
     assert well["parameters"] == sum(parameter.numel() for parameter in ours.parameters())
     assert well["tokens_per_s"] > 0
     assert not ill["holds"]
+
+
+def test_without_torchtitan_it_is_left_out_and_how_to_get_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchtitan.py").write_text("raise ImportError('too old a torch')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    check = gpu_check.Check(tmp_path, "cpu")
+    check.torchtitan("beside torchtitan", *gpu_check.TINY)
+    assert check.found == []
+    assert check.left_out == [f"beside torchtitan: too old a torch: {TITAN_WHEELS}"]
 
 
 def test_all_that_a_gpu_is_asked_composes() -> None:

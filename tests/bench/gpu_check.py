@@ -31,14 +31,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from tests.bench.contestants import TITAN_WHEELS
 from train import cli, hardware
 from train.bench import ROOT
 from train.checks import REFUSED
@@ -122,8 +120,7 @@ class Check:
         """Whether there is no time left for this, which is then named as left out."""
         if time.monotonic() < self._ends:
             return False
-        self.left_out.append(what)
-        print(f"left out, for lack of time: {what}", flush=True)
+        self.leave_out(f"{what}: no time left")
         return True
 
     def same_bits(self, what: str, *runs: list[str]) -> None:
@@ -166,13 +163,19 @@ class Check:
             self._say({"check": what, "holds": True, "tokens_per_s": 1000 * tokens / statistics.median(times)})
 
     def says(self, what: str, module: str, *arguments: str) -> None:
-        """The findings that a module prints, a line each, in a process of its own, whose memory is free afterwards."""
+        """The findings that a module prints, a line each, in a process of its own, whose memory is free afterwards.
+
+        One that is but a string says why there is none.
+        """
         if self.late(what):
             return
         with self._failing(what):
             done = ran([sys.executable, "-m", f"tests.bench.{module}", *arguments], ROOT)
-            for line in done.stdout.splitlines():
-                self._say({"check": what, "holds": True, **json.loads(line)})
+            for found in map(json.loads, done.stdout.splitlines()):
+                if isinstance(found, str):
+                    self.leave_out(f"{what}: {found}")
+                else:
+                    self._say({"check": what, "holds": True, **found})
             if done.returncode:
                 raise failure(done)
 
@@ -187,6 +190,10 @@ class Check:
             yield
         except RuntimeError as error:
             self._say({"check": what, "holds": False, "error": str(error)})
+
+    def leave_out(self, what: str) -> None:
+        self.left_out.append(what)
+        print(f"left out: {what}", flush=True)
 
     def _say(self, finding: dict[str, Any]) -> None:
         self.found.append(finding)
@@ -228,12 +235,9 @@ def run_all(check: Check, small: list[str], rows: list[Speed], checkout: Path | 
     if checkout and cuda:
         check.nanogpt("gpt2_124m, nanoGPT's train.py, compiled", checkout, 50304, **TRAIN_PY)
     else:
-        check.left_out.append("nanoGPT: --nanogpt PATH, a checkout, on a GPU")
-    if find_spec("torchtitan"):
-        how = [*SHAPES["llama_124m"], "compile=true"] if cuda else [*small, "precision=fp32"]
-        check.torchtitan("llama_124m, torchtitan, compiled" if cuda else "tiny, torchtitan", *how)
-    else:
-        check.left_out.append(f"torchtitan: {TITAN_WHEELS}")
+        check.leave_out("nanoGPT: --nanogpt PATH, a checkout, on a GPU")
+    how = [*SHAPES["llama_124m"], "compile=true"] if cuda else [*small, "precision=fp32"]
+    check.torchtitan("llama_124m, torchtitan, compiled" if cuda else "tiny, torchtitan", *how)
     for row in rows:
         check.speed(row.what, *row.overrides)
 

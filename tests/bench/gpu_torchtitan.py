@@ -1,7 +1,8 @@
 """torchtitan's trainer beside us on a GPU, timed: `gpu_check` runs it in a process of its own, on drawn tokens.
 
 Its arguments are keys of `colossus train`, from which shape, batch and numbers come. The last line says tokens/s, the
-median of the steps after the first ones, and on a GPU the peak of what was allocated.
+median of the steps after the first ones, and on a GPU the peak of what was allocated; or it is a string, which says
+why torchtitan cannot be imported.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.bench.contestants import TITAN_WHEELS
 from tests.bench.work import Job, Turns, composed
 
 WARM = 10  # steps that are not timed: it compiles, and captures its graph
@@ -48,8 +50,11 @@ def main(overrides: list[str]) -> None:
     config = composed(tuple(overrides))
     if config.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it takes what it sees
-    from tests.bench.peer_torchtitan import torchtitan
-
+    try:
+        from tests.bench.peer_torchtitan import torchtitan
+    except ImportError as error:
+        print(json.dumps(f"{error}: {TITAN_WHEELS}"))
+        return
     vocab, context = config.data.tokenizer.vocab, config.model.context
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "train.bin"
