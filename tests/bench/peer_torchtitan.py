@@ -3,8 +3,9 @@
 The trainer is built from a configuration as `torchtitan.train` builds its own. What is ours is what its configurations
 let one bring along: a llama of our shape made of its parts, with rotary pairs that are the two halves of a head
 (`CosSinRoPE`); our initial weights; a data loader; and a metrics processor, where a step's loss goes and a turn ends.
-Gradients are reduced by `fully_shard`, which it applies to a single rank, too. Nothing is recomputed. On a GPU its
-attention is flex, as in its own models, masked by documents, of which each sequence is one, and CUDA graphs are on.
+Gradients are reduced by `fully_shard`, which it applies to a single rank, too; two have all weights each. Nothing is
+recomputed. On a GPU its attention is flex, as in its own models, masked by documents, each sequence being one, and
+CUDA graphs are on.
 
 On a CPU (`on_cpu`, before it is imported) it is told that its device is "cpu": it takes torch's accelerator, or else
 "cuda". Its kernels for experts on several GPUs want triton, and are not there; memory is not watched; timeouts stay as
@@ -164,7 +165,7 @@ def torchtitan(job: Job, turns: Turns) -> None:
 def trainer_of(job: Job, turns: Turns) -> Any:
     config, o = job.config, job.config.optimizer
     numbers = {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps}
-    decay = {"norm": 0.0, "": o.weight_decay}  # the first pattern that is found in a parameter's name
+    decays = {"norm": 0.0, "": o.weight_decay}  # by the first pattern that is found in a parameter's name
     spec = ModelSpec(
         name="llama3",
         flavor="of our shape",
@@ -176,7 +177,7 @@ def trainer_of(job: Job, turns: Turns) -> Any:
     )
     groups = [
         ParamGroupConfig(pattern=name, optimizer_name="AdamW", optimizer_kwargs={**numbers, "weight_decay": decay})
-        for name, decay in decay.items()
+        for name, decay in decays.items()
     ]
     training = TrainingConfig(
         local_batch_size=job.piece,
