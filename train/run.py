@@ -65,12 +65,12 @@ class Order:
 
 def worker(order_json: str, connection: Connection, listener: socket.socket | None) -> None:
     """The life of a rank. Exits with 0, or with 1 after a `fault` event that says why."""
+    die_with_parent()  # first: once the supervisor has gone, the folder may be another start's
     order = Order.from_json(order_json)
     member, logs = order.place.member, Path(order.folder) / "logs"
     channel = Channel(connection, Pulse(logs / f"rank-{member}.pulse"))
     os.setsid()
     channel.heed_signals(member)
-    die_with_parent()
     log_to(logs / f"rank-{member}.log")
     try:
         recovery = assemble(order, channel, listener)
