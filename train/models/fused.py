@@ -111,12 +111,11 @@ def look_up(x: Tensor, which: int) -> Tensor:
 
 @functools.cache
 def gelu_table() -> tuple[Tensor, Tensor]:
-    """GELU and its derivative for every bf16 number, by its bits."""
-    with torch.device("cpu"), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        x = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).double().requires_grad_()
-        y = F.gelu(x, approximate="tanh")
-        (slope,) = torch.autograd.grad(y.sum(), x)
-        return y.detach().bfloat16(), slope.bfloat16()
+    """GELU and its derivative for every bf16 number, by its bits; no graph, as activations may be recomputed here."""
+    with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).double()
+        slope = torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate="tanh")
+        return F.gelu(x, approximate="tanh").bfloat16(), slope.bfloat16()
 
 
 def scores(x_BTD: Tensor, weight: Tensor, vocab: int) -> Tensor:
