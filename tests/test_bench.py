@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tests.bench import bars, contestants, peer_nanogpt, peers
 from tests.bench.contestants import CONTESTANTS, SETTINGS, chosen
-from tests.bench.work import Job, Turns, by_decay
+from tests.bench.work import Job, Turns, by_decay, renamed
 from train import bench, cli
 from train.checks import Refused
 from train.commands import Bench
@@ -283,13 +283,13 @@ def watches_a_bar_and_goes(job: Job, turns: Turns) -> None:
 def test_litgpt_has_our_llama_under_other_names(tmp_path: Path) -> None:
     from litgpt import GPT, Config
 
-    from tests.bench.peer_litgpt import named, shape_of
+    from tests.bench.peer_litgpt import NAMES, shape_of
     from train.models.build import build
 
     setting = next(s for s in SETTINGS if s.name == "llama-fp32-1x1")
     job, _ = peers.job_of("litgpt", setting, Bench(rounds=1, small=True), tmp_path)
     theirs = GPT(Config(**shape_of(job)))
-    theirs.load_state_dict({named(name): weight for name, weight in job.weights().items()})
+    theirs.load_state_dict({renamed(name, NAMES): weight for name, weight in job.weights().items()})
     ours = build(job.config.model, job.vocab, seed=job.config.seed, device=torch.device("cpu"))
     tokens = torch.randint(0, job.vocab, (2, job.config.model.context))
     torch.testing.assert_close(theirs(tokens), ours(tokens), rtol=1e-4, atol=1e-4)

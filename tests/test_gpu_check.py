@@ -11,6 +11,7 @@ import torch
 
 from tests.bench import gpu_check, gpu_kernels
 from tests.bench.contestants import TITAN_WHEELS
+from tests.bench.work import count
 from train import compose, hardware
 from train.models.build import build
 
@@ -81,7 +82,7 @@ def test_torchtitan_is_timed_at_the_shape_that_it_is_told(tmp_path: Path) -> Non
     well, ill = check.found
     config = compose.config("train", ["data=synthetic", *gpu_check.TINY])
     ours = build(config.model, config.data.tokenizer.vocab, seed=0, device=torch.device("meta"))
-    assert well["parameters"] == sum(parameter.numel() for parameter in ours.parameters())
+    assert well["parameters"] == count(ours)
     assert well["tokens_per_s"] > 0
     assert not ill["holds"]
 

@@ -77,8 +77,8 @@ TITAN_WHEELS = "pip install --no-deps torchtitan torch_checkpointing spmd_types=
 TITAN_WHEELS += f" typeguard einops datasets dill xxhash multiprocess pandas {ALONE}"
 GPT2: dict[str, Any] = {"families": ("gpt2",), "needs": CHECKOUT, "nanogpt": True}
 LLAMA: dict[str, Any] = {"families": ("llama",), "needs": LITGPT_WHEELS}
-TITAN: dict[str, Any] = {"families": ("llama",), "needs": TITAN_WHEELS, "ranks": (1, 2)}
 ANY: dict[str, Any] = {"ranks": (1, 2)}
+TITAN: dict[str, Any] = {"families": ("llama",), "needs": TITAN_WHEELS, **ANY}
 TWO_THREADS: dict[str, Any] = {"ranks": (2,), "alone": True, **GPT2}  # one process, beside two ranks
 CONTESTANTS = {
     "ours": Contestant("colossus train", f"{OURS}:ours", **ANY),

@@ -24,7 +24,7 @@ from lightning.fabric.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tests.bench.work import Job, Turns, by_decay, count
+from tests.bench.work import Job, Turns, by_decay, count, renamed
 
 NAMES = {
     "embedding.": "transformer.wte.",
@@ -39,14 +39,6 @@ NAMES = {
     ".ffn.up.": ".mlp.fc_2.",
     ".ffn.down.": ".mlp.proj.",
 }
-
-
-def named(ours: str) -> str:
-    """A parameter's name in litgpt's model."""
-    for old, new in NAMES.items():
-        if ours.startswith(old) or old[0] == ".":
-            ours = ours.replace(old, new)
-    return ours
 
 
 class Decayed(torch.optim.AdamW):
@@ -107,7 +99,7 @@ def litgpt(job: Job, turns: Turns) -> None:
     config, shape, o = job.config, shape_of(job), job.config.optimizer
     initial = Path(job.folder) / "initial"
     initial.mkdir()
-    torch.save({named(name): weight for name, weight in job.weights().items()}, initial / "lit_model.pth")
+    torch.save({renamed(name, NAMES): weight for name, weight in job.weights().items()}, initial / "lit_model.pth")
     counted = Counted()
 
     class Data(DataModule):  # type: ignore[misc]

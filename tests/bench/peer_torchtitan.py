@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from tests.bench.work import Job, Turns, count
+from tests.bench.work import Job, Turns, count, renamed
 
 GPU = torch.cuda.is_available()
 
@@ -84,10 +84,8 @@ def named(job: Job) -> dict[str, Tensor]:
     shape: Any = job.config.model
     head = shape.width // shape.heads
     theirs: dict[str, Tensor] = {}
-    for name, weight in job.weights().items():
-        for old, new in NAMES.items():
-            if name.startswith(old) or old[0] == ".":
-                name = name.replace(old, new)
+    for ours, weight in job.weights().items():
+        name = renamed(ours, NAMES)
         if ".qkv." in name:
             parts = torch.split(weight.detach(), [shape.width, head * shape.kv_heads, head * shape.kv_heads])
             theirs |= {name.replace(".qkv.", f".qkv_linear.w{part}."): w for part, w in zip("qkv", parts, strict=True)}

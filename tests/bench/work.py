@@ -112,5 +112,13 @@ def adamw(config: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Opti
     )
 
 
+def renamed(ours: str, names: dict[str, str]) -> str:
+    """A parameter's name in another's model: `names` has beginnings and, with a dot in front, what stands anywhere."""
+    for old, new in names.items():
+        if ours.startswith(old) or old[0] == ".":
+            ours = ours.replace(old, new)
+    return ours
+
+
 def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
