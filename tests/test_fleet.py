@@ -32,7 +32,7 @@ from tests.test_train import train
 from train import compose, events, fleet, nodes, plan, remote
 from train.agent import Agent
 from train.channel import Requests
-from train.checks import REFUSED, Refused
+from train.checks import FAILED, REFUSED, Refused
 from train.console import Console
 from train.fleet import Fleet
 from train.folder import RunFolder, replace
@@ -480,6 +480,20 @@ def test_the_last_word_arrives_though_both_speak_at_once(lobby: Fleet, monkeypat
     link.close()
     parting.join(TIMEOUT)
     assert not parting.is_alive()
+
+
+def test_who_ends_because_node_0_does_is_told_where_to_read_why(lobby: Fleet) -> None:
+    """It was stopped at once, say, which is written there and nowhere else."""
+    link, _ = node_1(lobby)
+    lobby.verdict = FAILED, ""
+    parting = threading.Thread(target=lobby.__exit__, args=(None, None, None))
+    parting.start()
+    until, heard = time.monotonic() + TIMEOUT, list[dict[str, Any]]()
+    while not heard and time.monotonic() < until:
+        heard = [message for message in link.receive() if "over" in message]
+    link.close()
+    parting.join(TIMEOUT)
+    assert heard == [{"over": FAILED, "why": "node 0 says why"}]
 
 
 def test_what_an_agent_says_of_a_rank(lobby: Fleet, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class Fleet:
         codes = {Refused: REFUSED, KeyboardInterrupt: STOPPED}
         code, why = self.verdict or (codes.get(kind, FAILED) if kind else DONE, str(error or ""))
         for there in self.others.values():
-            there.link.part(over=code, why=why)
+            there.link.part(over=code, why=why or "node 0 says why" * (code == FAILED))
         if self._lobby is not None:
             self._lobby.close()
 
