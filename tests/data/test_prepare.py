@@ -146,8 +146,12 @@ def test_an_empty_corpus_and_an_empty_validation_split_are_refused(tmp_path: Pat
         with pytest.raises(Refused, match="no training documents"):
             prepared(config(tmp_path, "text", path=str(empty), tokenizer=Tokenizer(kind=TokenizerKind[kind])))
     path = str(folder(tmp_path / "a", texts(5)))
-    with pytest.raises(Refused, match=r"data\.validation.*no document"):
+    with pytest.raises(Refused, match=r"data\.validation.*no document.*or add documents"):
         prepared(config(tmp_path, "text", path=path, validation=1e-6))
+    (tmp_path / "set").mkdir()
+    jsonl(tmp_path / "set" / "train.jsonl", texts(30))
+    with pytest.raises(Refused, match=r"data\.validation.*no document.*or data\.shard_tokens"):  # the first has too few
+        prepared(config(tmp_path, "hf", name=str(tmp_path / "set"), shard_tokens=1024, validation=1e-6))
     with pytest.raises(Refused, match=r"model\.context"):
         prepared(config(tmp_path, "text", path=str(folder(tmp_path / "b", texts(30)))), context=1_000_000)
 

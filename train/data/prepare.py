@@ -151,7 +151,8 @@ def _refuse_too_little(source: Source, shards: list[Manifest], held: list[Manife
     if context and shards[-1]["last"] and max(sizes) <= context:
         raise Refused(where, f"its {sum(sizes)} tokens are less than one sample of {context} + 1 (model.context)")
     if not any(shard["validation"]["tokens"] for shard in held):
-        how = "name a val*.bin" if source.kind is SourceKind.bin else "raise the share, or add documents"
+        larger = "data.shard_tokens" if source.kind is SourceKind.hf else "add documents"
+        how = "name a val*.bin" if source.kind is SourceKind.bin else f"raise the share, or {larger}"
         raise Refused("data.validation", f"no document of {where} falls into validation: {how}")
 
 
