@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,24 @@ def test_own_configs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config = compose.config("train", ["model=mine"])
     assert (config.model.layers, config.name) == (3, "mine")
     assert "mine" in refused("model=nope")
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (b"defaults: [schema_llama, _self_]\nlayerz: 3\n", "model/mine.*'layerz'"),
+        (b"layers: 3\n width: [\n", r"not allowed here.*mine\.yaml.*line 2"),
+        (b"layers: \xff\n", "configs: 'utf-8'.*0xff"),
+    ],
+)
+def test_a_mistake_in_a_file_of_ones_own_is_said_in_one_line(
+    written: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs/model").mkdir(parents=True)
+    (tmp_path / "configs/model/mine.yaml").write_bytes(written)
+    monkeypatch.chdir(tmp_path)
+    assert re.search(said, message := refused("model=mine"))
+    assert "\n" not in message
 
 
 def test_a_written_configuration_reads_back(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from train.checks import STOPPED, Refused, require
 from train.commands import register
@@ -199,6 +200,8 @@ def _compose(command: str, arguments: list[str]) -> DictConfig:
         cause = error.__cause__ or error
         key = next((o.key_or_group for o in parsed if o.input_line and o.input_line in str(error)), "")
         raise Refused(key or getattr(cause, "full_key", None) or "", _first_line(cause)) from error
+    except (YAMLError, UnicodeDecodeError) as error:  # of a file of one's own, which the former names
+        raise Refused("./configs", " ".join(str(error).split())) from error
     hydra_config = composed.hydra
     with open_dict(composed):
         del composed["hydra"]
@@ -286,4 +289,6 @@ def _search_path() -> list[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an error says in its first line, or in two, where that one only leads to what it is."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])
