@@ -2,8 +2,8 @@
 
 YAML under `configs/` holds values, in groups; the dataclasses below are the schema above them. A command's
 configuration is composed once, in the process that the user started, before torch is imported: a bad key is
-refused in a fraction of a second, by name. What the ranks read afterwards is the resolved `config.yaml` of
-the run folder; nothing changes it any more.
+refused in a fraction of a second, by name. Ranks are handed the resolved one, which the run folder keeps as
+`config.yaml`; nothing changes it any more.
 
 Bad values are refused where they are born: each dataclass checks itself, and raises `Refused`.
 """

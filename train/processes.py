@@ -57,9 +57,9 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def _begin(order: str, connection: Connection, listener: socket.socket | None) -> None:
+def _begin(config: Train, order: str, connection: Connection, listener: socket.socket | None) -> None:
     """Where a forked process begins. Only there is `train.run` imported: this module stays free of torch."""
-    importlib.import_module("train.run").worker(order, connection, listener)
+    importlib.import_module("train.run").worker(config, order, connection, listener)
 
 
 @dataclass(slots=True, eq=False)
@@ -185,7 +185,8 @@ class Here:
             port = listener.getsockname()[1]
             ours, theirs = self.context.Pipe()
             heart = pulse.create(trace := self.folder / "logs" / f"rank-{member}.pulse")
-            process = self.context.Process(target=_begin, args=(text, theirs, listener), name=f"rank-{member}")
+            told = (config, text, theirs, listener)
+            process = self.context.Process(target=_begin, args=told, name=f"rank-{member}")
             process.start()
         theirs.close()
         return Rank(member, slot, port, process, ours, heart, trace, named=not order["joins"], node=self.index)

@@ -24,13 +24,13 @@ from train import events, optim, telemetry
 from train.audit import Audit
 from train.balance import Balance
 from train.channel import Channel
-from train.config import Sharding
+from train.config import Sharding, Train
 from train.data.prepare import Prepared
 from train.data.stream import Stream, Validation
 from train.engine import Engine
 from train.faults import detect
 from train.fingerprint import fingerprint
-from train.folder import plain_identity, read_train
+from train.folder import plain_identity
 from train.group import Dismissed, Group, Membership, Place
 from train.keeper import Keeper, restore
 from train.loop import Due, fit
@@ -63,7 +63,7 @@ class Order:
         return cls(**{**fields, "place": Place(**fields["place"])})
 
 
-def worker(order_json: str, connection: Connection, listener: socket.socket | None) -> None:
+def worker(config: Train, order_json: str, connection: Connection, listener: socket.socket | None) -> None:
     """The life of a rank. Exits with 0, or with 1 after a `fault` event that says why."""
     die_with_parent()  # first: once the supervisor has gone, the folder may be another start's
     order = Order.from_json(order_json)
@@ -73,7 +73,7 @@ def worker(order_json: str, connection: Connection, listener: socket.socket | No
     channel.heed_signals(member)
     log_to(logs / f"rank-{member}.log")
     try:
-        recovery = assemble(order, channel, listener)
+        recovery = assemble(config, order, channel, listener)
         stopped = _train(recovery)
         channel.send(events.Left(rank=member, step=recovery.state.step, stopped=stopped))
         recovery.group.leave()
@@ -101,10 +101,9 @@ def _train(recovery: Recovery) -> bool:
             print(f"leaving epoch {recovery.group.membership.epoch}: {change}", flush=True)
 
 
-def assemble(order: Order, channel: Channel, listener: socket.socket | None) -> Recovery:
+def assemble(config: Train, order: Order, channel: Channel, listener: socket.socket | None) -> Recovery:
     """Everything a rank trains with, put together; it has no state yet."""
     folder = Path(order.folder)
-    config = read_train(folder / "config.yaml")
     prepared = Prepared.read(folder / "data.json")
     prepared.left_out = order.left_out
     channel.pulse.first = first(config, prepared.vocab)

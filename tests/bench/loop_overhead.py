@@ -70,7 +70,7 @@ def ours(config: Train, path: Path) -> Callable[[int], None]:
         run.write(config, dataclasses.asdict(prepared))
     where: dict[str, Any] = {"folder": str(path), "record": str(path / "events.jsonl")}
     order = Order(**where, place=Place.alone(), threads=1, writer_epoch=1, resume=False, joins=False, left_out=[])
-    recovery = assemble(order, Memory(path / "pulse"), None)
+    recovery = assemble(config, order, Memory(path / "pulse"), None)
     recovery.regroup()
     state, parts = recovery.state, recovery.parts
 

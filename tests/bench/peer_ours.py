@@ -35,7 +35,8 @@ def ours(job: Job, turns: Turns, listener: socket | None = None) -> None:
     place = Place(member=job.rank, local_rank=job.rank, device="cpu", loopback=True, backend="gloo", heals=heals)
     where: dict[str, Any] = {"folder": job.folder, "record": f"{job.folder}/events.jsonl"}
     order = Order(**where, place=place, threads=job.threads, writer_epoch=1, resume=False, joins=False, left_out=[])
-    recovery = assemble(order, Member(Path(job.folder) / f"pulse-{job.rank}", job.world, job.port), listener)
+    channel = Member(Path(job.folder) / f"pulse-{job.rank}", job.world, job.port)
+    recovery = assemble(job.config, order, channel, listener)
     recovery.regroup()
     state, parts = recovery.state, recovery.parts
 
