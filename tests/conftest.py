@@ -33,12 +33,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(corpus: Path, cache: Path, tmp_path: Path) -> list[str]:
-    """Overrides that make `colossus train` small: 64 sequences' worth of nothing, in about a second."""
+    """Overrides that make `colossus train` small, a second's work; five virtual ranks are uneven over any ranks."""
     return [
         "model=llama_micro",
         *("model.layers=2", "model.width=48", "model.heads=3", "model.kv_heads=1", "model.ffn=80", "model.context=32"),
         *("data=text", f"data.path={corpus}", f"data.cache={cache}", "data.tokenizer.vocab=300", "data.validation=0.1"),
-        *("batch.sequences=16", "batch.virtual_ranks=8", "batch.micro_batch=2"),
+        *("batch.sequences=10", "batch.virtual_ranks=5", "batch.micro_batch=2"),
         *("steps=6", "precision=fp32", "accelerator=cpu", "schedule.warmup_steps=2", "optimizer.lr=0.01"),
         *(
             "eval.every=3",
@@ -51,6 +51,12 @@ def tiny(corpus: Path, cache: Path, tmp_path: Path) -> list[str]:
         ),
         f"runs={tmp_path}/runs",
     ]
+
+
+@pytest.fixture
+def eight(tiny: list[str]) -> list[str]:
+    """The same with eight virtual ranks."""
+    return [*tiny, "batch.sequences=16", "batch.virtual_ranks=8"]
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_each_gradient_is_drawn_with_the_same_probability(tiny: list[str]) -> No
     drawn_by = {}
     for seed, share in ((0, 0.1), (1, 0.1), (0, 0.0), (0, 1.0)):
         config = plan.resolve(compose.config("train", [*tiny, f"seed={seed}", f"recovery.audit={share}"]))
-        drawn_by[seed, share] = [(step, v) for step in range(2000) for v in drawn(config, step)]
+        drawn_by[seed, share] = [(step, v) for step in range(3200) for v in drawn(config, step)]
     assert len(drawn_by[0, 0.1]) / 16_000 == pytest.approx(0.1, abs=0.01), "four standard deviations"
     assert drawn_by[0, 0.1] != drawn_by[1, 0.1]
     assert len(drawn_by[0, 0.0]) == 0

@@ -42,14 +42,14 @@ def test_prompts_are_in_no_loss_on_any_number_of_ranks(tiny: list[str], tmp_path
     run = trained.load(tmp_path / "runs" / "one", -1, torch.device("cpu"))
     model = build(run.config.model, run.prepared.vocab, seed=run.config.seed, device=torch.device("cpu"))
     loaded, nats, count = stream(run.config, run.prepared), 0.0, 0
-    for v in range(8):
+    for v in range(run.config.batch.virtual_ranks):
         stored = torch.from_numpy(loaded.micro_batch(0, v, 0))
         inputs, targets = stored[:, :-1] % run.prepared.vocab, stored[:, 1:]
         answers = targets < run.prepared.vocab
         logits = model(inputs)[answers].detach()
         nats += float(torch.nn.functional.cross_entropy(logits, targets[answers], reduction="sum"))
         count += int(answers.sum())
-    assert 0 < count < 16 * 32
+    assert 0 < count < 10 * 32
     assert steps["one"][0] == pytest.approx(nats / count, rel=1e-6)
 
 

@@ -201,9 +201,10 @@ def test_survivors_keep_what_they_have_finished(tiny: list[str], twins: Twins, m
         return all(one is rank or one.flight().startswith("reduce: step 5, waits for") for one in watch._ranks)
 
     answers(monkeypatch, may)
-    code, folder = train(tiny, *LONG, "name=a", "devices=4", "faults.at=[kill:1@reduce:5]")
+    longer = (*LONG, "batch.virtual_ranks=8", "batch.sequences=16")
+    code, folder = train(tiny, *longer, "name=a", "devices=4", "faults.at=[kill:1@reduce:5]")
     assert code == 0
-    found = survived(folder, tiny, twins, *LONG)
+    found = survived(folder, tiny, twins, *longer)
     once(found)
     (lost,) = of_kind(found, "regroup", why="lost")
     assert (lost["step"], lost["kept"] + lost["redone"]) == (5, 8)
@@ -579,7 +580,7 @@ def test_restarts_that_lead_to_no_new_step_end_the_run(tiny: list[str], tmp_path
 
 def test_resize_under_way(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """2 -> 4 -> 1 -> 9 -> 3 ranks while it trains, of nine one stands by; asking again is harmless."""
-    longer = (*ENDLESS, "batch.sequences=8", "batch.micro_batch=1")
+    longer = (*ENDLESS, "batch.virtual_ranks=8", "batch.sequences=8", "batch.micro_batch=1")
     running = Running([*tiny, *longer], "name=a", "devices=2", "faults.at=[slow:0@forward:0:10:1000000]")
     running.wait_for(at_step(1))
     codes = [cli.main(["resize", f"run={running.folder}", f"devices={n}"]) for n in (4, 4, 1, 9, 3)]

@@ -107,7 +107,7 @@ def test_a_spike_is_gone_back_from_and_its_batch_left_out(tiny: list[str], capsy
         "checkpoint.every=4",
         "checkpoint.keep=4",
         "eval.every=0",
-        "recovery.spike=0.7",
+        "recovery.spike=0.65",
         "optimizer.lr=0.00001",
     )
     folders = []

@@ -1,0 +1,71 @@
+"""Steps in which nothing may read a tensor, on ranks that import no more than these need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from train import buckets, compose, engine, flat, loop, plan
+from train.data.prepare import prepare
+from train.group import Group
+from train.telemetry import Recorder
+
+
+class Unread(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """No operation may ask for a tensor's values, or for a size that depends on them: on a GPU the host would wait."""
+
+    READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.seen.add(name)
+        assert name not in self.READS, f"{name} in a step"
+        if name in ("index", "index_put_", "index_put"):
+            assert not [i for i in args[1] if i is not None and i.dtype == torch.bool], f"{name} by a mask in a step"
+        return function(*args, **(kwargs or {}))
+
+
+def steps(group: Group, overrides: list[str]) -> tuple[list[str], int]:
+    """Two steps on a rank, in which nothing may read a tensor: the second's operations, and copies to the device."""
+    config = plan.resolve(compose.config("train", overrides))
+    prepared, _ = prepare(config.data, seed=config.seed, context=config.model.context)
+    built = engine.Engine.build(config, prepared, group, threads=1)
+    built.reducer.lay_out()
+    parts = built.parts(Recorder(config, built.fabric, lambda _: None, prepared.vocab, built.model.aside.shape))
+    readers = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+    kept = {name: getattr(Tensor, name) for name in readers}
+    found: set[str] = set()
+    copied: list[Tensor] = []
+
+    def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+        copied.append(tensor)
+        return flat.to_device(tensor, device)
+
+    loop.to_device = buckets.to_device = to_device  # type: ignore[attr-defined]
+    try:
+        torch.compiler.is_compiling = lambda: True  # experts as grouped products, as they are on a GPU
+        for name in readers:  # of a tensor on the host some of them are no operation
+            setattr(Tensor, name, reader(name))
+        for _ in range(2):
+            copied.clear()
+            with Unread() as mode:  # type: ignore[no-untyped-call]
+                loop.step(built.state, parts)
+            found = mode.seen
+    finally:
+        for name in readers:
+            setattr(Tensor, name, kept[name])
+    return sorted(found), len(copied)
+
+
+def reader(name: str) -> Any:
+    def refuse(tensor: Tensor, *arguments: Any) -> Any:
+        raise AssertionError(f"Tensor.{name} in a step")
+
+    return refuse
