@@ -46,6 +46,7 @@ RESULTS = Path(__file__).parent / "results"
 SMALL = ["model=llama_nano", "data.tokenizer.vocab=4096", "batch.sequences=32", "batch.micro_batch=2", "steps=20"]
 TINY = ["model=llama_micro", "model.layers=1", "model.width=32", "model.heads=2", "model.kv_heads=1", "model.ffn=64"]
 TINY += ["model.context=16", "data.tokenizer.vocab=256", "batch.sequences=16", "batch.micro_batch=1", "steps=4"]
+TINY += ["eval.micro_batch=256"]  # or most of a run would be its last evaluation
 LIMIT = 440.0  # seconds after which nothing more begins: eight minutes, less a run
 PATIENCE = 240  # seconds for train.py, which compiles first, and for all kernels
 WARM = 10  # iterations of train.py that are not timed
