@@ -71,11 +71,12 @@ def port() -> Iterator[int]:
 def pytest_configure() -> None:
     """One thread a test process, before torch is imported: two would spin for each other on cores that others use.
 
-    Ranks are forked with pytest imported: their test's module imports it, which takes longer than many of them live.
+    Ranks are forked with pytest imported: their test's module imports it, which takes longer than many of them live. So
+    does torch's compiler, which tests need for torch's own optimizers and seeds, and a run for neither.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     preload = BaseContext.set_forkserver_preload
-    BaseContext.set_forkserver_preload = lambda self, names: preload(self, [*names, "pytest"])  # type: ignore
+    BaseContext.set_forkserver_preload = lambda self, names: preload(self, [*names, "pytest", "torch._dynamo"])  # type: ignore
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

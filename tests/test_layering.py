@@ -139,11 +139,14 @@ def test_the_sum_needs_no_lightning() -> None:
 
 def test_ranks_start_without_what_lightning_brings_along() -> None:
     """And what was left out can be imported later; the collector is at work, but not on what was imported."""
-    left_out = "[m for m in ('torchmetrics', 'transformers', 'lightning.pytorch') if m in sys.modules]"
+    left_out = "[m for m in ('torchmetrics', 'transformers', 'lightning.pytorch', 'torch._dynamo') if m in sys.modules]"
     collector = "gc.isenabled(), gc.get_freeze_count() > 100_000"
     code = f"import train.light, gc; print({collector}); import train.run, sys; print({left_out}); import torchmetrics"
+    code += (
+        "; import torch; torch.compile(lambda x: x, backend='eager')(torch.ones(1)); print(len(torch._dynamo.__path__))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines() == ["True True", "[]"]
+    assert result.stdout.splitlines() == ["True True", "[]", "1"]
 
 
 def test_a_command_ends_without_looking_through_what_is_left() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from train.data.stream import Stream
 from train.folder import read_train
 from train.models.build import build
 
-GOLDEN = Path(__file__).parent / "golden" / "losses.json"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "losses.json"
 
 
 def ours(overrides: list[str], *more: str) -> tuple[Train, Prepared, list[float], list[str]]:
@@ -182,6 +185,14 @@ def test_the_host_waits_for_nothing_in_a_step(tiny: list[str], world: int, more:
     assert {"mm", "_fused_adamw_"} <= set(found[0][0])
     passes = 6 if "sharding=full" in more else 5  # where each needs the others' parts, both ranks make three
     assert sum(copies - 1 for _, copies in found) == passes, "the tokens of each micro-batch, and a rank's numbers"
+
+
+@pytest.mark.parametrize("more", [["sharding=optimizer"], ["optimizer=muon", "precision=bf16", "model.dropout=0.1"]])
+def test_a_step_does_not_import_the_compiler(tiny: list[str], more: list[str]) -> None:
+    """It takes 2 s, in each rank by itself if the process that they are forked from has not imported it."""
+    code = "import sys, train.light; from tests.unread import alone; alone(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *tiny, "name=a", "devices=1", *more]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_what_goes_to_a_gpu_leaves_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

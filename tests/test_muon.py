@@ -77,7 +77,7 @@ def test_four_steps_equal_torchs_own_muon_on_each_matrix_and_adamw(family: str) 
             a.grad.copy_(b.grad)
         rate = 0.01 / (1 + step)  # Muon's goes with it
         optim.set_learning_rate(optimizer, rate)
-        flat.step(optimizer, buffer.tensor, torch.ones(()), max_norm=0)
+        flat.step(optimizer.step, buffer.tensor, torch.ones(()), max_norm=0)
         optim.set_learning_rate(theirs_muon, 2 * rate)
         optim.set_learning_rate(adamw, rate)
         theirs_muon.step()  # type: ignore[no-untyped-call]
@@ -101,7 +101,7 @@ def test_the_state_is_covered_once_by_pieces_and_by_the_checksum() -> None:
     model = build(SHAPES["grok"], 61, seed=1, device=torch.device("cpu"))
     flat = Flat(model, 8)
     optimizer = optim.build(CONFIG, flat)
-    flat.step(optimizer, torch.ones(flat.length), torch.ones(()), max_norm=0)
+    flat.step(optimizer.step, torch.ones(flat.length), torch.ones(()), max_norm=0)
     pieces = optim.pieces(optimizer, flat)
     expected = {
         f"{moment}.{name}": p.shape
@@ -146,7 +146,7 @@ def traffic(group: Group) -> dict[str, int]:
     optimizer = optim.build(config.optimizer, flat, ranks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(muon, "orthogonal", lambda x: seen.append(x.numel()) or orthogonal(x))  # type: ignore[func-returns-value]
-        flat.step(optimizer, torch.ones(flat.length), torch.ones(()), 0)
+        flat.step(optimizer.step, torch.ones(flat.length), torch.ones(()), 0)
     total = sum(rows * columns for _, rows, columns in muon.matrices(flat))
     return {"matrices": len(seen), "mine": sum(seen), "all": total, "sent": sum(sent)}
 

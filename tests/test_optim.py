@@ -39,7 +39,7 @@ def test_flat_adamw_equals_adamw_on_each_parameter() -> None:
         flat.attach(buffer)
         ours(x).square().mean().backward()
         optim.set_learning_rate(optimizer, 0.01)
-        flat.step(optimizer, buffer.tensor, torch.ones(()), max_norm=0)
+        flat.step(optimizer.step, buffer.tensor, torch.ones(()), max_norm=0)
         reference.zero_grad()
         theirs(x).square().mean().backward()
         reference.step()
@@ -68,7 +68,7 @@ def test_the_result_does_not_depend_on_where_a_tensor_is_cut() -> None:
 def test_state_is_named_and_views_restore() -> None:
     flat = Flat(model())
     optimizer = optim.build(Optimizer(kind=OptimizerKind.adamw), flat)
-    flat.step(optimizer, torch.ones(flat.length), torch.ones((), dtype=torch.float64), max_norm=0)
+    flat.step(optimizer.step, torch.ones(flat.length), torch.ones((), dtype=torch.float64), max_norm=0)
     state = {piece.name: piece for piece in optim.pieces(optimizer, flat)}
     assert {name: piece.shape for name, piece in state.items()} == {
         f"{moment}.{name}": parameter.shape
@@ -96,7 +96,7 @@ def test_ranks_that_own_parts_update_them_to_the_same_bits() -> None:
     gradients = [torch.randn(whole.length, generator=torch.Generator().manual_seed(s)) for s in range(5)]
     norm = torch.tensor(3.0, dtype=torch.float64)
     for gradient in gradients:
-        whole.step(optimizer, gradient.clone(), norm, max_norm=1.0)
+        whole.step(optimizer.step, gradient.clone(), norm, max_norm=1.0)
     expected = {(piece.name): piece.data for piece in optim.pieces(optimizer, whole)}
     covered = {name: torch.zeros_like(data) for name, data in expected.items()}
     assert whole.length == 9 * BLOCK
@@ -105,7 +105,7 @@ def test_ranks_that_own_parts_update_them_to_the_same_bits() -> None:
         flat.own([ranges])
         own = optim.build(Optimizer(kind=OptimizerKind.adamw), flat)
         for gradient in gradients:
-            flat.step(own, gradient.clone(), norm, max_norm=1.0)
+            flat.step(own.step, gradient.clone(), norm, max_norm=1.0)
         for a, b in ranges:
             assert torch.equal(flat.parameters[a:b], whole.parameters[a:b])
         for piece in optim.pieces(own, flat):

@@ -281,7 +281,7 @@ def test_clipping_agrees_with_torch() -> None:
     expected = nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     torch.testing.assert_close(norm.float(), expected, rtol=1e-6, atol=0)
     groups = [tensor for half in flat.owned for _, tensor in half]
-    flat.step(torch.optim.SGD(groups, lr=0.1), buffer.tensor, norm, max_norm=1.0)
+    flat.step(torch.optim.SGD(groups, lr=0.1).step, buffer.tensor, norm, max_norm=1.0)
     torch.optim.SGD(reference.parameters(), lr=0.1).step()
     for name, view in flat.named(flat.parameters.detach()).items():
         torch.testing.assert_close(view, named[name].detach(), rtol=1e-5, atol=1e-7)

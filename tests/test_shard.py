@@ -42,7 +42,7 @@ def train(group: Group, sharding: str, virtual_ranks: int = 8, micro_batches: in
                     unit.resident for unit, (layer, _, _) in zip(flat._units, flat.sections, strict=True) if layer
                 ]
         total = reducer.finish()
-        flat.step(optimizer, total.gradient, total.norm, 1.0)
+        flat.step(optimizer.step, total.gradient, total.norm, 1.0)
         reducer.spread()
         record.append([float(total.loss).hex(), float(total.norm).hex(), total.leaves.tolist(), total.state.tolist()])
     held = sum(piece.data.numel() for piece in [*flat.pieces(), *optim.pieces(optimizer, flat)])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import Precision
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train import buckets, compose, engine, flat, loop, plan
 from train.data.prepare import prepare
-from train.group import Group
+from train.group import Group, Membership, Place
 from train.telemetry import Recorder
 
 
@@ -32,13 +34,25 @@ class Unread(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return function(*args, **(kwargs or {}))
 
 
-def steps(group: Group, overrides: list[str]) -> tuple[list[str], int]:
-    """Two steps on a rank, in which nothing may read a tensor: the second's operations, and copies to the device."""
+def built(group: Group, overrides: list[str]) -> tuple[loop.TrainState, loop.Parts]:
     config = plan.resolve(compose.config("train", overrides))
     prepared, _ = prepare(config.data, seed=config.seed, context=config.model.context)
-    built = engine.Engine.build(config, prepared, group, threads=1)
-    built.reducer.lay_out()
-    parts = built.parts(Recorder(config, built.fabric, lambda _: None, prepared.vocab, built.model.aside.shape))
+    one = engine.Engine.build(config, prepared, group, threads=1)
+    one.reducer.lay_out()
+    return one.state, one.parts(Recorder(config, one.fabric, lambda _: None, prepared.vocab, one.model.aside.shape))
+
+
+def alone(overrides: list[str]) -> None:
+    """Print what of torch's compiler is there after a step of one rank."""
+    group = Group(Place.alone(), Precision(), None, lambda: Membership(epoch=1, members=[0], host="", port=0))
+    group.join()
+    loop.step(*built(group, overrides))
+    print([name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))])
+
+
+def steps(group: Group, overrides: list[str]) -> tuple[list[str], int]:
+    """Two steps on a rank, in which nothing may read a tensor: the second's operations, and copies to the device."""
+    state, parts = built(group, overrides)
     readers = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
     kept = {name: getattr(Tensor, name) for name in readers}
     found: set[str] = set()
@@ -56,7 +70,7 @@ def steps(group: Group, overrides: list[str]) -> tuple[list[str], int]:
         for _ in range(2):
             copied.clear()
             with Unread() as mode:  # type: ignore[no-untyped-call]
-                loop.step(built.state, parts)
+                loop.step(state, parts)
             found = mode.seen
     finally:
         for name in readers:

@@ -17,7 +17,6 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 from torch import Tensor, nn
 from torch._functorch import config as functorch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
 from train import optim
@@ -91,6 +90,8 @@ class Engine:
 
 def compiled(model: LanguageModel, cache: Path) -> Callable[..., Tensor]:
     """`model`, compiled at its first micro-batch. Code and graphs are kept in `cache` for other processes and runs."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # the compiler: seconds, for who compiles
+
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():  # torch itself sets that
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "compiled")
     functorch.autograd_cache_allow_custom_autograd_functions = True  # traced, they are in a graph's key
@@ -144,7 +145,9 @@ def _numerics(config: Train, device: torch.device, threads: int) -> None:
     exact = config.reduce.mode is ReduceMode.exact
     if exact:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first cuBLAS call; torch demands it
-    torch.use_deterministic_algorithms(exact)
+    torch.set_deterministic_debug_mode("error" if exact else "default")
+    if config.compile is True:
+        torch.use_deterministic_algorithms(exact)  # tells the compiler, too, and so imports it
     torch.utils.deterministic.fill_uninitialized_memory = not exact  # type: ignore[attr-defined]  # it writes twice
 
 

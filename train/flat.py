@@ -16,7 +16,7 @@ Beside it stands how the host's small tensors get to where the flat one is, with
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -182,15 +182,15 @@ class Flat:
             if start < end and begin < start + n
         ]
 
-    def step(self, optimizer: torch.optim.Optimizer, gradient: Tensor, norm: Tensor, max_norm: float) -> None:
-        """One optimizer step on what this rank owns, the gradient scaled to at most `max_norm` (0: not) before."""
+    def step(self, update: Callable[[], object], gradient: Tensor, norm: Tensor, max_norm: float) -> None:
+        """An optimizer's `update` of what this rank owns, the gradient scaled to at most `max_norm` (0: not) before."""
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float() if max_norm > 0 else None
         for half in self.owned:
             for start, tensor in half:
                 tensor.grad = gradient[start : start + tensor.numel()]
                 if scale is not None:
                     tensor.grad.mul_(scale)
-        optimizer.step()
+        update()
 
     def checksum(self, tensor: Tensor, start: int) -> Tensor:
         """Of `tensor`, float32, which lies from `start` on: int64 for every ALIGN elements; they are to be summed.

@@ -26,7 +26,7 @@ from train.saver import Saver
 from train.telemetry import Recorder
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Keeper:
     config: Train
     state: TrainState

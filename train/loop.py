@@ -22,6 +22,7 @@ from train.config import Train
 from train.data.stream import Stream
 from train.flat import Buffer, Flat, Piece, to_device
 from train.models.fused import casts_kept
+from train.muon import Muon
 from train.ranks import Changed
 from train.telemetry import Recorder
 
@@ -32,7 +33,7 @@ class TrainState:
 
     step: int  # steps committed so far
     flat: Flat  # parameters
-    optimizer: torch.optim.Optimizer
+    optimizer: optim.AdamW | Muon
     handled: int = sys.maxsize  # how many of the things that were due after the last step are done
 
     def pieces(self) -> list[Piece]:
@@ -107,7 +108,7 @@ def step(state: TrainState, parts: Parts) -> tuple[Total, float]:
     parts.phase("optimizer", state.step)
     rate = optim.learning_rate(config.optimizer, config.schedule, state.step, config.steps)
     optim.set_learning_rate(state.optimizer, rate)
-    state.flat.step(state.optimizer, total.gradient, total.norm, config.optimizer.clip_norm)
+    state.flat.step(state.optimizer.step, total.gradient, total.norm, config.optimizer.clip_norm)
     reducer.spread()
     parts.phase("commit", state.step)
     state.step, state.handled = state.step + 1, 0

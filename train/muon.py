@@ -87,15 +87,13 @@ class Round(NamedTuple):
     own: list[list[slice]]  # where in this rank's matrix lies what each rank has of it
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Both, over what this rank owns of a layout.
 
     Moments stand by stretch of the layout, as AdamW's do by itself, so that checkpoints and checksums need no cases.
     """
 
-    def __init__(
-        self, config: Optimizer, flat: Flat, ranks: Ranks, adamw: Callable[[Optimizer, Flat], torch.optim.Optimizer]
-    ) -> None:
+    def __init__(self, config: Optimizer, flat: Flat, ranks: Ranks, adamw: Callable[[Optimizer, Flat], Any]) -> None:
         """Cuts `flat.owned` into Muon's stretches, and AdamW's two kinds, with decay and without."""
         kinds = [(muon, *part) for muon, run in runs(flat) for part in overlap(flat.ranges, *run)]
         cut = [(muon, start, flat.stretch(start, end).requires_grad_()) for muon, start, end in kinds]
@@ -109,8 +107,8 @@ class Muon(torch.optim.Optimizer):
         self._rounds = list(self._dealt(flat, stretches))
         muon = {"params": list(self._moments), "lr": config.muon_lr, "scale": config.muon_lr / config.lr}
         muon |= {"weight_decay": config.weight_decay}
-        super().__init__([*self._adamw.param_groups, muon], {})
-        self.state.update(self._adamw.state)
+        self.param_groups: list[dict[str, Any]] = [*self._adamw.param_groups, muon]
+        self.state = dict(self._adamw.state)
         self.state.update({tensor: {"momentum_buffer": moment} for tensor, moment in self._moments.items()})
 
     def _dealt(self, flat: Flat, stretches: list[tuple[int, Tensor]]) -> Iterator[Round]:
@@ -134,7 +132,7 @@ class Muon(torch.optim.Optimizer):
             parts += [[] for _ in range(world - len(turn))]
             yield Round([(rows, columns) for _, rows, columns in turn], parts, own)
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         group = self.param_groups[-1]
         for stretch, moment in self._moments.items():
             assert stretch.grad is not None

@@ -8,37 +8,50 @@ one long tensor gives the same bits as the many that it is made of. Muon is in `
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from train.config import Optimizer, OptimizerKind, Schedule, ScheduleKind
 from train.flat import Flat, Piece
 from train.muon import Muon
 from train.ranks import Ranks
 
-
-def adamw(config: Optimizer, flat: Flat) -> torch.optim.Optimizer:
-    matrices, vectors = ([tensor for _, tensor in half] for half in flat.owned)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    for tensor in [*matrices, *vectors]:  # the state exists from the start, so that saving and restoring need no cases
-        optimizer.state[tensor] = {
-            "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-            "exp_avg": torch.zeros_like(tensor),
-            "exp_avg_sq": torch.zeros_like(tensor),
-        }
-    return optimizer
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # in the order in which torch's function takes them
 
 
-def build(config: Optimizer, flat: Flat, ranks: Ranks | None = None) -> torch.optim.Optimizer:
+class AdamW:
+    """torch's function without the base class of its optimizers, which imports torch's compiler: 2 s of each start."""
+
+    def __init__(self, config: Optimizer, flat: Flat) -> None:
+        matrices, vectors = ([tensor for _, tensor in half] for half in flat.owned)
+        decays, rate = ((matrices, config.weight_decay), (vectors, 0.0)), {"lr": config.lr}
+        self.param_groups: list[dict[str, Any]] = [{"params": p, "weight_decay": decay, **rate} for p, decay in decays]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        for one in [*matrices, *vectors]:  # from the start, so that saving and restoring need no cases
+            self.state[one] = {name: torch.zeros_like(one, requires_grad=False) for name in MOMENTS[:2]}
+            self.state[one]["step"] = torch.zeros((), dtype=torch.float32, device=one.device)
+        self._fixed: dict[str, Any] = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
+        self._fixed |= {"fused": True, "amsgrad": False, "maximize": False}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            tensors, settings = group["params"], {key: group[key] for key in ("lr", "weight_decay")}
+            averages, squares, steps = ([self.state[one][name] for one in tensors] for name in MOMENTS)
+            adamw(tensors, [one.grad for one in tensors], averages, squares, [], steps, **settings, **self._fixed)
+
+
+def build(config: Optimizer, flat: Flat, ranks: Ranks | None = None) -> AdamW | Muon:
     """`ranks` are those that share the state in `flat`; none, where this one has it all."""
     if config.kind is OptimizerKind.muon:
-        return Muon(config, flat, ranks or Ranks(0, 1, torch.device("cpu")), adamw)
-    return adamw(config, flat)
+        return Muon(config, flat, ranks or Ranks(0, 1, torch.device("cpu")), AdamW)
+    return AdamW(config, flat)
 
 
-def pieces(optimizer: torch.optim.Optimizer, flat: Flat) -> list[Piece]:
+def pieces(optimizer: AdamW | Muon, flat: Flat) -> list[Piece]:
     """The optimizer's moments that this rank holds, by their name and the parameter's."""
     replicated = flat.ranges == [(0, flat.size)]
     return [
@@ -54,7 +67,7 @@ def pieces(optimizer: torch.optim.Optimizer, flat: Flat) -> list[Piece]:
 class Stored:
     """All numbers of the state that this rank holds, as 1-D views into it."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, flat: Flat) -> None:
+    def __init__(self, optimizer: AdamW | Muon, flat: Flat) -> None:
         self._optimizer, self._flat = optimizer, flat
 
     def parameters(self) -> list[tuple[int, Tensor]]:
@@ -76,14 +89,14 @@ class Stored:
         return int(sum((2 * i + 1) * part for i, part in enumerate(parts)))
 
 
-def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+def set_step(optimizer: AdamW | Muon, step: int) -> None:
     """How many updates the moments have seen: Adam's bias correction depends on it."""
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(step)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: AdamW | Muon | torch.optim.Optimizer, rate: float) -> None:
     """`rate` is that of `optimizer.lr`; a group with a `scale` has so many times as much."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("scale", 1)

@@ -40,14 +40,14 @@ LOOKS = 1.0  # seconds between two looks at a rank; who takes longer has stood s
 DUMP = 5.0  # seconds in which a stack is written: a millisecond, if the rank finds a free core
 
 
-def forkserver() -> ForkServerContext:
-    """Start the process that ranks are forked from; its imports go on while this one prepares the data.
+def forkserver(*more: str) -> ForkServerContext:
+    """Start the process that ranks are forked from; its imports, and `more`, go on while this one prepares the data.
 
     It has the requests' signals blocked for life, so that one that goes to all processes of a job does not end it, and
     the ranks with it. A rank begins like that too, and unblocks nothing until there is somebody to heed them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.light", "train.run", "train.supervisor"])
+    context.set_forkserver_preload(["train.light", "train.run", "train.supervisor", *more])
     multiprocessing.resource_tracker.ensure_running()  # here, because it leaves these signals unblocked
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
     try:

@@ -33,7 +33,7 @@ class OtherBits(Exception):
     """A state was received that is not what was sent."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Recovery:
     """A rank's part in it."""
 

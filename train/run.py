@@ -132,32 +132,16 @@ def assemble(config: Train, order: Order, channel: Channel, listener: socket.soc
         context, rows = config.model.context, config.eval.micro_batch
         return Validation(prepared, context=context, tokens=tokens, micro_batch=rows)
 
-    keeper = Keeper(
-        config=config,
-        state=state,
-        model=engine.model,
-        fabric=fabric,
-        validation=validation,
-        channel=channel,
-        phase=phase,
-        recorder=recorder,
-        group=group,
-        saver=Saver(
-            folder / "checkpoints",
-            group,
-            about={
-                "fingerprint": numerics,
-                "config": hashlib.sha256(json.dumps(plain_identity(config), sort_keys=True).encode()).hexdigest(),
-                "writer_epoch": order.writer_epoch,
-                "identity": plain_identity(config),
-                "data": prepared.digest,
-                "left_out": prepared.left_out,
-            },
-            policy=config.checkpoint,
-            send=channel.send,
-            beat=channel.pulse.beat,
-        ),
-    )
+    about = {
+        "fingerprint": numerics,
+        "config": hashlib.sha256(json.dumps(plain_identity(config), sort_keys=True).encode()).hexdigest(),
+        "writer_epoch": order.writer_epoch,
+        "identity": plain_identity(config),
+        "data": prepared.digest,
+        "left_out": prepared.left_out,
+    }
+    saver = Saver(folder / "checkpoints", group, about, config.checkpoint, channel.send, channel.pulse.beat)
+    keeper = Keeper(config, state, engine.model, fabric, validation, channel, phase, recorder, group, saver)
     parts = engine.parts(
         recorder,
         phase=phase,
@@ -189,17 +173,7 @@ def assemble(config: Train, order: Order, channel: Channel, listener: socket.soc
         recorder.peak, _ = telemetry.peak(config, fabric, group)
         balance.warm_up(state, parts)
         channel.send(events.Ready(rank=order.place.member))
-    return Recovery(
-        group=group,
-        state=state,
-        parts=parts,
-        reducer=engine.reducer,
-        keeper=keeper,
-        balance=balance,
-        channel=channel,
-        begin=begin,
-        joined=sharded,
-    )
+    return Recovery(group, state, parts, engine.reducer, keeper, balance, channel, begin, joined=sharded)
 
 
 def _cause(error: BaseException) -> tuple[str, str]:

@@ -68,7 +68,6 @@ class Saver:
         self,
         root: Path,
         group: Group,
-        *,
         about: Mapping[str, Any],
         policy: Checkpoint,
         send: Callable[[events.Event], None],

@@ -70,7 +70,7 @@ def contestant(config: Any, micro_batches: int, dense: bool) -> tuple[Callable[[
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = model(part[:, :-1], part[:, 1:]) / tokens[:, :, 1:].numel()
             loss.backward()
-        flat.step(optimizer, buffer.tensor, torch.ones(()), 0)
+        flat.step(optimizer.step, buffer.tensor, torch.ones(()), 0)
         return time.process_time() - started
 
     return step, active

@@ -69,7 +69,7 @@ def trainer(config: Train, ranks: Ranks) -> tuple[Callable[[], None], Callable[[
                 loss.backward()
                 buffer.loss += loss.detach()
         total = reducer.finish()
-        flat.step(optimizer, total.gradient, total.norm, config.optimizer.clip_norm)
+        flat.step(optimizer.step, total.gradient, total.norm, config.optimizer.clip_norm)
         reducer.spread()
         float(total.loss)
         done += 1
