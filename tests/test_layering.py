@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from train import cli
+
 PACKAGE = Path(__file__).parent.parent / "train"
+LEFT_OUT = "[m for m in ('torchmetrics', 'transformers', 'lightning.pytorch', 'torch._dynamo') if m in sys.modules]"
 
 LAYERS = [
     ("light", "checks", "config", "shapes", "events", "batch", "flops", "hardware"),
@@ -139,14 +142,21 @@ def test_the_sum_needs_no_lightning() -> None:
 
 def test_ranks_start_without_what_lightning_brings_along() -> None:
     """And what was left out can be imported later; the collector is at work, but not on what was imported."""
-    left_out = "[m for m in ('torchmetrics', 'transformers', 'lightning.pytorch', 'torch._dynamo') if m in sys.modules]"
     collector = "gc.isenabled(), gc.get_freeze_count() > 100_000"
-    code = f"import train.light, gc; print({collector}); import train.run, sys; print({left_out}); import torchmetrics"
+    code = f"import train.light, gc; print({collector}); import train.run, sys; print({LEFT_OUT}); import torchmetrics"
     code += (
         "; import torch; torch.compile(lambda x: x, backend='eager')(torch.ones(1)); print(len(torch._dynamo.__path__))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == ["True True", "[]", "1"]
+
+
+@pytest.mark.parametrize("command", cli.COMPUTE)
+def test_commands_that_compute_start_without_it_too(command: str, tmp_path: Path) -> None:
+    run = "run=[a,b]" if command == "diff" else "run=a"
+    code = f"import sys; from train import cli; print(cli.main(['{command}', '{run}']), {LEFT_OUT})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 []\n", done.stderr
 
 
 def test_a_command_ends_without_looking_through_what_is_left() -> None:

@@ -188,6 +188,7 @@ def test_a_kept_graph_is_not_taken_for_one_with_another_backward_pass(
 ) -> None:
     """By which it is safe to keep graphs with functions of our own: another version's may differ in that alone."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.set_deterministic_debug_mode("error")  # as a run does; torch tells the compiler in the middle of the first
 
     def slope(products: int) -> tuple[float, dict[str, int]]:
         class Function(torch.autograd.Function):

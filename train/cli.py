@@ -56,6 +56,7 @@ COMMANDS = {
     "runs": Command("list the runs", "train.runs:runs", "format=json"),
 }
 
+COMPUTE = ("sample", "eval", "export", "replay", "diff")  # in this process, by lightning.fabric
 GROUPS = ("model", "data", "optimizer", "schedule", "reduce", "resume", "faults", "cluster", "target", "experiment")
 
 
@@ -90,6 +91,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(compose.text(name, overrides), end="")
         return DONE
     module, function = COMMANDS[name].entry.split(":")
+    if name in COMPUTE and "lightning" not in sys.modules:
+        importlib.import_module("train.light")  # first, or all of lightning comes along
     run = getattr(importlib.import_module(module), function)
     several = bool(flags & {"-m", "--multirun"})
     if SCHEMAS[name] is Launch:

@@ -94,6 +94,7 @@ def compiled(model: LanguageModel, cache: Path) -> Callable[..., Tensor]:
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():  # torch itself sets that
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "compiled")
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # tells the compiler, too
     functorch.autograd_cache_allow_custom_autograd_functions = True  # traced, they are in a graph's key
     tqdm.set_lock(threading.RLock())  # for torch's bars; tqdm's own is a semaphore, which ranks that end leave behind
     return torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[return-value]
@@ -146,8 +147,6 @@ def _numerics(config: Train, device: torch.device, threads: int) -> None:
     if exact:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first cuBLAS call; torch demands it
     torch.set_deterministic_debug_mode("error" if exact else "default")
-    if config.compile is True:
-        torch.use_deterministic_algorithms(exact)  # tells the compiler, too, and so imports it
     torch.utils.deterministic.fill_uninitialized_memory = not exact  # type: ignore[attr-defined]  # it writes twice
 
 
