@@ -19,7 +19,7 @@ def model() -> nn.Module:
 
 
 def test_flat_adamw_equals_adamw_on_each_parameter() -> None:
-    """Bitwise against torch's AdamW on the parameters one by one: decay on matrices only, five steps.
+    """Torch's AdamW on the parameters one by one: decay on matrices only, five steps.
 
     The fused kernel rounds the last, partial vector of a tensor differently, so the reference is the plain loop's
     arithmetic: equal to 1e-6 relative.
@@ -45,6 +45,24 @@ def test_flat_adamw_equals_adamw_on_each_parameter() -> None:
         reference.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_it_is_torchs_own_optimizer_bit_for_bit() -> None:
+    """Its class over the same tensors, with another rate at each step: parameters, moments and counts of steps."""
+    config = Optimizer(kind=OptimizerKind.adamw, weight_decay=0.3)
+    ours, theirs = Flat(model()), Flat(model())
+    matrices, vectors = ([tensor for _, tensor in half] for half in theirs.owned)
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizer = optim.build(config, ours)
+    for step in range(5):
+        gradient = torch.randn(ours.length, generator=torch.Generator().manual_seed(step))
+        for flat, one in ((ours, optimizer), (theirs, reference)):
+            optim.set_learning_rate(one, 0.01 / (1 + step))
+            flat.step(one.step, gradient.clone(), torch.ones((), dtype=torch.float64), max_norm=0.5)
+    assert torch.equal(ours.parameters, theirs.parameters)
+    for a, b in zip(optimizer.state.values(), reference.state.values(), strict=True):
+        assert {name: tensor.tolist() for name, tensor in a.items()} == {name: x.tolist() for name, x in b.items()}
 
 
 def test_the_result_does_not_depend_on_where_a_tensor_is_cut() -> None:
