@@ -71,13 +71,13 @@ def test_joined_hosts_leave_the_state_of_one(hosts: list[str], tiny: list[str], 
     assert sorted(path.name for path in (running[1].folder / "logs").iterdir()) == ["rank-2.log", "rank-3.log"]
 
 
-def test_a_step_crosses_the_cable_once_a_host(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
+def test_a_step_crosses_the_cable_once_a_host(hosts: list[str], eight: list[str], tmp_path: Path) -> None:
     """By the interfaces' own counters, of whole runs: with two ranks a host 1 of the gradient's bytes, else 1.75."""
     crossed, states = [], set()
     for first in ("true", "false"):
         before = [left(host) for host in hosts]
         more = ("steps=40", "eval.every=0", "checkpoint.every=0", f"reduce.hosts_first={first}")
-        running = [Host(hosts, index, tiny, tmp_path / first, *more) for index in (0, 1)]
+        running = [Host(hosts, index, eight, tmp_path / first, *more) for index in (0, 1)]
         for node in running:
             code, out, err = node.end()
             assert code == 0, out + err
