@@ -133,12 +133,12 @@ def test_a_cable_that_is_cut_for_good(side: int, hosts: list[str], tiny: list[st
 
 
 @pytest.mark.parametrize("hosts", [3], indirect=True)
-def test_of_three_unequal_hosts_one_is_lost_and_replaced(hosts: list[str], tiny: list[str], tmp_path: Path) -> None:
+def test_of_three_unequal_hosts_one_is_lost_and_replaced(hosts: list[str], eight: list[str], tmp_path: Path) -> None:
     """One, two and one ranks at 100 Mbit/s; the second host dies with its disk, and another one takes its place."""
 
     def node(index: int, folder: Path) -> Host:
         ranks = (1, 2, 1)[index]
-        return Host(hosts, index, tiny, folder, *ENDLESS, FEW, "nodes=3", f"devices={ranks}")
+        return Host(hosts, index, eight, folder, *ENDLESS, FEW, "nodes=3", f"devices={ranks}")
 
     for host in hosts:
         shape(host, "rate", "100mbit", "burst", "64kb", "latency", "50ms")
@@ -151,7 +151,7 @@ def test_of_three_unequal_hosts_one_is_lost_and_replaced(hosts: list[str], tiny:
     first.wait_for(lambda found: bool(of_kind(found, "regroup", world=2)))
     second = node(1, tmp_path / "another disk")
     first.wait_for(lambda found: bool(of_kind(found, "regroup", world=4)))
-    equals_one_rank(first, tiny, *ENDLESS)
+    equals_one_rank(first, eight, *ENDLESS)
     assert [other.end()[0] for other in (second, third)] == [75, 75]
     found = records(first.folder)
     once(found)
