@@ -19,7 +19,9 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
 from tests.running import Fresh, Running, at_step, gone
-from train import cli, engine, events, manifest, trained
+from train import cli, engine, events, hardware, job, manifest, trained
+from train.config import Train
+from train.folder import RunFolder
 from train.models.language import LanguageModel
 from train.supervisor import Supervisor
 
@@ -161,6 +163,43 @@ def test_ranks_that_compute_other_bits_are_told_apart(tiny: list[str], tmp_path:
     (warning,) = [r for r in records if r["kind"] == "warning"]
     assert "ranks 1 compute other bits than rank 0" in warning["text"]
     assert not any(r["kind"] == "ownership" for r in records)
+
+
+def test_ranks_are_handed_their_configuration(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read no file for it."""
+    write = RunFolder.write
+
+    def spoiled(run: RunFolder, config: Train, data: dict[str, Any]) -> None:
+        write(run, config, data)
+        (run.path / "config.yaml").write_text("no configuration")
+
+    monkeypatch.setattr(RunFolder, "write", spoiled)
+    assert train(tiny, "name=a", "devices=2", "steps=2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("steps=1", []),
+        ("compile=true", ["torch._inductor"]),
+        ("model.loss_chunk=8", ["torch._inductor"]),
+        ("model.checkpoint_activations=selective", ["torch._inductor"]),
+    ],
+)
+def test_the_compiler_is_imported_once_for_all_ranks_where_they_need_it(
+    more: str, expected: list[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def forkserver(*preloaded: str) -> None:
+        raise Seen(*preloaded)
+
+    monkeypatch.setattr(job, "forkserver", forkserver)
+    monkeypatch.setattr(hardware, "compiler", lambda: "sh")  # which is there
+    with pytest.raises(Seen) as seen:
+        train(tiny, "name=a", "devices=2", more)
+    assert list(seen.value.args) == expected
 
 
 def test_another_seed_or_the_fast_reduction_is_another_result(tiny: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Steps in which nothing may read a tensor, on ranks that import no more than these need."""
+"""What a step may not do: read a tensor, and import torch's compiler. Ranks that take one import no more than this."""
 
 from __future__ import annotations
 

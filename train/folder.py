@@ -163,7 +163,7 @@ class RunFolder:
         return True
 
     def write(self, config: Train, data: dict[str, Any]) -> None:
-        """Write what the ranks read; raises Refused where a run that has begun had other data, or the disk is full."""
+        """Write the configuration, and the data that ranks read; Refused: a run begun with other data, a full disk."""
         stored = read_json(self.path / "data.json")
         if stored is not None and self.checkpointed() and stored.get("digest") != data["digest"]:
             more = "choose another name=…, or the data.revision=COMMIT of then, if it is the Hub's"

@@ -52,8 +52,8 @@ def _train(config: Train, node: nodes.Node, run: folder.RunFolder, console: Cons
     if finished is not None:
         console.finished_already(config, finished)
         return DONE
-    traced = config.compile is True or config.model.loss_chunk or config.model.checkpoint_activations != "none"
-    context = forkserver(*["torch._inductor"] * bool(traced))  # the compiler, which torch's recomputing imports, too
+    recomputes = config.model.loss_chunk > 0 or config.model.checkpoint_activations != "none"
+    context = forkserver(*(["torch._inductor"] if recomputes or config.compile is True else []))  # torch's compiler
     prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
     try:
         if held and held.get("data") != prepared.digest:

@@ -14,13 +14,13 @@ gc.disable()
 if spec := importlib.util.find_spec("lightning"):
     sys.modules["lightning"] = importlib.util.module_from_spec(spec)  # a package that has not been run
 sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # an import fails, and the version is unknown
-compiler, dynamo = types.ModuleType("torch._dynamo"), sys.modules.get("torch._dynamo")
+compiler = types.ModuleType("torch._dynamo")
 compiler.OptimizedModule = type("OptimizedModule", (), {})  # type: ignore[attr-defined]
-sys.modules["torch._dynamo"] = dynamo or compiler
+sys.modules.setdefault("torch._dynamo", compiler)
 import lightning.fabric  # noqa: E402, F401
 
 del sys.modules["torchmetrics"]
-if dynamo is None:
+if sys.modules["torch._dynamo"] is compiler:
     del sys.modules["torch._dynamo"]
 gc.freeze()
 gc.enable()

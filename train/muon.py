@@ -108,8 +108,8 @@ class Muon:
         muon = {"params": list(self._moments), "lr": config.muon_lr, "scale": config.muon_lr / config.lr}
         muon |= {"weight_decay": config.weight_decay}
         self.param_groups: list[dict[str, Any]] = [*self._adamw.param_groups, muon]
-        self.state = dict(self._adamw.state)
-        self.state.update({tensor: {"momentum_buffer": moment} for tensor, moment in self._moments.items()})
+        momentum = {tensor: {"momentum_buffer": moment} for tensor, moment in self._moments.items()}
+        self.state = {**self._adamw.state, **momentum}
 
     def _dealt(self, flat: Flat, stretches: list[tuple[int, Tensor]]) -> Iterator[Round]:
         """The matrices, the most work first, dealt to the ranks in turn; where all ranks hold all, each does all."""
