@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from train import cli, compose
 from train.checks import Refused, seconds
@@ -64,6 +64,10 @@ def test_the_main_job_composes() -> None:
         ("model=[a,b]", ["model", "llama_nano"]),
         ("data=5", ["data", "'5' is unknown"]),
         ("~model", ["model", "llama_nano"]),
+        ("~model=llama_nano", ["model: is required"]),
+        ("~name", ["name", "does not exist"]),
+        ("logger.9=csv", ["logger.9: no such key"]),
+        ("logger.0=x", ["logger: 'x' is unknown"]),
         ("resume.allow=5", ["resume.allow", "no key 5"]),
         ("resume.allow=[1,2]", ["resume.allow", "no key 1"]),
         ("stop_after=1.2.3h", ["stop_after", "50min"]),
@@ -85,7 +89,26 @@ def test_a_mistake_is_named(override: str, words: list[str]) -> None:
     assert "\n" not in message
 
 
-def test_nothing_is_composed_twice_where_all_keys_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model=grok_nano", "model.layers=3", "data=synthetic", "seed=7", "eval.every=${steps}"],
+        ["++seed=4", "logger=[csv,csv]", "logger.1=tensorboard", "batch.weights=[1,2]", "steps=5", "steps=6"],
+        ["data=mix", "data.parts.prose.path=.", "data.parts.prose.weight=7", "faults=drill", "faults.count=3"],
+        ["reduce=fast", "optimizer=muon", "resume=never", "schedule.decay=0.5", "hydra.job.name=x", "name=y"],
+    ],
+)
+def test_what_is_composed_is_what_hydra_composes_at_once(overrides: list[str]) -> None:
+    """Here variants of groups come first, which are kept, and then one key after the other."""
+    with compose.hydra():
+        whole = hydra.compose("train", overrides)
+        if OmegaConf.is_missing(whole, "name"):
+            whole.name = whole.model.family + "_nano"
+        assert compose._compose("train", overrides) == whole
+
+
+def test_variants_are_composed_once_and_handed_out_as_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def counted(*arguments: Any, **more: Any) -> Any:
@@ -93,14 +116,12 @@ def test_nothing_is_composed_twice_where_all_keys_are_there(monkeypatch: pytest.
         return hydra.compose(*arguments, **more)
 
     monkeypatch.setattr(compose, "compose", counted)
-    chosen = compose.config("train", ["model=llama_micro"])
-    assert chosen == compose.config("train", ["model=llama_micro", f"seed={chosen.seed}"])
-    assert len(calls) == 2
-    for override in ("+seed=1", "++seed=1", "~seed", "model.deep=1"):  # which may not be there, or not afterwards
-        calls.clear()
-        with contextlib.suppress(Refused):
-            compose.config("train", [override])
-        assert len(calls) > 1
+    compose._kept.cache_clear()
+    first = compose.config("train", ["model=llama_micro"])
+    other = compose.config("train", ["model=llama_micro", "seed=5", "model.layers=7", "logger=[csv]"])
+    assert (other.seed, other.model.layers, other.logger) == (5, 7, ["csv"])
+    assert compose.config("train", ["model=llama_micro"]) == first
+    assert len(calls) == 1
 
 
 def test_a_missing_data_path_is_named() -> None:
@@ -144,6 +165,8 @@ def test_own_configs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config = compose.config("train", ["model=mine"])
     assert (config.model.layers, config.name) == (3, "mine")
     assert "mine" in refused("model=nope")
+    (tmp_path / "configs/model/mine.yaml").write_text("defaults: [schema_llama, _self_]\nlayers: 5\n")
+    assert compose.config("train", ["model=mine"]).model.layers == 5, "one's own files may change"
 
 
 @pytest.mark.parametrize(

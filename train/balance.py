@@ -126,7 +126,6 @@ def _same_micro_batch(state: TrainState, parts: Parts, trials: int) -> tuple[int
         micro_batch(0, 0, buffer, state, parts)
         loss = float(buffer.loss)  # waits for the device
         times.append(time.perf_counter() - started)
-    content = hashlib.blake2b(
-        buffer.tensor[: state.flat.size].cpu().numpy().data, key=loss.hex().encode(), digest_size=8
-    )
+    gradient = buffer.tensor[: state.flat.size].cpu().numpy().data
+    content = hashlib.blake2b(gradient, key=loss.hex().encode(), digest_size=8)
     return int.from_bytes(content.digest(), "big") >> 1, min(times)

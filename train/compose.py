@@ -7,12 +7,14 @@ turned into `Refused`.
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -43,15 +46,14 @@ FILES = {"table", "out", "nanogpt"}  # the same, as whole keys only: faults.tabl
 def hydra() -> Iterator[None]:
     register()
     GlobalHydra.instance().clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3", job_name="colossus"):
-            try:
-                yield
-            except HydraException as error:  # of a sweep: what can be said of a key has been
-                raise Refused("--multirun", f"{_first_line(error)} (write key=a,b or key=range(1,4))") from error
-            except OmegaConfBaseException as error:
-                raise Refused(error.full_key or "", _first_line(error)) from error
+    here = initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3", job_name="colossus")
+    with warnings.catch_warnings(action="ignore"), here:
+        try:
+            yield
+        except HydraException as error:  # of a sweep: what can be said of a key has been
+            raise Refused("--multirun", f"{_first_line(error)} (write key=a,b or key=range(1,4))") from error
+        except OmegaConfBaseException as error:
+            raise Refused(error.full_key or "", _first_line(error)) from error
 
 
 def config(command: str, arguments: list[str]) -> Any:
@@ -86,7 +88,7 @@ def sweep(command: str, arguments: list[str], job: Callable[[Any], int]) -> int:
 
         def task(composed: DictConfig) -> int:
             hydra_config = HydraConfig.get()
-            _default_name(composed, hydra_config)
+            _default_name(composed, hydra_config.runtime.choices)
             _name(composed, hydra_config.overrides.task, swept, hydra_config.job.num)
             code = job(_checked(composed))
             if code == STOPPED:
@@ -174,46 +176,50 @@ def _checked(composed: DictConfig) -> Any:
         adopt(checked)
         keys = list(_keys(composed))
         for key in checked.resume.allowed():
-            if key not in keys:
-                raise Refused("resume.allow", f"there is no key {key}{did_you_mean(key, keys)}")
+            require(key in keys, "resume.allow", f"there is no key {key}{did_you_mean(key, keys)}")
         plan(checked)  # refuses bad faults
     return checked
 
 
 def _compose(command: str, arguments: list[str]) -> DictConfig:
-    overrides = [_quoted(argument) for argument in arguments]
-    parsed = _parse(overrides)
+    parsed = _parse([_quoted(argument) for argument in arguments])
     groups = [o for o in parsed if options(o.key_or_group)]
     for override in groups:
         _check_option(override)
-    plain, whole, composed = [o for o in parsed if o not in groups], [*overrides, *_search_path()], None
-    if not any(o.is_add() or o.is_force_add() or o.is_delete() for o in plain):
-        with suppress(Exception):  # OmegaConf has assertions, too; what is wrong is said below
-            composed = compose(command, whole, return_hydra_config=True)
+    chosen = [o for o in parsed if o in groups or o.key_or_group.startswith("hydra.")]
+    words, own = [str(o.input_line) for o in chosen], _search_path()
     try:
-        if composed is None:  # composing takes 100 ms: twice only where a key may be none that there is
-            known = compose(command, [*(str(o.input_line) for o in groups), *_search_path()])
-            for override in plain:
-                _check_key(override, known)
-            composed = compose(command, whole, return_hydra_config=True)
+        ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=False)
+        composed, choices = _variants(command, *words, *own) if own else copy.deepcopy(_kept(command, *words))
+        for override in [o for o in parsed if o not in chosen]:
+            _check_key(override, composed)  # in turn: one may name an element of a list that the one before has made
+            ConfigLoaderImpl._apply_overrides_to_config([override], composed)
     except HydraException as error:
         cause = error.__cause__ or error
         key = next((o.key_or_group for o in parsed if o.input_line and o.input_line in str(error)), "")
         raise Refused(key or getattr(cause, "full_key", None) or "", _first_line(cause)) from error
     except (YAMLError, UnicodeDecodeError) as error:  # of a file of one's own, which the former names
         raise Refused("./configs", " ".join(str(error).split())) from error
-    hydra_config = composed.hydra
-    with open_dict(composed):
-        del composed["hydra"]
-    _default_name(composed, hydra_config)
+    _default_name(composed, choices)
     return composed
 
 
-def _default_name(composed: DictConfig, hydra_config: Any) -> None:
+def _variants(command: str, *chosen: str) -> tuple[DictConfig, dict[str, str]]:
+    """What Hydra makes of the chosen variants of groups, and which ones those are; its 0.3 s are most of composing."""
+    composed = compose(command, list(chosen), return_hydra_config=True)
+    choices = dict(composed.hydra.runtime.choices)
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed, choices
+
+
+_kept = functools.cache(_variants)  # the package's own files do not change while a process lives
+
+
+def _default_name(composed: DictConfig, choices: dict[str, str]) -> None:
     """A run without a name is called after its experiment, or else its model."""
     if OmegaConf.is_missing(composed, "name"):
-        choices = hydra_config.runtime.choices
-        composed.name = choices.get("experiment") or choices["model"]
+        composed.name = choices.get("experiment") or choices.get("model", "")
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -253,11 +259,12 @@ def _check_key(override: Override, known: DictConfig) -> None:
     """Refuse a key that the composed configuration does not have, and name the nearest that it has."""
     key = override.key_or_group
     node: Any = known
-    if key.split(".")[0] in ("hydra", "hydra/launcher", "hydra/sweeper"):
-        return
     for part in key.split("."):
-        inner = isinstance(node, DictConfig) and not node._is_none()
-        node = node._get_node(part, validate_access=False) if inner else None
+        if isinstance(node, ListConfig) and not node._is_none():
+            node = node._get_node(int(part)) if part.isdecimal() and int(part) < len(node) else None
+        else:
+            inner = isinstance(node, DictConfig) and not node._is_none()
+            node = node._get_node(part, validate_access=False) if inner else None
         if node is None:
             raise Refused(key, f"no such key{did_you_mean(key, list(_keys(known)))}")
 

@@ -203,9 +203,8 @@ def _show(rows: Sequence[Row], between: Row) -> None:
         else:
             flops = (f"{row[key] / 1e12:.3g}" for key in ("matmul_flops", "fp32_flops"))
             speeds = *flops, f"{row['copy_bytes_per_s'] / 1e9:.3g}"
-            table.add_row(
-                str(i), row["device"], row["precision"], *speeds, str(row["digests_taken"]), " ".join(row["digests"])
-            )
+            said = *speeds, str(row["digests_taken"]), " ".join(row["digests"])
+            table.add_row(str(i), row["device"], row["precision"], *said)
     Rich(soft_wrap=True, highlight=False).print(table)
     if between:
         hop, speed = between["hop_s"] * 1e6, between["bus_bytes_per_s"] / 1e9

@@ -168,9 +168,8 @@ def cache_folder(data: Data) -> Path:
 
 def _identity(source: Source, files: list[File]) -> str:
     """Contents in order, and how they are read; not what the files are called or where they lie."""
-    return digest(
-        [[file.form, file.sha256, file.whole] for file in files], source.field, *filter(None, [source.prompt_field])
-    )
+    contents = [[file.form, file.sha256, file.whole] for file in files]
+    return digest(contents, source.field, *filter(None, [source.prompt_field]))
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer
