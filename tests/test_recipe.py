@@ -10,7 +10,7 @@ import torch
 
 from tests.test_train import sha256
 from train import events, trained
-from train.engine import stream
+from train.data.stream import Stream
 from train.models.build import build
 
 KEYS = ["data.mask_documents=true", "model.z_loss=1e-3", "model.loss_chunk=40"]
@@ -41,7 +41,7 @@ def test_prompts_are_in_no_loss_on_any_number_of_ranks(tiny: list[str], tmp_path
     assert steps["one"] == steps["three"]
     run = trained.load(tmp_path / "runs" / "one", -1, torch.device("cpu"))
     model = build(run.config.model, run.prepared.vocab, seed=run.config.seed, device=torch.device("cpu"))
-    loaded, nats, count = stream(run.config, run.prepared), 0.0, 0
+    loaded, nats, count = Stream.of(run.config, run.prepared), 0.0, 0
     for v in range(run.config.batch.virtual_ranks):
         stored = torch.from_numpy(loaded.micro_batch(0, v, 0))
         inputs, targets = stored[:, :-1] % run.prepared.vocab, stored[:, 1:]

@@ -23,8 +23,8 @@ from train.commands import Diff as Config
 from train.commands import Format
 from train.config import ReduceMode, Train
 from train.data.prepare import Prepared
+from train.data.stream import Stream
 from train.data.tokenizer import Tokenizer
-from train.engine import stream
 from train.evidence import word
 from train.flat import Flat
 from train.folder import differences, flatten, identity, locate, plain_identity, read_json
@@ -105,7 +105,7 @@ class Parting:
         if self.known:
             self.found["data"] = f"their data differ: virtual ranks {_list(which)}"
         prepared = [run.prepared() for run in self.runs]
-        streams = [stream(config, found) for config, found in zip(self.configs, prepared, strict=True)]
+        streams = [Stream.of(config, found) for config, found in zip(self.configs, prepared, strict=True)]
         rows: list[list[int]] = []  # that differ: virtual rank, micro-batch, row
         for v in which:
             both = [[one.micro_batch(self.step - 1, v, i) for i in range(one.micro_batches)] for one in streams]

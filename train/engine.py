@@ -78,7 +78,7 @@ class Engine:
             fabric=self.fabric,
             model=compiled(self.model, cache_folder(config.data)) if config.compile is True else self.model,
             aside=self.model.aside,
-            stream=stream(config, self.prepared),
+            stream=Stream.of(config, self.prepared),
             generator=_generator(self.fabric.device),
             reducer=self.reducer,
             recorder=recorder,
@@ -121,17 +121,6 @@ def laid_out(config: Train, ranks: Ranks, model: nn.Module) -> tuple[Flat, Reduc
         evidence=Evidence(flat, config.evidence.parameters) if config.evidence.digests else None,
     )
     return flat, reducer
-
-
-def stream(config: Train, prepared: Prepared) -> Stream:
-    return Stream(
-        prepared,
-        seed=config.seed,
-        context=config.model.context,
-        sequences=config.batch.sequences,
-        virtual_ranks=config.batch.virtual_ranks,
-        micro_batch=int(config.batch.micro_batch),
-    )
 
 
 def _numerics(config: Train, device: torch.device, threads: int) -> None:

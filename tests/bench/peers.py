@@ -51,7 +51,7 @@ from train.commands import Bench
 from train.config import Train
 from train.console import Console
 from train.data.prepare import Prepared, prepare
-from train.engine import stream
+from train.data.stream import Stream
 from train.folder import RunFolder
 
 SHAPES = {
@@ -91,6 +91,8 @@ def rank_main(name: str, job: Job, pipe: Connection, listener: socket | None) ->
             os.environ[key] = str(value)
     contestant = CONTESTANTS[name]
     module, function = contestant.entry.split(":")
+    if module == OURS:
+        importlib.import_module("train.light")  # first, as in a rank of `colossus train`
     try:
         main = getattr(importlib.import_module(module), function)
         main(job, Turns(pipe), *([listener] if listener else []))
@@ -146,7 +148,7 @@ class Player:
 
 def write_rows(config: Train, prepared: Prepared, path: Path, steps: int) -> None:
     """The rows of so many steps in the order in which we take them, for the others to read."""
-    batch, ours = config.batch, stream(config, prepared)
+    batch, ours = config.batch, Stream.of(config, prepared)
     with path.open("wb") as file:
         for step in range(steps):
             for v in range(batch.virtual_ranks):

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from train.checks import Refused
+from train.config import Train
 from train.data.order import SLOTS, Ints, deal, keys, passing, permute, shares
 from train.data.prepare import Prepared
 from train.data.store import Shard, Store, token_type
@@ -55,6 +56,12 @@ class Stream:
         if 0 in self.slots:
             raise Refused("data.parts", f"a weight is less than 1/{SLOTS} of the mix: raise it, or leave the part out")
         self.ends = [[0] for _ in self.stores]  # samples an epoch in the shards before each shard, as far as known
+
+    @classmethod
+    def of(cls, config: Train, prepared: Prepared) -> Stream:
+        batch = config.batch
+        shape = {"sequences": batch.sequences, "virtual_ranks": batch.virtual_ranks, "context": config.model.context}
+        return cls(prepared, seed=config.seed, micro_batch=int(batch.micro_batch), **shape)
 
     def micro_batch(self, step: int, virtual_rank: int, micro_batch: int) -> Ints:
         """A micro-batch as it is stored, int64 (rows, context + 1). Raises Refused where the store is damaged."""
