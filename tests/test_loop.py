@@ -195,6 +195,30 @@ def test_a_step_does_not_import_the_compiler(tiny: list[str], more: list[str]) -
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [
+        (1, ["precision=bf16", "model.dropout=0.1"]),
+        (3, ["optimizer=muon"]),
+        (2, ["sharding=optimizer"]),
+        (2, ["reduce=fast"]),
+        (1, ["model=grok_micro", "model.context=32"]),
+    ],
+    ids=lambda value: value if isinstance(value, int) else value[0],
+)
+def test_nothing_is_kept_that_a_cuda_graph_overwrites(tiny: list[str], world: int, more: list[str]) -> None:
+    """`compile=graphs`, whose replays put loss and gradients where those of the micro-batch before lay."""
+    if more[0].startswith("model="):
+        tiny = [key for key in tiny if not key.startswith("model")]
+    overrides = [*tiny, "name=a", f"devices={world}", "batch.micro_batch=1", *more]
+    plain, graphs = (
+        dist.run("tests.unread:replayed", world, overrides=overrides, by_graphs=by) for by in (False, True)
+    )
+    assert plain == graphs
+    assert "nan" not in plain[0]
+    assert plain == [plain[0]] * world
+
+
 def test_what_goes_to_a_gpu_leaves_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """From other memory CUDA copies when all before it is done, and the host waits for that."""
     tensor, pinned, there = torch.ones(1), torch.ones(2), torch.ones(3)

@@ -26,6 +26,8 @@ def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hardware, "cores", lambda cores=cores: cores)
         config = resolved()
         assert (config.accelerator, config.backend, config.devices, config.compile) == ("cpu", "gloo", ranks, False)
+    with pytest.raises(Refused, match="compile: graphs are CUDA's: use true"):
+        resolved("compile=graphs")
     assert resolved("batch.virtual_ranks=4").devices == 4
     assert resolved("nodes=4").devices == 2, "8 virtual ranks on 4 nodes"
 
@@ -35,6 +37,7 @@ def test_auto_on_gpus() -> None:
     config = resolved()
     assert (config.accelerator, config.backend, config.devices) == ("cuda", "nccl", 2)
     assert (config.precision, config.compile) == ("bf16", True)
+    assert resolved("compile=graphs").compile == "graphs"
     assert resolved("devices=4", "backend=gloo").devices == 4
     with pytest.raises(Refused, match="backend=gloo"):
         resolved("devices=4")

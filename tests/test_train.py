@@ -257,6 +257,15 @@ def test_a_kept_graph_is_not_taken_for_one_with_another_backward_pass(
     assert other == (4.0, {"autograd_cache_miss": 1, "autograd_cache_saved": 1})
 
 
+@pytest.mark.parametrize(("how", "mode"), [(True, None), ("graphs", "reduce-overhead")])
+def test_graphs_are_torchs_own(how: bool | str, mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    monkeypatch.setattr(torch, "compile", lambda model, **how: asked.append(how))
+    engine.compiled(cast(LanguageModel, torch.nn.Identity()), Path(), how)
+    assert asked == [{"fullgraph": True, "dynamic": False, "mode": mode}]
+
+
 def test_a_users_own_place_for_compiled_code_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the data's cache folder; torch's own default, which it may have put into the environment, does not."""
     for given, expected in (("/elsewhere", "/elsewhere"), (default_cache_dir(), str(tmp_path / "compiled"))):

@@ -1,8 +1,14 @@
-"""What a step may not do: read a tensor, and import torch's compiler. Ranks that take one import no more than this."""
+"""What a step may not do: read a tensor, import torch's compiler, keep what a CUDA graph hands out.
+
+Ranks that take one import no more than this.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,3 +89,39 @@ def reader(name: str) -> Any:
         raise AssertionError(f"Tensor.{name} in a step")
 
     return refuse
+
+
+class Replayed(torch.autograd.Function):
+    """A model's passes as CUDA graphs replay them: what they hand out lies where it always lies, and is overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, nats: Callable[[], Tensor], places: list[Tensor], *parameters: Tensor) -> Tensor:
+        for place in places:
+            place.fill_(torch.nan)  # who has kept what was there has this now
+        with torch.enable_grad():
+            ctx.nats, ctx.places, ctx.parameters = nats(), places, parameters
+        return places[0].copy_(ctx.nats.detach()).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        found = torch.autograd.grad(ctx.nats, ctx.parameters, gradients)
+        return None, None, *(place.copy_(one).detach() for place, one in zip(ctx.places[1:], found, strict=True))
+
+
+def replayed(group: Group, overrides: list[str], by_graphs: bool) -> list[str]:
+    """Three steps' losses, and the parameters' sha256 then, by a model whose passes are replayed or by the model."""
+    state, parts = built(group, overrides)
+    model: Any = parts.model
+    parameters = list(model.parameters())
+    places = [torch.empty(()), *map(torch.empty_like, parameters)]
+
+    def graphs(*sides: Tensor) -> Tensor:
+        nats: Tensor = Replayed.apply(lambda: model(*sides), places, *parameters)  # type: ignore[no-untyped-call]
+        return nats
+
+    parts = replace(parts, model=graphs) if by_graphs else parts
+    losses = [float(loop.step(state, parts)[0].loss).hex() for _ in range(3)]
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        digest.update(parameter.detach().numpy().data)
+    return [*losses, digest.hexdigest()]

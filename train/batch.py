@@ -121,8 +121,7 @@ def shares(virtual_ranks: int, ranks: int, speeds: Sequence[float] = ()) -> list
             for end in range(least, min(most, max(least, ideal + WINDOW)) + 1)
             if min(best) < end
         }
-    cuts = best[virtual_ranks][2]
-    return [range(first, end) for first, end in pairwise(cuts)]
+    return [range(first, end) for first, end in pairwise(best[virtual_ranks][2])]
 
 
 def taken_over(kept: Sequence[Collection[int]], virtual_ranks: int) -> list[list[int]]:

@@ -337,7 +337,7 @@ class Train:
     accelerator: str = "auto"  # auto: cuda where there is a GPU
     backend: str = "auto"  # auto: nccl on GPUs; gloo lets several ranks share a GPU, over the host's memory
     precision: str = "auto"  # auto: bf16 on GPUs and on CPUs with bf16 instructions
-    compile: Any = "auto"  # auto: on GPUs
+    compile: Any = "auto"  # auto: true on GPUs; graphs: CUDA graphs besides, where launches take longer than kernels
     profile: int = 0  # steps: rank 0 leaves a torch trace of them, and a table of where their time goes
     stop_after: str = ""  # wall time such as 50min, after which the run saves, stops and exits 75
     runs: str = "runs"  # the folder of run folders
@@ -374,7 +374,7 @@ class Train:
         choice(self.accelerator, "accelerator", ACCELERATORS)
         choice(self.backend, "backend", ("auto", "gloo", "nccl"))
         choice(self.precision, "precision", ("auto", "fp32", "bf16"))
-        choice(self.compile, "compile", ("auto", True, False))
+        choice(self.compile, "compile", ("auto", True, False, "graphs"))
         for logger in self.logger:
             choice(logger, "logger", ("tensorboard", "csv", "wandb"))
         if isinstance(self.devices, int):
@@ -389,7 +389,7 @@ class Train:
         why = f"{self.sharding.name} needs reduce=exact, whose ranks each sum up a part of the gradient"
         require(self.sharding is Sharding.none or self.reduce.mode is ReduceMode.exact, "sharding", why)
         full = self.sharding is Sharding.full
-        require(not (full and self.compile is True), "compile", "true does not go with sharding=full: use false")
+        require(not (full and self.compiles), "compile", "does not go with sharding=full: use false")
         why = "sharding=full gives every rank as many virtual ranks as it can: use even"
         require(not full or self.batch.weights == "even", "batch.weights", why)
         seconds(self.stop_after)
@@ -406,6 +406,10 @@ class Train:
     def heals(self) -> bool:
         """Whether a rank that is lost can be replaced, and ranks be added, while the others go on."""
         return self.recovery.in_place and self.sharding is Sharding.none
+
+    @property
+    def compiles(self) -> bool:
+        return self.compile in (True, "graphs")
 
     @property
     def least_nodes(self) -> int:

@@ -76,7 +76,7 @@ class Engine:
         return Parts(
             config=config,
             fabric=self.fabric,
-            model=compiled(self.model, cache_folder(config.data)) if config.compile is True else self.model,
+            model=compiled(self.model, cache_folder(config.data), config.compile) if config.compiles else self.model,
             aside=self.model.aside,
             stream=Stream.of(config, self.prepared),
             generator=_generator(self.fabric.device),
@@ -88,16 +88,20 @@ class Engine:
         )
 
 
-def compiled(model: LanguageModel, cache: Path) -> Callable[..., Tensor]:
-    """`model`, compiled at its first micro-batch. Code and graphs are kept in `cache` for other processes and runs."""
+def compiled(model: LanguageModel, cache: Path, how: bool | str = True) -> Callable[..., Tensor]:
+    """`model`, compiled at its first micro-batch. Code and graphs are kept in `cache` for other processes and runs.
+
+    With "graphs" what a pass hands out is overwritten by its next replay; a micro-batch keeps none of it. Unmeasured.
+    """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # the compiler: seconds, for who compiles
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():  # torch itself sets that
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "compiled")
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # tells the compiler, too
     functorch.autograd_cache_allow_custom_autograd_functions = True  # traced, they are in a graph's key
+    mode = "reduce-overhead" if how == "graphs" else None  # torch's name for it
     tqdm.set_lock(threading.RLock())  # for torch's bars; tqdm's own is a semaphore, which ranks that end leave behind
-    return torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[return-value]
+    return torch.compile(model, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[return-value]
 
 
 def laid_out(config: Train, ranks: Ranks, model: nn.Module) -> tuple[Flat, Reducer]:

@@ -53,7 +53,7 @@ def _train(config: Train, node: nodes.Node, run: folder.RunFolder, console: Cons
         console.finished_already(config, finished)
         return DONE
     recomputes = config.model.loss_chunk > 0 or config.model.checkpoint_activations != "none"
-    context = forkserver(*(["torch._inductor"] if recomputes or config.compile is True else []))  # torch's compiler
+    context = forkserver(*(["torch._inductor"] if recomputes or config.compiles else []))  # torch's compiler
     prepared, preparer = prepare(config.data, seed=config.seed, context=config.model.context, progress=console.progress)
     try:
         if held and held.get("data") != prepared.digest:

@@ -75,7 +75,7 @@ def step_seconds(config: Train, vocab: int, gpu: Gpu, ranks: int) -> float:
         micro_batch=int(config.batch.micro_batch),
         precision=config.precision,
         sharding=config.sharding.value,
-        compiled=config.compile is True,
+        compiled=config.compiles,
     )
 
 

@@ -32,18 +32,16 @@ def resolve(config: Train) -> Train:
     fits = not known or ids <= known or config.data.tokenizer.kind is TokenizerKind.file  # read later, and compared
     require(fits, "model.vocab", f"{known} are fewer than the tokenizer's {ids} ids: choose another data.tokenizer")
     accelerator, available = there(config.accelerator)
-    if not available:
-        raise Refused("accelerator", "cuda, but nvidia-smi shows no GPU here: use accelerator=cpu")
+    require(available > 0, "accelerator", "cuda, but nvidia-smi shows no GPU here: use accelerator=cpu")
     nodes, leaves = config.least_nodes, config.batch.virtual_ranks
     ranks = leaves // nodes
     require(ranks > 0, "nodes", f"{nodes} nodes are more than batch.virtual_ranks={leaves}")
     usual = min(available, MAX_RANKS, ranks)
     devices = usual if config.devices == "auto" else int(config.devices)
     backend = config.backend if config.backend != "auto" else "nccl" if accelerator == "cuda" else "gloo"
-    if backend == "nccl" and accelerator == "cpu":
-        raise Refused("backend", "nccl needs GPUs: use backend=gloo on CPUs")
-    if backend == "nccl" and devices > available:
-        raise Refused("devices", f"{devices} GPUs asked for, {available} here (several ranks a GPU: backend=gloo)")
+    require(backend != "nccl" or accelerator == "cuda", "backend", "nccl needs GPUs: use backend=gloo on CPUs")
+    why = f"{devices} GPUs asked for, {available} here (several ranks a GPU: backend=gloo)"
+    require(backend != "nccl" or devices <= available, "devices", why)
     precision, compiled, batch = config.precision, config.compile, config.batch
     if precision == "auto":
         precision = "bf16" if accelerator == "cuda" or hardware.processor()[1] else "fp32"
@@ -52,6 +50,7 @@ def resolve(config: Train) -> Train:
         compiled = accelerator == "cuda" and config.sharding is not Sharding.full and not untraced
     why = "true needs precision=bf16 with experts, whose grouped products torch traces in bf16 only: use false"
     require(not (compiled and untraced), "compile", why)
+    require(compiled != "graphs" or accelerator == "cuda", "compile", "graphs are CUDA's: use true on a CPU")
     if batch.micro_batch == "auto":
         # `devices` has no say in it: a run on 1 rank and on 4 must cut the same micro-batches. Hence the memory of
         # the usual number of ranks, and the gradient buffers of a rank that hosts everything.

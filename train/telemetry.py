@@ -305,7 +305,7 @@ def start(
         peak_flops=peak and peak * world,
         peak_source=peak_source,
         precision=config.precision,
-        compiled=config.compile is True,
+        compiled=config.compiles,
         parameters=flops.parameters(config.model, vocab),
         flops_per_token=flops.flops_per_token(config.model, vocab),
         memory_bytes=plan.memory(config, vocab).total,

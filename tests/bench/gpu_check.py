@@ -6,8 +6,9 @@ It says, line by line, whether
 - a run is exact at what price: tokens/s, MFU and memory of llama_124m with `reduce=fast` and `reduce=exact`, eager and
   compiled, and of what lies between: deterministic kernels, eight virtual ranks, checksums;
 - deterministic kernels cost much: each operation by itself, with and without (`gpu_kernels.py`);
-- it is fast: llama_350m, llama_1b, both ways, and grok_small; gpt2_124m beside nanoGPT's own train.py, compiled, with
-  as many tokens a step (`--nanogpt PATH`, a checkout); llama_124m beside torchtitan's trainer, where it is installed.
+- it is fast: llama_350m, llama_1b, both ways, and grok_small; llama_124m and llama_nano with CUDA graphs; gpt2_124m
+  beside nanoGPT's own train.py, compiled, with as many tokens a step (`--nanogpt PATH`, a checkout); llama_124m beside
+  torchtitan's trainer, where it is installed.
 
 Everything goes through the front door, `colossus train`, on synthetic tokens. What does not begin within the time is
 left out, and named. Without a GPU it says so and exits with 2; `--cpu` runs the same script on a CPU with models of a
@@ -74,6 +75,7 @@ SHAPES = {
     "llama_350m": ["model=llama_350m", "batch.sequences=64", "batch.micro_batch=8", "steps=30", *WIDE],
     "llama_1b": ["model=llama_1b", "batch.sequences=32", "batch.micro_batch=4", "steps=20", *WIDE],
     "grok_small": ["model=grok_small", "batch.sequences=64", "batch.micro_batch=8", "steps=20", *WIDE],
+    "llama_nano": [*SMALL, "steps=60", "precision=bf16", "devices=1"],  # launches take longer than its kernels
     "gpt2_124m": ["model=gpt2_124m", "batch.sequences=128", "batch.micro_batch=16", "steps=30", *WIDE],
 }
 # As many tokens a step as gpt2_124m has above.
@@ -85,6 +87,7 @@ def speeds() -> list[Speed]:
     rows = [("gpt2_124m", EXACT, "true"), *(("llama_124m", part, "true") for part in PARTS)]
     rows += [(model, part, "true") for model in ("llama_1b", "llama_350m") for part in (BEST, EXACT)]
     rows += [("grok_small", EXACT, "true"), *(("llama_124m", part, "false") for part in (BEST, EXACT))]
+    rows += [("llama_124m", EXACT, "graphs"), *(("llama_nano", EXACT, how) for how in ("false", "true", "graphs"))]
     return [
         Speed(f"{model}, compile={compiled}, {part}", [*SHAPES[model], *PARTS[part], f"compile={compiled}"])
         for model, part, compiled in rows
@@ -223,6 +226,9 @@ def bits(check: Check, small: list[str]) -> None:
             check.same_bits(f"run to run, {label}, {precision}", one, one)
         ranks = [[*base, "precision=bf16", f"devices={world}", "backend=gloo"] for world in (1, 2, 4)]
         check.same_bits(f"1, 2, 4 ranks over gloo, {label}, bf16", *ranks)
+    if check.accelerator == "cuda":
+        ranks = [[*small, "precision=bf16", "compile=graphs", f"devices={n}", "backend=gloo"] for n in (1, 2)]
+        check.same_bits("1, 2 ranks over gloo, compile=graphs, bf16", *ranks)
     gpus = len(hardware.gpus())
     if check.accelerator == "cuda" and gpus > 1:
         ranks = [[*small, "precision=bf16", f"devices={world}", "backend=nccl"] for world in (1, 2, min(gpus, 8))]
