@@ -1,0 +1,138 @@
+"""A step on a GPU that is not there: CUDA tensors with shapes and no values (torch's FakeTensorMode).
+
+An operation that mixes devices fails, and so does a host that asks a tensor for its value. Autograd's engine wants the
+device itself, so gradients are written by hand. It takes a torch that was built for CUDA, as PyPI's is on Linux.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins import Precision
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from train import buckets, compose, engine, loop, optim, plan
+from train.config import Train
+from train.data.prepare import prepare
+from train.data.stream import Stream
+from train.group import Group, Membership, Place
+from train.models.build import build
+
+pytestmark = [
+    pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA"),
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),  # to ask whether two are one
+]
+CUDA = torch.device("cuda", 0)
+models = pytest.mark.parametrize("model", ["llama_micro", "gpt2_micro", "grok_micro"])
+
+
+class Event:
+    """torch's needs a driver."""
+
+    def __init__(self, **_: Any) -> None: ...
+    def record(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Event) -> float:
+        return 1.0
+
+
+@contextmanager
+def autocast() -> Iterator[None]:
+    """Switched by hand: `torch.autocast` leaves it off where no GPU is found."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+        assert (tensor.device.type, device) == ("cpu", CUDA)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    for module in (loop, buckets):
+        monkeypatch.setattr(module, "to_device", to_device)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Group, "root_device", property(lambda _: CUDA))
+    torch.set_deterministic_debug_mode("error")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+    torch.set_deterministic_debug_mode("default")
+
+
+def configured(tiny: list[str], *more: str) -> Train:
+    kept = [key for key in tiny if not key.startswith("model")]
+    return plan.resolve(compose.config("train", [*kept, "name=a", "devices=1", "precision=bf16", *more]))
+
+
+@models
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["data.mask_documents=true", "evidence.parameters=true"],
+        ["optimizer=muon", "model.loss_chunk=16", "reduce.dtype=bf16"],
+        ["reduce=fast", "model.dropout=0.1", "model.z_loss=1e-4"],
+        ["sharding=optimizer", "model.checkpoint_activations=full"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_all_of_a_step_is_on_the_device(tiny: list[str], model: str, more: list[str], pretended: None) -> None:
+    config = configured(tiny, f"model={model}", "model.context=32", *more)
+    prepared, _ = prepare(config.data, seed=config.seed, context=config.model.context)
+    built = build(config.model, prepared.vocab, seed=0, device=CUDA, separator=prepared.separator)
+    group = Group(Place.alone(), Precision(), None, lambda: Membership(epoch=1, members=[0], host="", port=0))
+    group.join()
+    flat, reducer = engine.laid_out(config, group, built)
+    state = loop.TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat, group))
+    reducer.lay_out()
+
+    def backward(loss: Tensor) -> None:
+        assert loss.device == CUDA
+        for parameter in built.parameters():
+            assert parameter.grad is not None
+            parameter.grad.add_(torch.ones_like(parameter))
+
+    parts: Any = SimpleNamespace(
+        **{"config": config, "model": built, "aside": built.aside, "reducer": reducer},
+        **{"stream": Stream.of(config, prepared), "generator": torch.default_generator},
+        **{"phase": lambda name, step: None, "asked": lambda: (False, False)},
+        fabric=SimpleNamespace(device=CUDA, autocast=autocast, backward=backward),
+    )
+    for _ in range(2):
+        total, _ = loop.step(state, parts)
+    assert {getattr(total, field.name).device for field in fields(total)} == {CUDA}
+    assert {piece.data.device for piece in state.pieces()} == {CUDA}
+
+
+@models
+def test_what_is_compiled_is_one_graph_that_cuda_graphs_may_hold(model: str, tiny: list[str], pretended: None) -> None:
+    """Its forward pass: nothing of it on the host, nothing that the host would have to wait for."""
+    config = configured(tiny, f"model={model}", "model.context=32")
+    built = build(config.model, 300, seed=0, device=CUDA).requires_grad_(False)
+    found: list[torch.fx.GraphModule] = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=look, inference_compiler=look, decompositions=select_decomp_table())
+    tokens = torch.zeros(2, 32, dtype=torch.long, device=CUDA)
+    with autocast():
+        torch.compile(built, fullgraph=True, dynamic=False, backend=backend)(tokens, tokens)
+    (graph,) = found
+    assert get_first_incompatible_cudagraph_node(graph) is None
+    values = [node.meta.get("val") for node in graph.graph.nodes]
+    assert {value.device for value in values if isinstance(value, Tensor)} == {CUDA}
