@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.plugins import Precision
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
@@ -25,8 +24,8 @@ from train import buckets, compose, engine, loop, optim, plan
 from train.config import Train
 from train.data.prepare import prepare
 from train.data.stream import Stream
-from train.group import Group, Membership, Place
 from train.models.build import build
+from train.ranks import Ranks
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA"),
@@ -34,6 +33,21 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda", 0)
 models = pytest.mark.parametrize("model", ["llama_micro", "gpt2_micro", "grok_micro"])
+
+
+class Nccl:
+    """A communicator that answers at once, and what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        def collective(*arguments: Any) -> SimpleNamespace:
+            assert {tensor.device for tensor in arguments if isinstance(tensor, Tensor)} == {CUDA}, name
+            self.asked.add(name)
+            return SimpleNamespace(wait=lambda: None)
+
+        return collective
 
 
 class Event:
@@ -66,7 +80,6 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (loop, buckets):
         monkeypatch.setattr(module, "to_device", to_device)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(Group, "root_device", property(lambda _: CUDA))
     torch.set_deterministic_debug_mode("error")
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
@@ -79,6 +92,7 @@ def configured(tiny: list[str], *more: str) -> Train:
 
 
 @models
+@pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize(
     "more",
     [
@@ -86,17 +100,22 @@ def configured(tiny: list[str], *more: str) -> Train:
         ["optimizer=muon", "model.loss_chunk=16", "reduce.dtype=bf16"],
         ["reduce=fast", "model.dropout=0.1", "model.z_loss=1e-4"],
         ["sharding=optimizer", "model.checkpoint_activations=full"],
+        ["nodes=2", "optimizer=muon"],  # inside hosts first
     ],
     ids=lambda more: more[0],
 )
-def test_all_of_a_step_is_on_the_device(tiny: list[str], model: str, more: list[str], pretended: None) -> None:
+def test_all_of_a_step_is_on_the_device(
+    tiny: list[str], model: str, world: int, more: list[str], pretended: None
+) -> None:
+    """Of one GPU's, and of the second's of three over NCCL."""
     config = configured(tiny, f"model={model}", "model.context=32", *more)
     prepared, _ = prepare(config.data, seed=config.seed, context=config.model.context)
     built = build(config.model, prepared.vocab, seed=0, device=CUDA, separator=prepared.separator)
-    group = Group(Place.alone(), Precision(), None, lambda: Membership(epoch=1, members=[0], host="", port=0))
-    group.join()
-    flat, reducer = engine.laid_out(config, group, built)
-    state = loop.TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat, group))
+    nccl = Nccl()
+    ranks = Ranks(min(1, world - 1), world, CUDA, nccl)
+    ranks.hosts = [0, 0, 1][:world]
+    flat, reducer = engine.laid_out(config, ranks, built)
+    state = loop.TrainState(step=0, flat=flat, optimizer=optim.build(config.optimizer, flat, ranks))
     reducer.lay_out()
 
     def backward(loss: Tensor) -> None:
@@ -104,6 +123,8 @@ def test_all_of_a_step_is_on_the_device(tiny: list[str], model: str, more: list[
         for parameter in built.parameters():
             assert parameter.grad is not None
             parameter.grad.add_(torch.ones_like(parameter))
+            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                hook(parameter)
 
     parts: Any = SimpleNamespace(
         **{"config": config, "model": built, "aside": built.aside, "reducer": reducer},
@@ -115,6 +136,8 @@ def test_all_of_a_step_is_on_the_device(tiny: list[str], model: str, more: list[
         total, _ = loop.step(state, parts)
     assert {getattr(total, field.name).device for field in fields(total)} == {CUDA}
     assert {piece.data.device for piece in state.pieces()} == {CUDA}
+    sums = {"allreduce"} if "reduce=fast" in more else {"alltoall_base"}
+    assert nccl.asked - {"broadcast"} == (sums | {"_allgather_base"} if world > 1 else set())
 
 
 @models
