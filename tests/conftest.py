@@ -53,6 +53,11 @@ def tiny(corpus: Path, cache: Path, tmp_path: Path) -> list[str]:
     ]
 
 
+def without_model(tiny: list[str]) -> list[str]:
+    """What it says of no model, for another one to be chosen."""
+    return [setting for setting in tiny if not setting.startswith("model")]
+
+
 @pytest.fixture
 def eight(tiny: list[str]) -> list[str]:
     """The same with eight virtual ranks."""

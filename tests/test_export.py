@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.conftest import without_model
 from train import cli, compose, events, trained
 from train.checks import Refused
 from train.config import Model, TokenizerKind, Train
@@ -29,10 +30,6 @@ FAMILIES = {
     "grok": ["model=grok_micro", "model.width=32", "model.heads=2", "model.kv_heads=1"],
 }
 FAMILIES["llama"] += ["model.ffn=48", "model.tied=false", "model.rope_factor=8", "model.rope_context=16"]
-
-
-def without_model(tiny: list[str]) -> list[str]:
-    return [setting for setting in tiny if not setting.startswith("model")]
 
 
 def exported(family: str, tiny: list[str], tmp_path: Path, *more: str) -> tuple[Path, Path]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tests import dist
+from tests.conftest import without_model
 from train import cli, compose, engine, events, flat, optim, plan
 from train.config import Train
 from train.data.prepare import Prepared
@@ -43,15 +44,7 @@ class Steps(Dataset[Tensor]):
     """The micro-batches of a run one after the other: (micro_batch, context + 1) each."""
 
     def __init__(self, config: Train, prepared: Prepared) -> None:
-        batch = config.batch
-        self.stream = Stream(
-            prepared,
-            seed=config.seed,
-            context=config.model.context,
-            sequences=batch.sequences,
-            virtual_ranks=batch.virtual_ranks,
-            micro_batch=int(batch.micro_batch),
-        )
+        batch, self.stream = config.batch, Stream.of(config, prepared)
         self.order = [(v, i) for v in range(batch.virtual_ranks) for i in range(batch.micro_batches)]
         self.steps = config.steps
 
@@ -150,6 +143,11 @@ def test_plan_counts_what_is_built(eight: list[str], capsys: Any) -> None:
     assert facts["fits"] is True
 
 
+def changed(tiny: list[str], more: list[str]) -> list[str]:
+    """`more` may choose another model."""
+    return [*(without_model(tiny) if more[0].startswith("model=") else tiny), *more]
+
+
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="only glibc is told to")
 def test_memory_that_a_step_frees_serves_the_next(tiny: list[str]) -> None:
     engine._numerics(plan.resolve(compose.config("train", [*tiny, "name=a"])), torch.device("cpu"), threads=1)
@@ -179,9 +177,8 @@ def test_memory_that_a_step_frees_serves_the_next(tiny: list[str]) -> None:
 )
 def test_the_host_waits_for_nothing_in_a_step(tiny: list[str], world: int, more: list[str]) -> None:
     """What a GPU computes is not asked for, or it would stand still until the host has heard and sent it more."""
-    if more[0].startswith("model="):
-        tiny = [key for key in tiny if not key.startswith("model")]
-    found = dist.run("tests.unread:steps", world, overrides=[*tiny, "name=a", f"devices={world}", *more])
+    overrides = [*changed(tiny, more), "name=a", f"devices={world}"]
+    found = dist.run("tests.unread:steps", world, overrides=overrides)
     assert {"mm", "_fused_adamw_"} <= set(found[0][0])
     passes = 6 if "sharding=full" in more else 5  # where each needs the others' parts, both ranks make three
     assert sum(copies - 1 for _, copies in found) == passes, "the tokens of each micro-batch, and a rank's numbers"
@@ -208,9 +205,7 @@ def test_a_step_does_not_import_the_compiler(tiny: list[str], more: list[str]) -
 )
 def test_nothing_is_kept_that_a_cuda_graph_overwrites(tiny: list[str], world: int, more: list[str]) -> None:
     """`compile=graphs`, whose replays put loss and gradients where those of the micro-batch before lay."""
-    if more[0].startswith("model="):
-        tiny = [key for key in tiny if not key.startswith("model")]
-    overrides = [*tiny, "name=a", f"devices={world}", "batch.micro_batch=1", *more]
+    overrides = [*changed(tiny, more), "name=a", f"devices={world}", "batch.micro_batch=1"]
     plain, graphs = (
         dist.run("tests.unread:replayed", world, overrides=overrides, by_graphs=by) for by in (False, True)
     )

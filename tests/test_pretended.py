@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.conftest import without_model
 from train import buckets, compose, engine, loop, optim, plan
 from train.config import Train
 from train.data.prepare import prepare
@@ -79,8 +80,10 @@ def autocast() -> Iterator[None]:
     """Switched by hand: `torch.autocast` leaves it off where no GPU is found."""
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_enabled("cuda", True)
-    yield
-    torch.set_autocast_enabled("cuda", False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 @pytest.fixture
@@ -99,8 +102,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def configured(tiny: list[str], *more: str) -> Train:
-    kept = [key for key in tiny if not key.startswith("model")]
-    return plan.resolve(compose.config("train", [*kept, "name=a", "devices=1", "precision=bf16", *more]))
+    return plan.resolve(compose.config("train", [*without_model(tiny), "name=a", "devices=1", "precision=bf16", *more]))
 
 
 @models

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
+from tests.conftest import without_model
 from tests.running import Fresh, Running, at_step, gone
 from train import cli, engine, events, hardware, job, manifest, trained
 from train.config import Train
@@ -106,7 +107,7 @@ FAMILIES = {
 )
 def test_every_family_keeps_the_law(family: str, precision: str, cells: list[tuple[int, str]], tiny: list[str]) -> None:
     """With dropout, on odd shapes, in every way of sharding; `tiny` without what it says of llama's."""
-    small = [*(setting for setting in tiny if not setting.startswith("model")), "steps=3"]
+    small = [*without_model(tiny), "steps=3"]
     more = [*FAMILIES[family], "model.context=32", "model.dropout=0.1", f"precision={precision}"]
     runs = []
     for world, sharding in cells:

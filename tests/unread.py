@@ -121,7 +121,4 @@ def replayed(group: Group, overrides: list[str], by_graphs: bool) -> list[str]:
 
     parts = replace(parts, model=graphs) if by_graphs else parts
     losses = [float(loop.step(state, parts)[0].loss).hex() for _ in range(3)]
-    digest = hashlib.sha256()
-    for parameter in parameters:
-        digest.update(parameter.detach().numpy().data)
-    return [*losses, digest.hexdigest()]
+    return [*losses, hashlib.sha256(state.flat.parameters.numpy().data).hexdigest()]

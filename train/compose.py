@@ -176,17 +176,15 @@ def _checked(composed: DictConfig) -> Any:
         adopt(checked)
         keys = list(_keys(composed))
         for key in checked.resume.allowed():
-            require(key in keys, "resume.allow", f"there is no key {key}{did_you_mean(key, keys)}")
+            if key not in keys:
+                raise Refused("resume.allow", f"there is no key {key}{did_you_mean(key, keys)}")
         plan(checked)  # refuses bad faults
     return checked
 
 
 def _compose(command: str, arguments: list[str]) -> DictConfig:
     parsed = _parse([_quoted(argument) for argument in arguments])
-    groups = [o for o in parsed if options(o.key_or_group)]
-    for override in groups:
-        _check_option(override)
-    chosen = [o for o in parsed if o in groups or o.key_or_group.startswith("hydra.")]
+    chosen = [override for override in parsed if _chooses(override)]
     words, own = [str(o.input_line) for o in chosen], _search_path()
     try:
         ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=False)
@@ -247,12 +245,14 @@ def _quoted(argument: str) -> str:
     return f"{key}='{escaped}'".replace("${", "\\${")
 
 
-def _check_option(override: Override) -> None:
+def _chooses(override: Override) -> bool:
+    """Whether it chooses a variant of a group, or is a key of Hydra's own. Refuses a variant that there is not."""
     group, value = override.key_or_group, override.value()
     available = options(group)
-    if value not in available and not override.is_sweep_override():  # `null` and `~group` have no value
+    if available and value not in available and not override.is_sweep_override():  # `null` and `~group` have no value
         near, shown = did_you_mean(str(value), available), override.input_line if value is None else value
         raise Refused(group, f"'{shown}' is unknown{near} (choose from {', '.join(available)})")
+    return bool(available) or group.startswith("hydra.")
 
 
 def _check_key(override: Override, known: DictConfig) -> None:

@@ -89,17 +89,14 @@ class Engine:
 
 
 def compiled(model: LanguageModel, cache: Path, how: bool | str = True) -> Callable[..., Tensor]:
-    """`model`, compiled at its first micro-batch. Code and graphs are kept in `cache` for other processes and runs.
-
-    With "graphs" what a pass hands out is overwritten by its next replay; a micro-batch keeps none of it. Unmeasured.
-    """
+    """`model`, compiled at its first micro-batch. Code and graphs are kept in `cache` for other processes and runs."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # the compiler: seconds, for who compiles
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():  # torch itself sets that
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "compiled")
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # tells the compiler, too
     functorch.autograd_cache_allow_custom_autograd_functions = True  # traced, they are in a graph's key
-    mode = "reduce-overhead" if how == "graphs" else None  # torch's name for it
+    mode = "reduce-overhead" if how == "graphs" else None  # CUDA graphs, which overwrite what their last replay gave
     tqdm.set_lock(threading.RLock())  # for torch's bars; tqdm's own is a semaphore, which ranks that end leave behind
     return torch.compile(model, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[return-value]
 

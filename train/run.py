@@ -165,8 +165,8 @@ def assemble(config: Train, order: Order, channel: Channel, listener: socket.soc
         restore(state, folder / "checkpoints", group, channel, order.resume, numerics)
         recorder.peak, source = telemetry.peak(config, fabric, group)
         if fabric.is_global_zero:
-            begun = config, prepared.vocab, state.step, group.world, numerics, recorder.peak, source
-            channel.send(telemetry.start(*begun))
+            begun = telemetry.start(config, prepared.vocab, state.step, group.world, numerics, recorder.peak, source)
+            channel.send(begun)
 
     if order.joins:
         recorder.peak, _ = telemetry.peak(config, fabric, group)

@@ -83,15 +83,7 @@ def ours(config: Train, path: Path) -> Callable[[int], None]:
 
 def bare(config: Train) -> Callable[[int], None]:
     prepared, _ = prepare(config.data, seed=config.seed, context=config.model.context)
-    batch = config.batch
-    stream = Stream(
-        prepared,
-        seed=config.seed,
-        context=config.model.context,
-        sequences=batch.sequences,
-        virtual_ranks=batch.virtual_ranks,
-        micro_batch=int(batch.micro_batch),
-    )
+    batch, stream = config.batch, Stream.of(config, prepared)
     model = build(config.model, prepared.vocab, seed=config.seed, device=torch.device("cpu"))
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.optimizer.weight_decay},

@@ -156,8 +156,9 @@ def _folder(path: str) -> Path:
     try:
         import huggingface_hub as hub  # an extra; imported only where it is asked for
 
-        files: dict[str, Any] = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": "*/*"}
-        found = hub.snapshot_download(name, revision=revision or None, **files)
+        found = hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"], ignore_patterns="*/*"
+        )
     except ImportError:
         why = "is no folder here; to look it up on the Hub: pip install -e '.[hf]' in a checkout"
         raise Refused("model.path", f"{path} {why}") from None

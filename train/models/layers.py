@@ -166,8 +166,9 @@ def causal_attention(
         seen, shared = None, q_BHTE.size(1) != k_BKTE.size(1)
         if documents_BT is not None:
             seen = (documents_BT[:, None, :, None] == documents_BT[:, None, None]).tril()
-        of = q_BHTE, k_BKTE, v_BKTE, seen
-        return F.scaled_dot_product_attention(*of, is_causal=seen is None, scale=scale, enable_gqa=shared)
+        return F.scaled_dot_product_attention(
+            q_BHTE, k_BKTE, v_BKTE, seen, is_causal=seen is None, scale=scale, enable_gqa=shared
+        )
     other = None if documents_BT is None else documents_BT[:, None, :, None] != documents_BT[:, None, None]
     y_BHTE: Tensor = fused.Attention.apply(q_BHTE, k_BKTE, v_BKTE, other, scale, cap)  # type: ignore[no-untyped-call]
     return y_BHTE
